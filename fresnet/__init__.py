@@ -1,0 +1,35 @@
+"""fresnet: ResNet as pure functions over an explicit tree of parameters, for `torch.func`.
+
+    params = fresnet.init(0)                           # Params(weights, stats)
+    logits = fresnet.forward(params, x)                # inference: running statistics
+    logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
+"""
+
+from fresnet import tree
+from fresnet.errors import FresnetError
+from fresnet.init import init
+from fresnet.interop import from_state_dict, to_state_dict
+from fresnet.net import features, forward, forward_train
+from fresnet.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
+from fresnet.types import Params
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RESNET18",
+    "RESNET34",
+    "RESNET50",
+    "RESNET101",
+    "RESNET152",
+    "SPECS",
+    "FresnetError",
+    "Params",
+    "Spec",
+    "features",
+    "forward",
+    "forward_train",
+    "from_state_dict",
+    "init",
+    "to_state_dict",
+    "tree",
+]

@@ -1,0 +1,190 @@
+"""Initialisation: a network's first parameters, drawn from an explicit generator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fresnet.check import stats_dtype
+from fresnet.errors import FresnetError
+from fresnet.specs import RESNET50, Spec
+from fresnet.types import (
+    STATS_OF,
+    BasicBlock,
+    Block,
+    Bottleneck,
+    Head,
+    Identity,
+    Norm,
+    NormStats,
+    Params,
+    Projection,
+    Shortcut,
+    Stem7x7,
+    Weights,
+)
+
+
+def init(
+    generator: torch.Generator | int,
+    spec: Spec = RESNET50,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    zero_init_residual: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Params:
+    """A new network, distributed as torchvision's are.
+
+    Convolutions are normal with variance 2 / fan_out, norms start as the identity (scale 1,
+    bias 0, mean 0, var 1), the head is uniform within 1 / sqrt(c). Everything is drawn on the
+    generator's device and then moved, so the same seed gives the same bits wherever the network
+    will live. Convolution weights lie in memory channels last, which activations follow.
+
+    >>> import fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET50, num_classes=10)
+    >>> sum(leaf.numel() for leaf in fresnet.tree.leaves(params.weights))
+    23528522
+
+    Args:
+      generator: where the randomness comes from, advanced by the call; an int seeds a new one.
+      spec: the architecture, one of `SPECS` or your own.
+      num_classes: the number of logits, k.
+      in_channels: the channels of the images.
+      zero_init_residual: start the last scale of every block at 0, so that each block starts
+        as its shortcut (Goyal et al. 2017, arXiv:1706.02677).
+      dtype: of the weights; the statistics are never narrower than float32.
+      device: where the tensors go, by default the generator's; on "meta" nothing is drawn.
+    Returns:
+      `Params(weights, stats)`.
+    Raises:
+      FresnetError: if an argument is not what the above says.
+    Source: He et al. 2015, arXiv:1502.01852, Eq. 14, in the backward direction.
+    """
+    if isinstance(generator, int):
+        generator = torch.Generator().manual_seed(generator)
+    if not isinstance(generator, torch.Generator):
+        raise FresnetError(f"init expects a torch.Generator or an int; got {generator!r}")
+    if not isinstance(spec, Spec):
+        raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {spec!r}")
+    if num_classes < 1 or in_channels < 1:
+        raise FresnetError(
+            "init expects at least one class and one channel; "
+            f"got num_classes={num_classes}, in_channels={in_channels}"
+        )
+    if not dtype.is_floating_point:
+        raise FresnetError(f"init expects a floating-point dtype; got {dtype}")
+    device = generator.device if device is None else torch.device(device)
+    draw = _Draw(generator, dtype, device)
+    weights = _weights(draw, spec, num_classes, in_channels, 0.0 if zero_init_residual else 1.0)
+    return Params(weights, _fresh_stats(weights))
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draws the leaves."""
+
+    generator: torch.Generator
+    dtype: torch.dtype
+    device: torch.device
+
+    def conv(self, channels: int, out_channels: int, size: int) -> Tensor:
+        std = sqrt(2 / (out_channels * size * size))
+        weight = self._empty(out_channels, channels, size, size)
+        weight = weight.normal_(0.0, std, generator=self.generator)
+        return weight.to(self.device).contiguous(memory_format=torch.channels_last)
+
+    def norm(self, channels: int, scale: float = 1.0) -> Norm:
+        return Norm(
+            scale=torch.full((channels,), scale, dtype=self.dtype, device=self.device),
+            bias=torch.zeros(channels, dtype=self.dtype, device=self.device),
+        )
+
+    def head(self, channels: int, classes: int) -> Head:
+        return Head(
+            weight=self._uniform(classes, channels, bound=1 / sqrt(channels)),
+            bias=self._uniform(classes, bound=1 / sqrt(channels)),
+        )
+
+    def _uniform(self, *shape: int, bound: float) -> Tensor:
+        return self._empty(*shape).uniform_(-bound, bound, generator=self.generator).to(self.device)
+
+    def _empty(self, *shape: int) -> Tensor:
+        on_meta = self.device.type == "meta"
+        return torch.empty(
+            shape, dtype=self.dtype, device=self.device if on_meta else self.generator.device
+        )
+
+
+def _weights(
+    draw: _Draw, spec: Spec, num_classes: int, in_channels: int, last_scale: float
+) -> Weights:
+    stem = Stem7x7(draw.conv(in_channels, spec.width, 7), draw.norm(spec.width))
+    new_block, expansion = BLOCKS[spec.block]
+    channels, stages = spec.width, []
+    for stage, depth in enumerate(spec.depths):
+        width, blocks = spec.width * 2**stage, []
+        for i in range(depth):
+            strides = stage > 0 and i == 0
+            out_channels = width * expansion
+            shortcut = _shortcut(draw, channels, out_channels, strides)
+            blocks.append(new_block(draw, channels, width, shortcut, last_scale))
+            channels = out_channels
+        stages.append(tuple(blocks))
+    return Weights(stem, tuple(stages), draw.head(channels, num_classes))
+
+
+def _basic_block(
+    draw: _Draw, channels: int, width: int, shortcut: Shortcut, last_scale: float
+) -> BasicBlock:
+    return BasicBlock(
+        conv1=draw.conv(channels, width, 3),
+        norm1=draw.norm(width),
+        conv2=draw.conv(width, width, 3),
+        norm2=draw.norm(width, last_scale),
+        shortcut=shortcut,
+    )
+
+
+def _bottleneck(
+    draw: _Draw, channels: int, width: int, shortcut: Shortcut, last_scale: float
+) -> Bottleneck:
+    return Bottleneck(
+        conv1=draw.conv(channels, width, 1),
+        norm1=draw.norm(width),
+        conv2=draw.conv(width, width, 3),
+        norm2=draw.norm(width),
+        conv3=draw.conv(width, 4 * width, 1),
+        norm3=draw.norm(4 * width, last_scale),
+        shortcut=shortcut,
+    )
+
+
+BLOCKS: dict[type, tuple[Callable[..., Block], int]] = {
+    BasicBlock: (_basic_block, 1),
+    Bottleneck: (_bottleneck, 4),
+}
+
+
+def _shortcut(draw: _Draw, channels: int, out_channels: int, strides: bool) -> Shortcut:
+    if channels == out_channels and not strides:
+        return Identity()
+    return Projection(draw.conv(channels, out_channels, 1), draw.norm(out_channels))
+
+
+def _fresh_stats(weights: Any) -> Any:
+    """The statistics that stand in parallel to these weights, every mean 0 and every var 1."""
+    if isinstance(weights, Norm):
+        dtype = stats_dtype(weights.scale.dtype)
+        return NormStats(
+            mean=torch.zeros_like(weights.scale, dtype=dtype),
+            var=torch.ones_like(weights.scale, dtype=dtype),
+        )
+    if type(weights) is tuple:
+        return tuple(_fresh_stats(node) for node in weights)
+    stats = STATS_OF[type(weights)]
+    return stats(*(_fresh_stats(getattr(weights, field)) for field in stats._fields))

@@ -1,0 +1,181 @@
+"""The residual network of He et al. 2015 (arXiv:1512.03385) as pure functions of its parameters.
+
+One body, `_network`, runs stem and stages with the norm handed in. Inference hands in the norm
+that uses the running statistics, training the one that uses the batch and returns new ones.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+from torch.nn.functional import relu
+
+from fresnet.check import check_call
+from fresnet.norm import NormFunction, inference_norm, training_norm
+from fresnet.ops import add_relu, conv2d, global_average_pool, linear, max_pool
+from fresnet.types import (
+    BasicBlock,
+    BasicBlockStats,
+    Block,
+    BlockStats,
+    Bottleneck,
+    BottleneckStats,
+    Head,
+    Identity,
+    Params,
+    ProjectionStats,
+    Shortcut,
+    ShortcutStats,
+    Stats,
+    Stem7x7,
+    Stem7x7Stats,
+)
+
+
+def forward(params: Params, x: Tensor) -> Tensor:
+    """Classify a batch of images by the running statistics: inference.
+
+    Each image's logits are a function of that image alone.
+
+    >>> import torch, fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> fresnet.forward(params, torch.ones(2, 3, 32, 48)).shape
+    torch.Size([2, 10])
+
+    Args:
+      params: the network.
+      x: images, float `[b c h w]`, in the dtype of the weights; normalised as in training.
+    Returns:
+      logits `[b k]`.
+    Raises:
+      FresnetError: if the tree or the images are not what a network takes.
+    """
+    check_call("forward", params, x)
+    activations, _ = _network(params, x, inference_norm)
+    return _head(params.weights.head, activations[-1])
+
+
+def forward_train(
+    params: Params, x: Tensor, *, momentum: float | Tensor = 0.1
+) -> tuple[Tensor, Stats]:
+    """Classify a batch of images by the statistics of the batch itself: training.
+
+    The logits do not depend on `params.stats`, and the returned statistics are constants of
+    differentiation, so a loss may be differentiated with them as an auxiliary output.
+
+    >>> import torch, fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> logits, stats = fresnet.forward_train(params, torch.ones(2, 3, 32, 48))
+    >>> params = params._replace(stats=stats)
+
+    Args:
+      params: the network.
+      x: images, float `[b c h w]`, in the dtype of the weights.
+      momentum: the weight of the batch's moments in the new running statistics
+        (PyTorch's sense; 0.1 here is 0.9 in Flax).
+    Returns:
+      `(logits, stats)`: logits `[b k]`; the new running statistics.
+    Raises:
+      FresnetError: if the tree or the images are not what a network takes, or if some norm
+        would see one value per channel.
+    """
+    check_call("forward_train", params, x)
+    activations, stats = _network(params, x, partial(training_norm, momentum=momentum))
+    return _head(params.weights.head, activations[-1]), stats
+
+
+def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
+    """The activations of stem and stages by the running statistics, for detection and the like.
+
+    >>> import torch, fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET50)
+    >>> for activation in fresnet.features(params, torch.ones(1, 3, 64, 96)):
+    ...     print(tuple(activation.shape))
+    (1, 64, 16, 24)
+    (1, 256, 16, 24)
+    (1, 512, 8, 12)
+    (1, 1024, 4, 6)
+    (1, 2048, 2, 3)
+
+    Args:
+      params: the network.
+      x: images, float `[b c h w]`, in the dtype of the weights.
+    Returns:
+      The output of the stem (pooled, as the first stage takes it), then of each stage.
+    Raises:
+      FresnetError: if the tree or the images are not what a network takes.
+    """
+    check_call("features", params, x)
+    activations, _ = _network(params, x, inference_norm)
+    return activations
+
+
+def _network(params: Params, x: Tensor, norm: NormFunction) -> tuple[tuple[Tensor, ...], Stats]:
+    """Stem and stages: their outputs, and the statistics that the norm returned."""
+    weights, stats = params
+    x, stem_stats = _stem(weights.stem, stats.stem, x, norm)
+    activations, stages_stats = [x], []
+    for blocks, blocks_stats in zip(weights.stages, stats.stages, strict=True):
+        stride = 2 if stages_stats else 1
+        x, new_stats = _stage(blocks, blocks_stats, x, stride, norm)
+        activations.append(x)
+        stages_stats.append(new_stats)
+    return tuple(activations), Stats(stem_stats, tuple(stages_stats))
+
+
+def _stage(
+    blocks: tuple[Block, ...],
+    blocks_stats: tuple[BlockStats, ...],
+    x: Tensor,
+    stride: int,
+    norm: NormFunction,
+) -> tuple[Tensor, tuple[BlockStats, ...]]:
+    """Blocks of one size in a row; the first strides."""
+    stage_stats = []
+    for block, block_stats in zip(blocks, blocks_stats, strict=True):
+        x, new_stats = BLOCKS[type(block)](block, block_stats, x, stride, norm)
+        stage_stats.append(new_stats)
+        stride = 1
+    return x, tuple(stage_stats)
+
+
+def _stem(
+    w: Stem7x7, s: Stem7x7Stats, x: Tensor, norm: NormFunction
+) -> tuple[Tensor, Stem7x7Stats]:
+    y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride=2))
+    return max_pool(relu(y)), Stem7x7Stats(stats)
+
+
+def _basic_block(
+    w: BasicBlock, s: BasicBlockStats, x: Tensor, stride: int, norm: NormFunction
+) -> tuple[Tensor, BlockStats]:
+    y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride))
+    y, norm2 = norm(w.norm2, s.norm2, conv2d(relu(y), w.conv2))
+    x, shortcut = _shortcut(w.shortcut, s.shortcut, x, stride, norm)
+    return add_relu(y, x), BasicBlockStats(norm1, norm2, shortcut)
+
+
+def _bottleneck(
+    w: Bottleneck, s: BottleneckStats, x: Tensor, stride: int, norm: NormFunction
+) -> tuple[Tensor, BlockStats]:
+    y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1))
+    y, norm2 = norm(w.norm2, s.norm2, conv2d(relu(y), w.conv2, stride))
+    y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
+    x, shortcut = _shortcut(w.shortcut, s.shortcut, x, stride, norm)
+    return add_relu(y, x), BottleneckStats(norm1, norm2, norm3, shortcut)
+
+
+BLOCKS: dict[type, Callable[..., tuple[Tensor, BlockStats]]] = {BasicBlock: _basic_block, Bottleneck: _bottleneck}
+
+
+def _shortcut(
+    w: Shortcut, s: ShortcutStats, x: Tensor, stride: int, norm: NormFunction
+) -> tuple[Tensor, ShortcutStats]:
+    if isinstance(w, Identity):
+        return x, Identity()
+    y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride))
+    return y, ProjectionStats(stats)
+
+
+def _head(w: Head, x: Tensor) -> Tensor:
+    return linear(global_average_pool(x), w.weight, w.bias)

@@ -1,0 +1,83 @@
+"""Trees of tensors: nested tuples, NamedTuples, lists and dicts whose leaves are tensors.
+
+The only file that touches PyTorch's pytree module, which is private but the one that
+`torch.func` itself flattens with, so a tree here is a tree there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.utils import _pytree
+
+from fresnet.errors import FresnetError
+
+Tree = TypeVar("Tree")
+Path = tuple[str | int, ...]
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tree's tensors, in the order of its fields.
+
+    >>> import torch
+    >>> [leaf.item() for leaf in leaves({"a": torch.tensor(1), "b": (torch.tensor(2),)})]
+    [1, 2]
+    """
+    return _pytree.tree_leaves(tree)
+
+
+def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: A001
+    """A tree of the same structure, each leaf replaced by `function` of the leaves in its place.
+
+    >>> import torch
+    >>> map(lambda a, b: a + b, (torch.tensor(1), torch.tensor(2)), (10, 20))
+    (tensor(11), tensor(22))
+
+    Raises:
+      FresnetError: if the trees differ in structure, node types included.
+    """
+    spec = _pytree.tree_structure(tree)
+    for number, other in enumerate(rest, start=2):
+        if _pytree.tree_structure(other) != spec:
+            raise FresnetError(
+                f"tree.map expects trees of one structure; tree {number} differs from the first"
+            )
+    return _pytree.tree_map(function, tree, *rest)
+
+
+def paths(tree: Any) -> list[Path]:
+    """The way to each leaf, in the order of `leaves`: field names, indices and dict keys.
+
+    >>> paths({"a": 1, "b": (2, 3)})
+    [('a',), ('b', 0), ('b', 1)]
+    """
+    keyed, _ = _pytree.tree_flatten_with_path(tree)
+    return [tuple(_entry(key) for key in path) for path, _ in keyed]
+
+
+def unflatten(like: Tree, new_leaves: Sequence[Any]) -> Tree:
+    """The tree `like` with its leaves replaced by `new_leaves`, in the order of `leaves`.
+
+    >>> unflatten((1, [2, 3]), "abc")
+    ('a', ['b', 'c'])
+
+    Raises:
+      FresnetError: if there are more or fewer new leaves than places.
+    """
+    spec = _pytree.tree_structure(like)
+    if spec.num_leaves != len(new_leaves):
+        raise FresnetError(
+            f"tree.unflatten expects {spec.num_leaves} leaves; got {len(new_leaves)}"
+        )
+    return _pytree.tree_unflatten(new_leaves, spec)  # type: ignore[no-any-return]
+
+
+def _entry(key: Any) -> str | int:
+    match key:
+        case _pytree.GetAttrKey(name=name):
+            return name
+        case _pytree.SequenceKey(idx=index):
+            return index
+        case _pytree.MappingKey(key=name):
+            return name  # type: ignore[no-any-return]
+    raise FresnetError(f"fresnet.tree knows tuples, NamedTuples, lists and dicts; got {key!r}")
