@@ -4,9 +4,11 @@
 held out for testing.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -21,14 +23,33 @@ class Digits(NamedTuple):
     labels: Tensor
 
 
-def load(size: int = 32) -> tuple[Digits, Digits]:
+def load() -> tuple[Digits, Digits]:
     """The training and the test digits; the same split at every call."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-    images = interpolate(images, size=(size, size), mode="bilinear")
+    images = interpolate(images, size=(32, 32), mode="bilinear")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = order[:TEST_SIZE], order[TEST_SIZE:]
-    mean, std = images[train].mean(), images[train].std()
-    images = ((images - mean) / std).repeat(1, 3, 1, 1)
-    labels = torch.tensor(labels)
+    images = (images - images[train].mean()) / images[train].std()
+    images, labels = images.repeat(1, 3, 1, 1), torch.tensor(labels)
     return Digits(images[train], labels[train]), Digits(images[test], labels[test])
+
+
+def draw_predictions(digits: Digits, logits: Tensor, path: Path) -> None:
+    """A grid of 60 digits with prediction and confidence, the errors first and marked in red."""
+    confidence, prediction = logits.softmax(1).max(1)
+    wrong = prediction != digits.labels
+    order = torch.argsort(wrong, descending=True, stable=True)[:60].tolist()
+    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    right = len(wrong) - int(wrong.sum())
+    figure.suptitle(f"{right} of {len(wrong)} test digits right; errors come first, in red")
+    for axes, i in zip(figure.subplots(5, 12).flat, order, strict=True):
+        axes.imshow(digits.images[i, 0], cmap="gray_r", interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        color, text = "black", f"{prediction[i]}  {confidence[i]:.0%}"
+        if wrong[i]:
+            color, text = "crimson", f"{text}\nis a {digits.labels[i]}"
+            for spine in axes.spines.values():
+                spine.set(color=color, linewidth=3)
+        axes.set_title(text, fontsize=9, color=color)
+    figure.savefig(path, dpi=120)

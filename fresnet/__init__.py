@@ -1,8 +1,8 @@
 """fresnet: ResNet as pure functions over an explicit tree of parameters, for `torch.func`.
 
-    params = fresnet.init(0)                           # Params(weights, stats)
-    logits = fresnet.forward(params, x)                # inference: running statistics
-    logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
+params = fresnet.init(0)                           # Params(weights, stats)
+logits = fresnet.forward(params, x)                # inference: running statistics
+logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
 from fresnet import tree

@@ -96,7 +96,9 @@ def _check_leaves(
     if isinstance(node, tuple):
         names = getattr(node, "_fields", None)
         for i, child in enumerate(node):
-            _check_leaves(caller, f"{where}.{names[i]}" if names else f"{where}[{i}]", child, dtype, device)
+            _check_leaves(
+                caller, f"{where}.{names[i]}" if names else f"{where}[{i}]", child, dtype, device
+            )
     elif not isinstance(node, Tensor):
         raise FresnetError(f"{caller} expects {where} to be a tensor; got {describe(node)}")
     elif node.dtype != dtype or node.device != device:

@@ -125,14 +125,14 @@ def _template(mapping: Mapping[str, Tensor]) -> Params:
             1 + max((int(match[2]) for match in blocks if int(match[1]) == stage), default=0)
             for stage in stages
         ),
-        width=_size(mapping, "conv1.weight", 0, default=64),
+        width=_size(mapping, ("conv1.weight", 0), ("bn1.weight", 0), default=64),
     )
     dtype = next((v.dtype for v in mapping.values() if _is_float(v)), torch.float32)
     return init(
         0,
         spec,
-        num_classes=_size(mapping, "fc.bias", 0, default=1000),
-        in_channels=_size(mapping, "conv1.weight", 1, default=3),
+        num_classes=_size(mapping, ("fc.weight", 0), ("fc.bias", 0), default=1000),
+        in_channels=_size(mapping, ("conv1.weight", 1), default=3),
         dtype=dtype,
         device="meta",
     )
@@ -172,11 +172,12 @@ def _copy(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(dtype).clone(memory_format=layout)
 
 
-def _size(mapping: Mapping[str, Tensor], name: str, dim: int, *, default: int) -> int:
-    """One size of an entry; the default where the entry is missing or broken, to be named later."""
-    value = mapping.get(name)
-    if _is_float(value) and value.ndim > dim and value.shape[dim] > 0:
-        return value.shape[dim]
+def _size(mapping: Mapping[str, Tensor], *places: tuple[str, int], default: int) -> int:
+    """A size read off the first of these entries' dimensions that is there."""
+    for name, dim in places:
+        value = mapping.get(name)
+        if _is_float(value) and value.ndim > dim and value.shape[dim] > 0:
+            return value.shape[dim]
     return default
 
 

@@ -23,6 +23,7 @@ from fresnet.types import (
     Head,
     Identity,
     Params,
+    Projection,
     ProjectionStats,
     Shortcut,
     ShortcutStats,
@@ -114,7 +115,8 @@ def _network(params: Params, x: Tensor, norm: NormFunction) -> tuple[tuple[Tenso
     """Stem and stages: their outputs, and the statistics that the norm returned."""
     weights, stats = params
     x, stem_stats = _stem(weights.stem, stats.stem, x, norm)
-    activations, stages_stats = [x], []
+    activations = [x]
+    stages_stats: list[tuple[BlockStats, ...]] = []
     for blocks, blocks_stats in zip(weights.stages, stats.stages, strict=True):
         stride = 2 if stages_stats else 1
         x, new_stats = _stage(blocks, blocks_stats, x, stride, norm)
@@ -165,16 +167,35 @@ def _bottleneck(
     return add_relu(y, x), BottleneckStats(norm1, norm2, norm3, shortcut)
 
 
-BLOCKS: dict[type, Callable[..., tuple[Tensor, BlockStats]]] = {BasicBlock: _basic_block, Bottleneck: _bottleneck}
+BLOCKS: dict[type, Callable[..., tuple[Tensor, BlockStats]]] = {
+    BasicBlock: _basic_block,
+    Bottleneck: _bottleneck,
+}
 
 
 def _shortcut(
     w: Shortcut, s: ShortcutStats, x: Tensor, stride: int, norm: NormFunction
 ) -> tuple[Tensor, ShortcutStats]:
-    if isinstance(w, Identity):
-        return x, Identity()
+    return SHORTCUTS[type(w)](w, s, x, stride, norm)
+
+
+def _identity(
+    w: Identity, s: Identity, x: Tensor, stride: int, norm: NormFunction
+) -> tuple[Tensor, Identity]:
+    return x, s
+
+
+def _projection(
+    w: Projection, s: ProjectionStats, x: Tensor, stride: int, norm: NormFunction
+) -> tuple[Tensor, ProjectionStats]:
     y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride))
     return y, ProjectionStats(stats)
+
+
+SHORTCUTS: dict[type, Callable[..., tuple[Tensor, ShortcutStats]]] = {
+    Identity: _identity,
+    Projection: _projection,
+}
 
 
 def _head(w: Head, x: Tensor) -> Tensor:

@@ -88,7 +88,6 @@ def _move(old: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
     return (1 - momentum) * old.detach() + momentum * new
 
 
-
 def _check_channels(norm: Norm, stats: NormStats, x: Tensor) -> None:
     shapes = {norm.scale.shape, norm.bias.shape, stats.mean.shape, stats.var.shape}
     if shapes != {x.shape[1:2]}:

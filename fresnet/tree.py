@@ -42,7 +42,7 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: 
             raise FresnetError(
                 f"tree.map expects trees of one structure; tree {number} differs from the first"
             )
-    return _pytree.tree_map(function, tree, *rest)
+    return _pytree.tree_map(function, tree, *rest)  # type: ignore[no-any-return]
 
 
 def paths(tree: Any) -> list[Path]:

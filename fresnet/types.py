@@ -7,7 +7,7 @@ A network is two such trees, `weights` and `stats`, in parallel: where the one h
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -127,7 +127,7 @@ class Params(NamedTuple):
     stats: Stats
 
 
-STATS_OF: Mapping[type, type] = {
+STATS_OF: Mapping[type, Any] = {
     Weights: Stats,
     Stem7x7: Stem7x7Stats,
     BasicBlock: BasicBlockStats,

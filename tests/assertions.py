@@ -1,0 +1,47 @@
+"""Every comparison of the suite."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fresnet import tree
+
+
+def assert_close(actual: Tensor, expected: Tensor, relative: float, name: str = "tensor") -> None:
+    """||actual - expected|| <= relative ||expected||."""
+    assert actual.shape == expected.shape, f"{name}: {actual.shape} is not {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{name}: {actual.dtype} is not {expected.dtype}"
+    error, norm = (actual - expected).norm().item(), expected.norm().item()
+    assert error <= relative * norm, f"{name}: off by {error:.2e}, norm {norm:.2e}"
+
+
+def assert_all_close(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float
+) -> None:
+    """The same names, and each tensor close in its own norm."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(actual[name], value, relative, name)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Trees or tensors of one structure and equal to the bit."""
+    names = tree.paths(expected)
+    assert tree.paths(actual) == names
+    for name, a, b in zip(names, tree.leaves(actual), tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b), name
+
+
+@contextmanager
+def unmutated(*trees: Any) -> Iterator[None]:
+    """No leaf is written to: neither its values nor its version counter changes."""
+    leaves = tree.leaves(trees)
+    before = [(leaf.clone(), leaf._version) for leaf in leaves]
+    yield
+    for leaf, (value, version) in zip(leaves, before, strict=True):
+        assert leaf._version == version
+        assert torch.equal(leaf, value)

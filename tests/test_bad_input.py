@@ -1,0 +1,190 @@
+"""Bad input gives one clear error: what was expected, and what came."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fresnet
+from fresnet import FresnetError, Params, Spec, tree
+from fresnet.types import BasicBlock, Bottleneck, Identity, Norm, NormStats
+
+PARAMS = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4), num_classes=5)
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+CALLS = [fresnet.forward, fresnet.forward_train, fresnet.features]
+
+every_call = pytest.mark.parametrize("call", CALLS)
+
+
+def check(call: Callable[..., Any], params: Any, x: Any, message: str) -> None:
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        call(params, x)
+
+
+@every_call
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X[0], "[b 3 h w]; got (3, 16, 16)"),
+        (X[None], "[b 3 h w]; got (1, 2, 3, 16, 16)"),
+        (X[:, :1], "[b 3 h w]; got (2, 1, 16, 16)"),
+        (X.repeat(1, 2, 1, 1), "[b 3 h w]; got (2, 6, 16, 16)"),
+        (X.permute(0, 2, 3, 1), "[b 3 h w]; got (2, 16, 16, 3)"),
+        (X.to(torch.uint8), "[b 3 h w] in the weights' torch.float32; got torch.uint8"),
+        (X.double(), "[b 3 h w] in the weights' torch.float32; got torch.float64"),
+        (X.to("meta"), "[b 3 h w] on the weights' device cpu; got meta"),
+        (X[:, :, :0], "[b 3 h w] with at least one image and pixel; got (2, 3, 0, 16)"),
+        (X[:, :, :, :0], "[b 3 h w] with at least one image and pixel; got (2, 3, 16, 0)"),
+        (X[:0], "[b 3 h w] with at least one image and pixel; got (0, 3, 16, 16)"),
+        (X.numpy(), "to be a tensor [b c h w]; got float32 (2, 3, 16, 16)"),
+        (None, "to be a tensor [b c h w]; got None"),
+    ],
+)
+def test_images(call: Callable[..., Any], x: Any, message: str) -> None:
+    check(call, PARAMS, x, f"{call.__name__} expects x {message}")
+
+
+def with_stages(weights: Any = None, stats: Any = None) -> Params:
+    """PARAMS with its stages edited, in either tree or in both."""
+    w, s = PARAMS
+    return Params(
+        w._replace(stages=weights(w.stages) if weights else w.stages),
+        s._replace(stages=stats(s.stages) if stats else s.stages),
+    )
+
+
+def without_first_block(stages: Any) -> Any:
+    return (stages[0], stages[1][1:])
+
+
+def with_block(block: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda stages: (stages[0], (block(stages[1][0]), *stages[1][1:]))
+
+
+w, s = PARAMS
+TREES: dict[str, tuple[Any, str]] = {
+    "not params": ({"weights": w, "stats": s}, "expects Params(weights, stats); got a dict"),
+    "a bare pair": ((w, s), "expects Params(weights, stats); got a tuple"),
+    "stats first": (Params(s, w), "expects Params(weights, stats)"),  # type: ignore[arg-type]
+    "a block missing": (
+        with_stages(without_first_block, without_first_block),
+        "a convolution of activations (2, 16, 4, 4) expects a weight [o 16 k k]; got (8, 32, 1, 1)",
+    ),
+    "a block missing in weights": (
+        with_stages(weights=without_first_block),
+        "expects stats.stages[1] to have 1 nodes, as weights.stages[1] has; got 2",
+    ),
+    "a block missing in stats": (
+        with_stages(stats=without_first_block),
+        "expects stats.stages[1] to have 2 nodes, as weights.stages[1] has; got 1",
+    ),
+    "a stage missing in stats": (
+        with_stages(stats=lambda stages: stages[:1]),
+        "expects stats.stages to have 2 nodes, as weights.stages has; got 1",
+    ),
+    "no stages": (
+        with_stages(lambda _: (), lambda _: ()),
+        "a head on activations (2, 4) expects a weight [k 4] and a bias [k]; got (5, 32) and (5,)",
+    ),
+    "a block that is None": (
+        with_stages(weights=with_block(lambda _: None)),
+        "expects weights.stages[1][0] to be a node of fresnet.types; got None",
+    ),
+    "stats of another block": (
+        with_stages(stats=with_block(lambda b: b.shortcut)),
+        "expects stats.stages[1][0] to be BottleneckStats, as weights.stages[1][0] is Bottleneck; "
+        "got a ProjectionStats",
+    ),
+    "an identity where the size halves": (
+        with_stages(
+            with_block(lambda b: b._replace(shortcut=Identity())),
+            with_block(lambda b: b._replace(shortcut=Identity())),
+        ),
+        "expects a shortcut of the same shape; got",
+    ),
+    "a leaf that is None": (
+        with_stages(weights=with_block(lambda b: b._replace(conv2=None))),
+        "expects weights.stages[1][0].conv2 to be a tensor; got None",
+    ),
+    "a float64 leaf": (
+        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2.double()))),
+        "expects weights.stages[1][0].conv2 to be torch.float32 on cpu, as the rest of the tree; "
+        "got torch.float64 on cpu",
+    ),
+    "float64 stats": (
+        PARAMS._replace(stats=tree.map(torch.Tensor.double, s)),
+        "expects stats.stem.norm.mean to be torch.float32 on cpu",
+    ),
+    "a leaf on another device": (
+        with_stages(stats=with_block(lambda b: tree.map(lambda t: t.to("meta"), b))),
+        "expects stats.stages[1][0].norm1.mean to be torch.float32 on cpu, as the rest of the "
+        "tree; got torch.float32 on meta",
+    ),
+    "an integer stem": (
+        PARAMS._replace(weights=w._replace(stem=w.stem._replace(conv=w.stem.conv.int()))),
+        "expects weights.stem.conv to be a float tensor [o c k k]; got int32 (4, 3, 7, 7)",
+    ),
+    "no stem": (
+        PARAMS._replace(weights=w._replace(stem=None)),  # type: ignore[arg-type]
+        "expects weights.stem.conv to be a float tensor [o c k k]; got None",
+    ),
+    "a norm of one channel beside many": (
+        Params(
+            w._replace(stem=w.stem._replace(norm=Norm(torch.ones(1), torch.zeros(1)))),
+            s._replace(stem=s.stem._replace(norm=NormStats(torch.zeros(1), torch.ones(1)))),
+        ),
+        "a norm of activations (2, 4, 8, 8) expects scale, bias, mean and var [4] each; "
+        "got (1,), (1,), (1,), (1,)",
+    ),
+    "a head without bias values": (
+        PARAMS._replace(weights=w._replace(head=w.head._replace(bias=torch.zeros(1)))),
+        "expects a weight [k 32] and a bias [k]; got (5, 32) and (1,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", [fresnet.forward, fresnet.forward_train])
+@pytest.mark.parametrize("name", TREES)
+def test_trees(call: Callable[..., Any], name: str) -> None:
+    params, message = TREES[name]
+    check(call, params, X, message)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 3, 1, 1), (1, 3, 2, 8)])
+def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
+    message = "forward_train expects more than one value per channel at every norm"
+    check(fresnet.forward_train, PARAMS, torch.ones(shape), message)
+    assert fresnet.forward(PARAMS, torch.ones(shape)).shape == (1, 5)
+
+
+def test_trees_that_differ_cannot_be_mapped_together() -> None:
+    other = fresnet.init(0, Spec(BasicBlock, (2, 2), width=4))
+    with pytest.raises(FresnetError, match=r"tree 2 differs from the first"):
+        tree.map(torch.add, PARAMS, other)
+    with pytest.raises(FresnetError, match="expects 2 leaves; got 1"):
+        tree.unflatten((1, 2), [1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"generator": "0"}, "init expects a torch.Generator or an int; got '0'"),
+        ({"generator": 0, "spec": "resnet50"}, "init expects a Spec, such as fresnet.RESNET50"),
+        ({"generator": 0, "num_classes": 0}, "got num_classes=0, in_channels=3"),
+        ({"generator": 0, "in_channels": 0}, "got num_classes=1000, in_channels=0"),
+        ({"generator": 0, "dtype": torch.int32}, "floating-point dtype; got torch.int32"),
+    ],
+)
+def test_init(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        fresnet.init(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [((),), ((1, 0),), ((2, 2), 0)])
+def test_spec(arguments: Any) -> None:
+    with pytest.raises(FresnetError, match="Spec expects at least one block in each stage"):
+        Spec(BasicBlock, *arguments)
+    with pytest.raises(FresnetError, match="Spec expects block BasicBlock or Bottleneck"):
+        Spec(Norm, (1,))  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+"""`forward` and `features` equal torchvision's network in evaluation mode."""
+
+import pytest
+import reference
+import torch
+from assertions import assert_close, assert_same
+from hypothesis import given
+from strategies import class_counts, examples, images, seeds, small_specs
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import fresnet
+from fresnet.norm import inference_norm
+from fresnet.types import Norm, NormStats, Weights
+
+named = pytest.mark.parametrize("name", fresnet.SPECS)
+
+
+@named
+@examples(8)
+@given(x=images(), seed=seeds, classes=class_counts)
+def test_forward_equals_torchvision(name: str, x: Tensor, seed: int, classes: int) -> None:
+    model = reference.module(fresnet.SPECS[name], seed, classes).eval()
+    with torch.no_grad():
+        logits = fresnet.forward(reference.params(model), x)
+        assert_close(logits, model(x), 1e-12)
+
+
+@examples(40)
+@given(x=images(), seed=seeds, classes=class_counts, spec=small_specs)
+def test_forward_of_any_depths_equals_torchvision(
+    x: Tensor, seed: int, classes: int, spec: fresnet.Spec
+) -> None:
+    model = reference.module(spec, seed, classes).eval()
+    with torch.no_grad():
+        assert_close(fresnet.forward(reference.params(model), x), model(x), 1e-12)
+
+
+@named
+@examples(4)
+@given(x=images(dtype=torch.float32), seed=seeds)
+def test_forward_in_float32_equals_torchvision_to_the_bit(name: str, x: Tensor, seed: int) -> None:
+    model = reference.module(fresnet.SPECS[name], seed, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert_same(fresnet.forward(reference.params(model), x), model(x))
+
+
+@named
+@examples(3)
+@given(x=images(), seed=seeds)
+def test_features_equal_torchvisions_stages(name: str, x: Tensor, seed: int) -> None:
+    model = reference.module(fresnet.SPECS[name], seed).eval()
+    with torch.no_grad():
+        actual = fresnet.features(reference.params(model), x)
+        expected = reference.activations(model, x)
+    assert len(actual) == 5
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(a, b, 1e-12, f"activation {i}")
+
+
+@examples(10)
+@given(x=images(), seed=seeds, spec=small_specs)
+def test_gradients_through_forward_equal_torchvision(
+    x: Tensor, seed: int, spec: fresnet.Spec
+) -> None:
+    """Fine-tuning with running statistics."""
+    model = reference.module(spec, seed).eval()
+    weights, stats = reference.params(model)
+    model(x).square().sum().backward()
+
+    def loss(weights: Weights) -> Tensor:
+        return fresnet.forward(fresnet.Params(weights, stats), x).square().sum()
+
+    grads = torch.func.grad(loss)(weights)
+    actual = fresnet.to_state_dict(fresnet.Params(grads, stats))
+    for name, expected in reference.gradients(model).items():
+        assert_close(actual[name], expected, 1e-10, name)
+
+
+@examples(20)
+@given(x=images())
+def test_inference_norm_is_differentiable_in_every_argument(x: Tensor) -> None:
+    """Statistics included, which PyTorch's own kernel refuses."""
+    x = x[:2, :, :3, :3].clone().requires_grad_()
+    vectors = [torch.rand(3, dtype=torch.float64).add(0.5).requires_grad_() for _ in range(4)]
+
+    def y(scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, x: Tensor) -> Tensor:
+        return inference_norm(Norm(scale, bias), NormStats(mean, var), x)[0]
+
+    assert gradcheck(y, (*vectors, x))

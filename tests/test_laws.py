@@ -1,0 +1,112 @@
+"""What holds for every network: purity, independence, invariance."""
+
+import pytest
+import torch
+from assertions import assert_close, assert_same, unmutated
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples, images, labels, tiny_params, training_images
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import fresnet
+from fresnet import Params, tree
+from fresnet.types import Stats, Weights
+
+
+@examples(25)
+@given(params=tiny_params(), x=training_images())
+def test_arguments_are_never_written_to(params: Params, x: Tensor) -> None:
+    def loss(params: Params, x: Tensor) -> Tensor:
+        logits, _ = fresnet.forward_train(params, x)
+        return logits.square().sum()
+
+    state = fresnet.to_state_dict(params)
+    with unmutated(params, x, state):
+        fresnet.forward(params, x)
+        fresnet.forward_train(params, x)
+        fresnet.features(params, x)
+        torch.func.grad(loss)(params, x)
+        fresnet.from_state_dict(state)
+        fresnet.to_state_dict(params)
+
+
+@examples(25)
+@given(params=tiny_params(), x=training_images())
+def test_results_share_no_memory_with_arguments(params: Params, x: Tensor) -> None:
+    """So that writing to a result cannot reach an argument."""
+    _, stats = fresnet.forward_train(params, x)
+    state = fresnet.to_state_dict(params)
+    results = (stats, state, fresnet.from_state_dict(state))
+    memory = [leaf.data_ptr() for leaf in tree.leaves((params, x, *results))]
+    assert len(set(memory)) == len(memory)
+
+
+@examples(25)
+@given(params=tiny_params(), x=images())
+def test_calls_repeat_to_the_bit_and_leave_the_global_generator_alone(
+    params: Params, x: Tensor
+) -> None:
+    state = torch.get_rng_state()
+    assert_same(fresnet.forward(params, x), fresnet.forward(params, x))
+    fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@examples(25)
+@given(params=tiny_params(), x=images(batch=st.integers(2, 6)), data=st.data())
+def test_logits_in_forward_do_not_depend_on_the_rest_of_the_batch(
+    params: Params, x: Tensor, data: st.DataObject
+) -> None:
+    chosen = data.draw(st.lists(st.integers(0, len(x) - 1), min_size=1, unique=True))
+    whole = fresnet.forward(params, x)
+    for i, logits in zip(chosen, fresnet.forward(params, x[chosen]), strict=True):
+        assert_close(logits, whole[i], 1e-12)
+
+
+@examples(25)
+@given(params=tiny_params(), x=training_images())
+def test_gradients_of_training_with_respect_to_stats_are_exactly_zero(
+    params: Params, x: Tensor
+) -> None:
+    """Even of a loss that uses the returned statistics: they are constants of differentiation."""
+    y = labels(x, params.weights.head.bias.numel())
+
+    def loss(stats: Stats) -> Tensor:
+        logits, stats = fresnet.forward_train(params._replace(stats=stats), x)
+        return cross_entropy(logits, y) + sum(s.sum() for s in tree.leaves(stats))
+
+    grads = torch.func.grad(loss)(params.stats)
+    assert_same(grads, tree.map(torch.zeros_like, params.stats))
+
+
+@examples(25)
+@given(params=tiny_params(), x=training_images())
+def test_returned_statistics_are_constants_of_the_weights(params: Params, x: Tensor) -> None:
+    def total(weights: Weights) -> Tensor:
+        _, stats = fresnet.forward_train(params._replace(weights=weights), x)
+        return torch.stack([s.sum() for s in tree.leaves(stats)]).sum()
+
+    grads = torch.func.grad(total)(params.weights)
+    assert_same(grads, tree.map(torch.zeros_like, params.weights))
+
+
+def scale_convolutions(weights: Weights, factor: float) -> Weights:
+    return tree.map(lambda w: w * factor if w.ndim == 4 else w, weights)
+
+
+@examples(15)
+@given(params=tiny_params(), x=training_images(), factor=st.floats(0.1, 10.0))
+def test_training_does_not_see_the_scale_of_a_convolution_as_eps_vanishes(
+    params: Params, x: Tensor, factor: float
+) -> None:
+    """Exactly: scaling every convolution by a is eps -> eps / a^2; so it vanishes with eps."""
+
+    def logits(params: Params, eps: float) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fresnet.norm.EPS", eps)
+            return fresnet.forward_train(params, x)[0]
+
+    scaled = params._replace(weights=scale_convolutions(params.weights, factor))
+    assert_close(logits(scaled, 1e-3 * factor**2), logits(params, 1e-3), 1e-9)
+    assert_close(logits(scaled, 1e-18), logits(params, 1e-18), 1e-6)
