@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,16 @@ except RuntimeError:
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fresnet
+
+
+every_member = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if sum(spec.depths) > 16 else [])
+        for name, spec in fresnet.SPECS.items()
+    ],
+)
+"""The five networks, the two deepest not in the development loop."""
 
 
 def module(
@@ -67,4 +78,4 @@ def gradients(model: ResNet) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-__all__ = ["ResNet", "activations", "gradients", "module", "params", "torchvision"]
+__all__ = ["ResNet", "activations", "every_member", "gradients", "module", "params", "torchvision"]

@@ -1,6 +1,5 @@
 """`forward` and `features` equal torchvision's network in evaluation mode."""
 
-import pytest
 import reference
 import torch
 from assertions import assert_close, assert_same
@@ -13,10 +12,8 @@ import fresnet
 from fresnet.norm import inference_norm
 from fresnet.types import Norm, NormStats, Weights
 
-named = pytest.mark.parametrize("name", fresnet.SPECS)
 
-
-@named
+@reference.every_member
 @examples(8)
 @given(x=images(), seed=seeds, classes=class_counts)
 def test_forward_equals_torchvision(name: str, x: Tensor, seed: int, classes: int) -> None:
@@ -36,7 +33,7 @@ def test_forward_of_any_depths_equals_torchvision(
         assert_close(fresnet.forward(reference.params(model), x), model(x), 1e-12)
 
 
-@named
+@reference.every_member
 @examples(4)
 @given(x=images(dtype=torch.float32), seed=seeds)
 def test_forward_in_float32_equals_torchvision_to_the_bit(name: str, x: Tensor, seed: int) -> None:
@@ -45,7 +42,7 @@ def test_forward_in_float32_equals_torchvision_to_the_bit(name: str, x: Tensor, 
         assert_same(fresnet.forward(reference.params(model), x), model(x))
 
 
-@named
+@reference.every_member
 @examples(3)
 @given(x=images(), seed=seeds)
 def test_features_equal_torchvisions_stages(name: str, x: Tensor, seed: int) -> None:

@@ -15,8 +15,6 @@ import fresnet
 from fresnet import Params, tree
 from fresnet.types import Stats, Weights
 
-named = pytest.mark.parametrize("name", fresnet.SPECS)
-
 
 def loss_fn(
     weights: Weights, stats: Stats, x: Tensor, y: Tensor
@@ -49,7 +47,7 @@ def check_one_step(model: reference.ResNet, x: Tensor, y: Tensor) -> None:
     assert len(gradients) == len(tree.leaves(params.weights))
 
 
-@named
+@reference.every_member
 @examples(3)
 @given(x=training_images(), seed=seeds, classes=class_counts)
 def test_one_step_equals_torchvision(name: str, x: Tensor, seed: int, classes: int) -> None:
@@ -112,14 +110,14 @@ def check_ten_steps_of_sgd(model: reference.ResNet, x: Tensor) -> None:
     assert_all_close({n: state[n] for n in running(model)}, running(model), 1e-12)
 
 
-@examples(8)
+@examples(4)
 @given(x=training_images(), seed=seeds, spec=small_specs)
 def test_ten_steps_of_sgd_equal_torch_optim(x: Tensor, seed: int, spec: fresnet.Spec) -> None:
     check_ten_steps_of_sgd(reference.module(spec, seed), x)
 
 
 @pytest.mark.slow
-@named
+@reference.every_member
 @examples(1)
 @given(x=training_images(), seed=seeds)
 def test_ten_steps_of_sgd_of_the_family_equal_torch_optim(name: str, x: Tensor, seed: int) -> None:

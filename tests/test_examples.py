@@ -1,0 +1,145 @@
+"""The examples do what their docstrings say."""
+
+import re
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+import train_digits
+from assertions import assert_same
+from digits import load
+from torch.nn.functional import cross_entropy
+
+import fresnet
+from fresnet import tree
+
+SCRIPT = Path(train_digits.__file__)
+QUICK = ("--arch", "resnet18", "--epochs", "1")
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0
+    )
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    process = start(*arguments)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return content
+
+
+def interrupt(process: subprocess.Popen[str], after: int) -> str:
+    """Ctrl-C once the progress bar has counted this many images; what was printed meanwhile."""
+    assert process.stderr is not None
+    printed = ""
+    while not any(int(n) >= after for n in re.findall(r"\| (\d+)/\d+ \[", printed)):
+        character = process.stderr.read(1)
+        assert character, f"ended too early:\n{printed}"
+        printed += character
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate()
+    return printed + rest
+
+
+@pytest.mark.slow
+def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    code, out, err = run(*QUICK, "--out", straight)
+    assert code == 0, err
+    assert "test accuracy" in out
+    assert {p.name for p in straight.iterdir()} == {"checkpoint.pt", "curves.png", "digits.png"}
+
+    process = start(*QUICK, "--out", broken)
+    assert "--resume goes on" in interrupt(process, after=3 * train_digits.BATCH)
+    assert process.returncode == 1
+    steps = len(checkpoint(broken)["history"])
+    assert 3 <= steps < 22
+    code, resumed, err = run(*QUICK, "--out", broken, "--resume")
+    assert code == 0, err
+    assert resumed.splitlines()[0] == out.splitlines()[0]
+    assert len(checkpoint(broken)["history"]) == 22
+    assert_same(checkpoint(broken)["model"], checkpoint(straight)["model"])
+    assert_same(checkpoint(broken)["velocity"], checkpoint(straight)["velocity"])
+    assert checkpoint(broken)["history"] == checkpoint(straight)["history"]
+
+    model = reference.torchvision.models.resnet18(num_classes=10)
+    model.load_state_dict(checkpoint(broken)["model"], strict=True)
+
+    code, _, err = run("--arch", "resnet34", "--out", broken, "--resume")
+    assert code == 1
+    assert "holds another run" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--resume",), "nothing to resume: there is no"),
+        (("--epochs", "0"), "--epochs must be at least 1; got 0"),
+        (("--arch", "resnet51"), "invalid choice: 'resnet51'"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    code, _, err = run("--out", tmp_path, *arguments)
+    assert code != 0
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_its_step_is_torch_optims() -> None:
+    train, _ = load()
+    x, y = train_digits.batch(train, 0, seed=0)
+    params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    state = train_digits.State(params, tree.map(torch.zeros_like, params.weights), ())
+    model = reference.torchvision.models.resnet18(num_classes=10)
+    model.load_state_dict(fresnet.to_state_dict(params))
+    model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=5e-4)
+    cross_entropy(model(x), y, label_smoothing=0.1).backward()
+    optimizer.step()
+    state = train_digits.train_step(state, x, y, 0.05)
+    assert_same(reference.params(model).weights, state.params.weights)
+
+
+def test_every_epoch_shows_each_digit_at_most_once_in_another_order() -> None:
+    train, test = load()
+    assert (len(train.labels), len(test.labels)) == (1437, 360)
+    indexed = train._replace(images=torch.arange(len(train.labels)))
+    epochs = [
+        torch.cat([train_digits.batch(indexed, 22 * epoch + i, seed=0)[0] for i in range(22)])
+        for epoch in range(2)
+    ]
+    assert all(len(epoch.unique()) == 22 * 64 for epoch in epochs)
+    assert not torch.equal(*epochs)
+
+
+def test_the_learning_rate_warms_up_then_falls_to_zero() -> None:
+    rates = [train_digits.learning_rate(step, 100, 10) for step in range(101)]
+    assert rates[9] == rates[10] == max(rates) == train_digits.PEAK_RATE
+    assert all(a < b for a, b in pairwise(rates[:10]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rates[100] == pytest.approx(0)
+
+
+@pytest.mark.slow
+def test_the_main_job_reaches_97_percent(tmp_path: Path) -> None:
+    code, out, err = run("--out", tmp_path)
+    assert code == 0, err
+    accuracy = re.search(r"test accuracy ([\d.]+)% on 360 digits", out)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 97
