@@ -4,7 +4,9 @@
 held out for testing.
 """
 
+import math
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -42,7 +44,9 @@ def draw_predictions(digits: Digits, logits: Tensor, path: Path) -> None:
     order = torch.argsort(wrong, descending=True, stable=True)[:60].tolist()
     figure = Figure(figsize=(12, 7.2), layout="constrained")
     right = len(wrong) - int(wrong.sum())
-    figure.suptitle(f"{right} of {len(wrong)} test digits right; errors come first, in red")
+    figure.suptitle(
+        f"{right} of {len(wrong)} test digits right: prediction and confidence, errors first"
+    )
     for axes, i in zip(figure.subplots(5, 12).flat, order, strict=True):
         axes.imshow(digits.images[i, 0], cmap="gray_r", interpolation="nearest")
         axes.set(xticks=[], yticks=[])
@@ -52,4 +56,32 @@ def draw_predictions(digits: Digits, logits: Tensor, path: Path) -> None:
             for spine in axes.spines.values():
                 spine.set(color=color, linewidth=3)
         axes.set_title(text, fontsize=9, color=color)
+    figure.savefig(path, dpi=120)
+
+
+def least_loss(smoothing: float, classes: int = 10) -> float:
+    """The entropy of a smoothed label: no prediction has a lower loss."""
+    off = smoothing / classes
+    on = 1 - smoothing + off
+    return -on * math.log(on) - (classes - 1) * off * math.log(off)
+
+
+def draw_curves(
+    history: tuple[tuple[float, float], ...], per_epoch: int, smoothing: float, path: Path
+) -> None:
+    """Loss and accuracy of each batch, and their means over the 11 batches around it."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    epochs = [(step + 1) / per_epoch for step in range(len(history))]
+    names = ("training loss (label-smoothed)", "training accuracy")
+    for i, (axes, name) in enumerate(zip(figure.subplots(1, 2), names, strict=True)):
+        values = [record[i] for record in history]
+        axes.plot(epochs, values, linewidth=0.8, alpha=0.4, color="C0", label="each batch")
+        smooth = [mean(values[max(0, middle - 5) : middle + 6]) for middle in range(len(values))]
+        axes.plot(epochs, smooth, color="C0", label="mean of 11")
+        axes.set(xlabel="epoch", title=name)
+        axes.grid(alpha=0.3)
+    loss_axes, accuracy_axes = figure.axes
+    loss_axes.axhline(least_loss(smoothing), color="black", linestyle=":", label="least possible")
+    loss_axes.legend()
+    accuracy_axes.legend()
     figure.savefig(path, dpi=120)

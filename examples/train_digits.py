@@ -4,9 +4,10 @@
 
 Shows a progress bar, then prints the accuracy on 360 held-out digits, and writes to --out: the
 checkpoint, the training curves and a grid of test digits with prediction and confidence.
-Ctrl-C saves where it was; --resume goes on from there, bit for bit as if never interrupted.
+It saves after every epoch and on Ctrl-C; the same command with --resume goes on from there, bit
+for bit as if never interrupted.
 
-Measured on 2 CPU cores, PyTorch 2.13: 99.4% in 66 s (seed 0).
+Measured on 2 CPU cores, PyTorch 2.13: 98.3% in 66 s (seed 0).
 """
 
 import argparse
@@ -14,13 +15,11 @@ import math
 import os
 import sys
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from digits import Digits, draw_predictions, load
-from matplotlib.figure import Figure
+from digits import Digits, draw_curves, draw_predictions, load
 from torch import Tensor
 from torch.func import grad_and_value
 from tqdm import tqdm
@@ -49,10 +48,10 @@ def train_step(state: State, x: Tensor, y: Tensor, rate: float) -> State:
     weights, stats = state.params
     grads, (loss, (logits, stats)) = grad_and_value(loss_fn, has_aux=True)(weights, stats, x, y)
     velocity = tree.map(
-        lambda v, g, w: torch.add(torch.add(g, w, alpha=WEIGHT_DECAY), v, alpha=MOMENTUM),
+        lambda v, g, w: v.mul(MOMENTUM).add(g.add(w, alpha=WEIGHT_DECAY)),
         *(state.velocity, grads, weights),
     )
-    weights = tree.map(lambda w, v: torch.add(w, v, alpha=-rate), weights, velocity)
+    weights = tree.map(lambda w, v: w.add(v, alpha=-rate), weights, velocity)
     accuracy = (logits.argmax(1) == y).float().mean()
     return State(Params(weights, stats), velocity, (*state.history, (loss.item(), accuracy.item())))
 
@@ -88,46 +87,32 @@ def restore(path: Path, run: dict[str, Any]) -> State:
     """Read a checkpoint of the same run."""
     if not path.exists():
         sys.exit(f"nothing to resume: there is no {path}")
-    content = torch.load(path, weights_only=True)
-    if content["run"] != run:
-        sys.exit(f"{path} holds another run: {content['run']}, not {run}")
-    params = fresnet.from_state_dict(content["model"])
-    velocity = tree.unflatten(params.weights, content["velocity"])
-    return State(params, velocity, tuple(content["history"]))
-
-
-def least_loss(classes: int = 10) -> float:
-    """The entropy of a smoothed label: no prediction has a lower loss."""
-    off = SMOOTHING / classes
-    on = 1 - SMOOTHING + off
-    return -on * math.log(on) - (classes - 1) * off * math.log(off)
-
-
-def draw_curves(history: tuple[tuple[float, float], ...], per_epoch: int, path: Path) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    epochs = [(step + 1) / per_epoch for step in range(len(history))]
-    names = ("training loss (label-smoothed)", "training accuracy")
-    for i, (axes, name) in enumerate(zip(figure.subplots(1, 2), names, strict=True)):
-        values = [record[i] for record in history]
-        axes.plot(epochs, values, linewidth=0.8, alpha=0.4)
-        smooth = [mean(values[max(0, last - 10) : last + 1]) for last in range(len(values))]
-        axes.plot(epochs, smooth, color="C0", label="mean of 11 batches")
-        axes.set(xlabel="epoch", title=name)
-        axes.grid(alpha=0.3)
-    loss_axes, accuracy_axes = figure.axes
-    loss_axes.axhline(least_loss(), color="black", linestyle=":", label="least possible")
-    loss_axes.legend()
-    accuracy_axes.legend()
-    figure.savefig(path, dpi=120)
+    try:
+        content = torch.load(path, weights_only=True)
+        held = content["run"]
+        params = fresnet.from_state_dict(content["model"])
+        velocity = tree.unflatten(params.weights, content["velocity"])
+        state = State(params, velocity, tuple(content["history"]))
+    except Exception as error:
+        sys.exit(f"{path} is not a checkpoint of this program: {error!r}")
+    for name, value in run.items():
+        if held[name] != value:
+            sys.exit(f"{path} was started with --{name} {held[name]}, not {value}")
+    return state
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", choices=fresnet.SPECS, default="resnet50")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/digits"), metavar="DIR")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser = argparse.ArgumentParser(
+        description="Train a ResNet on scikit-learn's handwritten digits.",
+        epilog="Ctrl-C saves; the same command with --resume goes on from there.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    option("--arch", choices=fresnet.SPECS, default="resnet50", help="the network")
+    option("--epochs", type=int, default=12, help="passes over the 1,437 training digits")
+    option("--seed", type=int, default=0, help="of initialisation and of the order of digits")
+    option("--out", type=Path, default=Path("runs/digits"), help="the folder written to")
+    option("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args()
     if args.epochs < 1:
         parser.error(f"--epochs must be at least 1; got {args.epochs}")
@@ -145,7 +130,12 @@ def main() -> None:
         state = State(params, tree.map(torch.zeros_like, params.weights), ())
     per_epoch = len(train.labels) // BATCH
     steps, start = args.epochs * per_epoch, len(state.history)
-    progress = tqdm(total=steps * BATCH, initial=start * BATCH, unit="img", desc=args.arch)
+    progress = tqdm(
+        total=steps * BATCH,
+        initial=start * BATCH,
+        unit=" images",
+        bar_format="{percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left{postfix}",
+    )
     try:
         for step in range(start, steps):
             rate = learning_rate(step, steps, warm_up=min(2, args.epochs / 2) * per_epoch)
@@ -153,17 +143,18 @@ def main() -> None:
             loss, accuracy = state.history[-1]
             progress.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.0%}", refresh=False)
             progress.update(BATCH)
+            if (step + 1) % per_epoch == 0:
+                save(checkpoint, state, run)
     except KeyboardInterrupt:
         save(checkpoint, state, run)
         progress.close()
         sys.exit(f"stopped after {len(state.history)} of {steps} steps; --resume goes on")
     progress.close()
-    save(checkpoint, state, run)
 
     with torch.no_grad():
         logits = torch.cat([fresnet.forward(state.params, x) for x in test.images.split(120)])
     accuracy = (logits.argmax(1) == test.labels).float().mean().item()
-    draw_curves(state.history, per_epoch, args.out / "curves.png")
+    draw_curves(state.history, per_epoch, SMOOTHING, args.out / "curves.png")
     draw_predictions(test, logits, args.out / "digits.png")
     print(f"test accuracy {accuracy:.2%} on {len(test.labels)} digits")
     print(f"wrote checkpoint.pt, curves.png and digits.png to {args.out}")

@@ -1,17 +1,27 @@
 """What the public functions refuse before they compute anything.
 
-Only types, dtypes, devices and shapes are read, never values: nothing here synchronises with a
-device or leaves a trace in a compiled graph. Whether channels fit from one operation to the next
-is checked by the operations themselves.
+One walk down both trees. Only types, dtypes and devices are read, never values: nothing here
+synchronises with a device or leaves a trace in a compiled graph. Whether channels fit from one
+operation to the next is checked by the operations themselves.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError, describe
-from fresnet.types import STATS_OF, Norm, Params, Weights
+from fresnet.types import (
+    BLOCKS,
+    NODES,
+    STATS_OF,
+    STEMS,
+    Head,
+    NormStats,
+    Params,
+    Stats,
+    Weights,
+)
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,65 +54,91 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
         raise FresnetError(f"{expected} on the weights' device {stem.device}; got {x.device}")
 
 
+def check_momentum(caller: str, momentum: float | Tensor) -> None:
+    """Refuse a momentum that is neither a number from 0 to 1 nor a 0-d tensor.
+
+    Raises:
+      FresnetError: saying what came.
+    """
+    if isinstance(momentum, Tensor):
+        fits = momentum.ndim == 0
+    else:
+        fits = isinstance(momentum, int | float) and 0 <= momentum <= 1
+    if not fits:
+        got = describe(momentum) if isinstance(momentum, Tensor) else repr(momentum)
+        raise FresnetError(
+            f"{caller} expects momentum to be a number from 0 to 1 or a 0-d tensor; got {got}"
+        )
+
+
 def check_params(caller: str, params: Params) -> None:
     """Refuse a tree that is no network, or not of one dtype on one device.
 
     Raises:
       FresnetError: naming the node, what was expected there and what came.
     """
-    if type(params) is not Params or type(params.weights) is not Weights:
+    if type(params) is not Params:
         raise FresnetError(f"{caller} expects Params(weights, stats); got {describe(params)}")
-    stem = getattr(params.weights.stem, "conv", None)
+    weights, stats = params
+    if type(weights) is not Weights or type(stats) is not Stats:
+        raise FresnetError(
+            f"{caller} expects Params(weights, stats) to hold Weights and Stats; "
+            f"got {describe(weights)} and {describe(stats)}"
+        )
+    stem = getattr(weights.stem, "conv", None)
     if not isinstance(stem, Tensor) or stem.ndim != 4 or not stem.is_floating_point():
         raise FresnetError(
             f"{caller} expects weights.stem.conv to be a float tensor [o c k k]; "
             f"got {describe(stem)}"
         )
-    _check_pair(caller, "", params.weights, params.stats)
-    _check_leaves(caller, "weights", params.weights, stem.dtype, stem.device)
-    _check_leaves(caller, "stats", params.stats, stats_dtype(stem.dtype), stem.device)
+    walk = _Walk(caller, stem.dtype, stats_dtype(stem.dtype), stem.device)
+    walk.node("stem", weights.stem, stats.stem, STEMS)
+    walk.same_length("stages", weights.stages, stats.stages)
+    for i, (blocks, blocks_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
+        walk.same_length(f"stages[{i}]", blocks, blocks_stats)
+        for j, (block, block_stats) in enumerate(zip(blocks, blocks_stats, strict=True)):
+            walk.node(f"stages[{i}][{j}]", block, block_stats, BLOCKS)
+    walk.node("head", weights.head, (), (Head,))
 
 
-def _check_pair(caller: str, where: str, weights: Any, stats: Any) -> None:
-    """Refuse statistics that do not stand in parallel to the weights, node by node."""
-    kind = type(weights)
-    if kind is tuple:
-        if type(stats) is not tuple or len(stats) != len(weights):
-            got = len(stats) if type(stats) is tuple else describe(stats)
-            raise FresnetError(
-                f"{caller} expects stats{where} to have {len(weights)} nodes, "
-                f"as weights{where} has; got {got}"
-            )
-        for i, pair in enumerate(zip(weights, stats, strict=True)):
-            _check_pair(caller, f"{where}[{i}]", *pair)
-    elif kind not in STATS_OF:
-        raise FresnetError(
-            f"{caller} expects weights{where} to be a node of fresnet.types; "
-            f"got {describe(weights)}"
-        )
-    elif type(stats) is not STATS_OF[kind]:
-        raise FresnetError(
-            f"{caller} expects stats{where} to be {STATS_OF[kind].__name__}, "
-            f"as weights{where} is {kind.__name__}; got {describe(stats)}"
-        )
-    elif kind is not Norm:
-        for field in stats._fields:
-            _check_pair(caller, f"{where}.{field}", getattr(weights, field), getattr(stats, field))
+class _Walk(NamedTuple):
+    """Down both trees at once: every node of a type that its place takes, every leaf a tensor."""
 
+    caller: str
+    dtype: torch.dtype
+    stats_dtype: torch.dtype
+    device: torch.device
 
-def _check_leaves(
-    caller: str, where: str, node: Any, dtype: torch.dtype, device: torch.device
-) -> None:
-    if isinstance(node, tuple):
-        names = getattr(node, "_fields", None)
-        for i, child in enumerate(node):
-            _check_leaves(
-                caller, f"{where}.{names[i]}" if names else f"{where}[{i}]", child, dtype, device
-            )
-    elif not isinstance(node, Tensor):
-        raise FresnetError(f"{caller} expects {where} to be a tensor; got {describe(node)}")
-    elif node.dtype != dtype or node.device != device:
-        raise FresnetError(
-            f"{caller} expects {where} to be {dtype} on {device}, as the rest of the tree; "
-            f"got {node.dtype} on {node.device}"
-        )
+    def node(self, where: str, weights: Any, stats: Any, kinds: tuple[type, ...]) -> None:
+        if type(weights) not in kinds:
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            self.fail(f"weights.{where}", expected, describe(weights))
+        if type(stats) is not STATS_OF[type(weights)]:
+            expected = f"{STATS_OF[type(weights)].__name__} beside {type(weights).__name__}"
+            self.fail(f"stats.{where}", expected, describe(stats))
+        for field, child in zip(weights._fields, weights, strict=True):
+            if field in NODES:
+                self.node(f"{where}.{field}", child, getattr(stats, field), NODES[field])
+            else:
+                self.leaf("weights", where, field, child, self.dtype)
+        if type(stats) is NormStats:
+            self.leaf("stats", where, "mean", stats.mean, self.stats_dtype)
+            self.leaf("stats", where, "var", stats.var, self.stats_dtype)
+
+    def leaf(self, tree: str, where: str, field: str, leaf: Any, dtype: torch.dtype) -> None:
+        if not isinstance(leaf, Tensor):
+            self.fail(f"{tree}.{where}.{field}", "a tensor", describe(leaf))
+        if leaf.dtype != dtype or leaf.device != self.device:
+            expected = f"{dtype} on {self.device}, to go with weights.stem.conv"
+            self.fail(f"{tree}.{where}.{field}", expected, f"{leaf.dtype} on {leaf.device}")
+
+    def same_length(self, where: str, weights: Any, stats: Any) -> None:
+        for tree, nodes in (("weights", weights), ("stats", stats)):
+            if type(nodes) is not tuple or not nodes:
+                self.fail(f"{tree}.{where}", "a tuple, not empty", describe(nodes))
+        if len(stats) != len(weights):
+            expected = f"as long as weights.{where}, {len(weights)}"
+            self.fail(f"stats.{where}", expected, str(len(stats)))
+
+    def fail(self, where: str, expected: str, got: str) -> NoReturn:
+        raise FresnetError(f"{self.caller} expects {where} to be {expected}; got {got}")

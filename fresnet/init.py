@@ -1,6 +1,6 @@
 """Initialisation: a network's first parameters, drawn from an explicit generator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -23,6 +23,7 @@ from fresnet.types import (
     Params,
     Projection,
     Shortcut,
+    Stats,
     Stem7x7,
     Weights,
 )
@@ -52,7 +53,7 @@ def init(
 
     Args:
       generator: where the randomness comes from, advanced by the call; an int seeds a new one.
-      spec: the architecture, one of `SPECS` or your own.
+      spec: the architecture, one of `SPECS` or your own `Spec`.
       num_classes: the number of logits, k.
       in_channels: the channels of the images.
       zero_init_residual: start the last scale of every block at 0, so that each block starts
@@ -62,18 +63,18 @@ def init(
     Returns:
       `Params(weights, stats)`.
     Raises:
-      FresnetError: if an argument is not what the above says.
+      FresnetError: if generator, spec, num_classes, in_channels or dtype is not of this kind.
     Source: He et al. 2015, arXiv:1502.01852, Eq. 14, in the backward direction.
     """
-    if isinstance(generator, int):
+    if type(generator) is int:
         generator = torch.Generator().manual_seed(generator)
     if not isinstance(generator, torch.Generator):
         raise FresnetError(f"init expects a torch.Generator or an int; got {generator!r}")
     if not isinstance(spec, Spec):
         raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {spec!r}")
-    if num_classes < 1 or in_channels < 1:
+    if not all(type(n) is int and n > 0 for n in (num_classes, in_channels)):
         raise FresnetError(
-            "init expects at least one class and one channel; "
+            "init expects num_classes and in_channels to be positive integers; "
             f"got num_classes={num_classes}, in_channels={in_channels}"
         )
     if not dtype.is_floating_point:
@@ -81,7 +82,11 @@ def init(
     device = generator.device if device is None else torch.device(device)
     draw = _Draw(generator, dtype, device)
     weights = _weights(draw, spec, num_classes, in_channels, 0.0 if zero_init_residual else 1.0)
-    return Params(weights, _fresh_stats(weights))
+    stats = Stats(
+        stem=_fresh_stats(weights.stem),
+        stages=tuple(tuple(map(_fresh_stats, blocks)) for blocks in weights.stages),
+    )
+    return Params(weights, stats)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def _weights(
     draw: _Draw, spec: Spec, num_classes: int, in_channels: int, last_scale: float
 ) -> Weights:
     stem = Stem7x7(draw.conv(in_channels, spec.width, 7), draw.norm(spec.width))
-    new_block, expansion = BLOCKS[spec.block]
+    new_block, expansion = NEW_BLOCK[spec.block]
     channels, stages = spec.width, []
     for stage, depth in enumerate(spec.depths):
         width, blocks = spec.width * 2**stage, []
@@ -164,7 +169,7 @@ def _bottleneck(
     )
 
 
-BLOCKS: dict[type, tuple[Callable[..., Block], int]] = {
+NEW_BLOCK: Mapping[type, tuple[Callable[..., Block], int]] = {
     BasicBlock: (_basic_block, 1),
     Bottleneck: (_bottleneck, 4),
 }
@@ -177,14 +182,12 @@ def _shortcut(draw: _Draw, channels: int, out_channels: int, strides: bool) -> S
 
 
 def _fresh_stats(weights: Any) -> Any:
-    """The statistics that stand in parallel to these weights, every mean 0 and every var 1."""
+    """The statistics that stand beside this node, every mean 0 and every var 1."""
     if isinstance(weights, Norm):
         dtype = stats_dtype(weights.scale.dtype)
         return NormStats(
             mean=torch.zeros_like(weights.scale, dtype=dtype),
             var=torch.ones_like(weights.scale, dtype=dtype),
         )
-    if type(weights) is tuple:
-        return tuple(_fresh_stats(node) for node in weights)
     stats = STATS_OF[type(weights)]
     return stats(*(_fresh_stats(getattr(weights, field)) for field in stats._fields))

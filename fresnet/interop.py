@@ -18,8 +18,9 @@ from fresnet.types import BasicBlock, Bottleneck, Params
 def from_state_dict(mapping: Mapping[str, Tensor]) -> Params:
     """The network in a torchvision state dict; depths, width and classes are read off the entries.
 
-    Tensors are copied, convolutions into channels last, and take the dtype of the first entry,
-    which must hold every other exactly. The counters `num_batches_tracked` may be
+    Tensors are copied, convolutions into channels last. Weights take the dtype of
+    `conv1.weight`, statistics the same but never narrower than float32; an entry that this dtype
+    cannot hold exactly is refused. The counters `num_batches_tracked` may be
     there or not and are dropped: no BatchNorm with a fixed momentum reads them.
 
     Args:
@@ -30,6 +31,11 @@ def from_state_dict(mapping: Mapping[str, Tensor]) -> Params:
       FresnetError: naming the entries that are missing, unexpected, misshapen or of another dtype
         or device than the rest, with what was expected and what was found.
     """
+    if not isinstance(mapping, Mapping):
+        raise FresnetError(
+            "from_state_dict expects a mapping of names to tensors, as model.state_dict() gives; "
+            f"got {describe(mapping)}"
+        )
     template = _template(mapping)
     expected = dict(zip(_names(template), tree.leaves(template), strict=True))
     given = {name: value for name, value in mapping.items() if not _is_counter(name)}
@@ -49,7 +55,7 @@ def to_state_dict(params: Params) -> dict[str, Tensor]:
     Tensors are contiguous copies. Each norm gets a counter `num_batches_tracked` of 0.
 
     >>> import fresnet
-    >>> len(to_state_dict(fresnet.init(0, fresnet.RESNET50, device="meta")))
+    >>> len(fresnet.to_state_dict(fresnet.init(0, fresnet.RESNET50, device="meta")))
     320
 
     Args:
@@ -63,15 +69,14 @@ def to_state_dict(params: Params) -> dict[str, Tensor]:
     named = dict(zip(_names(params), tree.leaves(params), strict=True))
     modules = dict.fromkeys(name.rpartition(".")[0] for name in named)
     state: dict[str, Tensor] = {}
+    device = params.weights.stem.conv.device
     for module in modules:
-        for leaf in _LEAVES.values():
-            if f"{module}.{leaf}" in named:
-                value = named[f"{module}.{leaf}"]
-                state[f"{module}.{leaf}"] = value.detach().clone(
-                    memory_format=torch.contiguous_format
-                )
-        if f"{module}.running_var" in named:
-            state[f"{module}.num_batches_tracked"] = torch.tensor(0, device=value.device)
+        for name in (f"{module}.{leaf}" for leaf in _LEAVES.values()):
+            if name in named:
+                value = named[name].detach()
+                state[name] = value.clone(memory_format=torch.contiguous_format)
+        if f"{module}.running_var" in state:
+            state[f"{module}.num_batches_tracked"] = torch.tensor(0, device=device)
     return state
 
 
@@ -111,9 +116,9 @@ def _node_name(node: list[str | int], *, conv: str, norm: str) -> str:
 
 def _template(mapping: Mapping[str, Tensor]) -> Params:
     """The network that the names describe, on meta: every shape, no values."""
-    blocks = [match for name in mapping if (match := re.match(r"layer(\d)\.(\d{1,3})\.", name))]
+    blocks = [m for name in mapping if (m := re.match(r"layer(\d)\.(\d{1,3})\.", str(name)))]
     if not blocks:
-        names = ", ".join(list(mapping)[:3]) or "none"
+        names = ", ".join(map(str, list(mapping)[:3])) or "none"
         raise FresnetError(
             "from_state_dict expects torchvision's names (conv1.weight, layer1.0.conv1.weight, "
             f"..., fc.bias); got {len(mapping)} entries: {names}"
@@ -127,7 +132,8 @@ def _template(mapping: Mapping[str, Tensor]) -> Params:
         ),
         width=_size(mapping, ("conv1.weight", 0), ("bn1.weight", 0), default=64),
     )
-    dtype = next((v.dtype for v in mapping.values() if _is_float(v)), torch.float32)
+    stem = mapping.get("conv1.weight")
+    dtype = stem.dtype if _is_float(stem) else torch.float32
     return init(
         0,
         spec,
@@ -145,15 +151,16 @@ def _faults(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iter
     for name, value in given.items():
         if name not in expected:
             yield f"{name} is unexpected: got {describe(value)}"
-    device = next((v.device for v in given.values() if _is_float(v)), None)
+    stem = given.get("conv1.weight")
+    device = stem.device if _is_float(stem) else None
     for name in (name for name in expected if name in given):
         value, leaf = given[name], expected[name]
         if not _is_float(value) or value.shape != leaf.shape:
             yield f"{name}: expected float {tuple(leaf.shape)}, got {describe(value)}"
         elif torch.promote_types(value.dtype, leaf.dtype) != leaf.dtype:
-            yield f"{name}: expected {leaf.dtype}, as the first entry, got {value.dtype}"
-        elif value.device != device:
-            yield f"{name}: expected on {device}, as the first entry, got {value.device}"
+            yield f"{name}: expected {leaf.dtype}, to go with conv1.weight, got {value.dtype}"
+        elif device is not None and value.device != device:
+            yield f"{name}: expected on {device}, to go with conv1.weight, got {value.device}"
 
 
 def _describe(params: Params) -> str:
@@ -168,8 +175,9 @@ def _describe(params: Params) -> str:
 
 
 def _copy(value: Tensor, dtype: torch.dtype) -> Tensor:
-    layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
-    return value.detach().to(dtype).clone(memory_format=layout)
+    """Detached, and laid out as `init` does it: strides included, on which kernels choose."""
+    copy = value.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+    return copy.contiguous(memory_format=torch.channels_last) if copy.ndim == 4 else copy
 
 
 def _size(mapping: Mapping[str, Tensor], *places: tuple[str, int], default: int) -> int:

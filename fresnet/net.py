@@ -4,13 +4,13 @@ One body, `_network`, runs stem and stages with the norm handed in. Inference ha
 that uses the running statistics, training the one that uses the batch and returns new ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import Tensor
 from torch.nn.functional import relu
 
-from fresnet.check import check_call
+from fresnet.check import check_call, check_momentum
 from fresnet.norm import NormFunction, inference_norm, training_norm
 from fresnet.ops import add_relu, conv2d, global_average_pool, linear, max_pool
 from fresnet.types import (
@@ -61,8 +61,8 @@ def forward_train(
 ) -> tuple[Tensor, Stats]:
     """Classify a batch of images by the statistics of the batch itself: training.
 
-    The logits do not depend on `params.stats`, and the returned statistics are constants of
-    differentiation, so a loss may be differentiated with them as an auxiliary output.
+    The logits do not depend on `params.stats`, and the returned statistics are constants with
+    respect to params and x, so a loss may carry them as an auxiliary output.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -73,14 +73,15 @@ def forward_train(
       params: the network.
       x: images, float `[b c h w]`, in the dtype of the weights.
       momentum: the weight of the batch's moments in the new running statistics
-        (PyTorch's sense; 0.1 here is 0.9 in Flax).
+        (PyTorch's sense; 0.1 here is 0.9 in Flax): a number from 0 to 1 or a 0-d tensor.
     Returns:
       `(logits, stats)`: logits `[b k]`; the new running statistics.
     Raises:
-      FresnetError: if the tree or the images are not what a network takes, or if some norm
-        would see one value per channel.
+      FresnetError: if the tree, the images or the momentum are not what a network takes, or if
+        some norm would see one value per channel.
     """
     check_call("forward_train", params, x)
+    check_momentum("forward_train", momentum)
     activations, stats = _network(params, x, partial(training_norm, momentum=momentum))
     return _head(params.weights.head, activations[-1]), stats
 
@@ -117,8 +118,8 @@ def _network(params: Params, x: Tensor, norm: NormFunction) -> tuple[tuple[Tenso
     x, stem_stats = _stem(weights.stem, stats.stem, x, norm)
     activations = [x]
     stages_stats: list[tuple[BlockStats, ...]] = []
-    for blocks, blocks_stats in zip(weights.stages, stats.stages, strict=True):
-        stride = 2 if stages_stats else 1
+    for i, (blocks, blocks_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
+        stride = 1 if i == 0 else 2
         x, new_stats = _stage(blocks, blocks_stats, x, stride, norm)
         activations.append(x)
         stages_stats.append(new_stats)
@@ -135,7 +136,7 @@ def _stage(
     """Blocks of one size in a row; the first strides."""
     stage_stats = []
     for block, block_stats in zip(blocks, blocks_stats, strict=True):
-        x, new_stats = BLOCKS[type(block)](block, block_stats, x, stride, norm)
+        x, new_stats = RUN_BLOCK[type(block)](block, block_stats, x, stride, norm)
         stage_stats.append(new_stats)
         stride = 1
     return x, tuple(stage_stats)
@@ -167,7 +168,7 @@ def _bottleneck(
     return add_relu(y, x), BottleneckStats(norm1, norm2, norm3, shortcut)
 
 
-BLOCKS: dict[type, Callable[..., tuple[Tensor, BlockStats]]] = {
+RUN_BLOCK: Mapping[type, Callable[..., tuple[Tensor, BlockStats]]] = {
     BasicBlock: _basic_block,
     Bottleneck: _bottleneck,
 }
@@ -176,7 +177,7 @@ BLOCKS: dict[type, Callable[..., tuple[Tensor, BlockStats]]] = {
 def _shortcut(
     w: Shortcut, s: ShortcutStats, x: Tensor, stride: int, norm: NormFunction
 ) -> tuple[Tensor, ShortcutStats]:
-    return SHORTCUTS[type(w)](w, s, x, stride, norm)
+    return RUN_SHORTCUT[type(w)](w, s, x, stride, norm)
 
 
 def _identity(
@@ -192,7 +193,7 @@ def _projection(
     return y, ProjectionStats(stats)
 
 
-SHORTCUTS: dict[type, Callable[..., tuple[Tensor, ShortcutStats]]] = {
+RUN_SHORTCUT: Mapping[type, Callable[..., tuple[Tensor, ShortcutStats]]] = {
     Identity: _identity,
     Projection: _projection,
 }

@@ -8,11 +8,12 @@ The network takes either one as an argument and is otherwise the same.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fresnet import transforms
 from fresnet.errors import FresnetError
 from fresnet.types import Norm, NormStats
 
@@ -36,13 +37,12 @@ def inference_norm(norm: Norm, stats: NormStats, x: Tensor) -> tuple[Tensor, Nor
       x: activations `[b c h w]`.
     Returns:
       `(y, stats)`: y `[b c h w]` in x's dtype; stats is the argument itself.
+    Raises:
+      FresnetError: if the channels differ.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2.
     """
     _check_channels(norm, stats, x)
-    factor = norm.scale * torch.rsqrt(stats.var + EPS)
-    shift = torch.addcmul(norm.bias, stats.mean, factor, value=-1)
-    y = torch.addcmul(shift[:, None, None], x, factor[:, None, None])
-    return y.to(x.dtype), stats
+    return _affine(x, norm.scale, norm.bias, *stats), stats
 
 
 def training_norm(
@@ -54,7 +54,7 @@ def training_norm(
         mean <- (1 - momentum) mean + momentum E[x]
         var  <- (1 - momentum) var  + momentum Var[x] n / (n - 1),    n = b h w
 
-    The new statistics are constants of differentiation.
+    The new statistics are constants with respect to x, the norm and the old statistics.
 
     Args:
       norm: scale and bias, each `[c]`.
@@ -64,7 +64,7 @@ def training_norm(
     Returns:
       `(y, stats)`: y `[b c h w]` in x's dtype; new stats, mean and var each `[c]`.
     Raises:
-      FresnetError: if b h w == 1 (the unbiased variance is undefined).
+      FresnetError: if the channels differ, or if b h w == 1 (the unbiased variance is undefined).
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 1.
     """
     _check_channels(norm, stats, x)
@@ -74,10 +74,7 @@ def training_norm(
             "forward_train expects more than one value per channel at every norm; got activations "
             f"{tuple(x.shape)}: use a larger batch or larger images"
         )
-    # Scale and bias in the statistics' dtype keep the moments in float32 when x is narrower.
-    scale, bias = norm.scale.to(stats.mean.dtype), norm.bias.to(stats.mean.dtype)
-    y, mean, inverse_std = torch.native_batch_norm(x, scale, bias, None, None, True, 0.0, EPS)
-    mean, var = mean.detach(), (inverse_std.detach() ** -2 - EPS).clamp(min=0)
+    y, mean, var = _batch_norm(x, *(v.to(stats.mean.dtype) for v in norm))
     return y, NormStats(
         mean=_move(stats.mean, mean, momentum),
         var=_move(stats.var, var * (count / (count - 1)), momentum),
@@ -85,7 +82,79 @@ def training_norm(
 
 
 def _move(old: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
-    return (1 - momentum) * old.detach() + momentum * new
+    old, new = old.detach(), new.detach()
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(old.dtype)
+    return (1 - momentum) * old + momentum * new
+
+
+def _batch_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise by the batch: `(y, mean, var)`, var biased.
+
+    One function in two forms. PyTorch's fused kernel is several times as fast where it runs
+    eagerly; the composed form is right under every derivative, and compiles to as fast code.
+    """
+    if torch.compiler.is_compiling() or not transforms.fused_norm_is_exact(x, scale, bias):
+        return _composed_norm(x, scale, bias)
+    if transforms.active():
+        y, mean, inverse_std = _fused_norm(x, scale, bias)
+    else:
+        y, mean, inverse_std = _FusedNorm.apply(x, scale, bias)
+    return y, mean, (inverse_std**-2 - EPS).clamp(min=0)
+
+
+def _composed_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = x.to(scale.dtype)
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    return _affine(wide, scale, bias, mean, var).to(x.dtype), mean, var
+
+
+def _fused_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused kernel: `(y, mean, 1 / std)`. With the statistics' dtype wider than x's it takes
+    the moments in the wider one, but its rules for jvp and vmap know only one dtype.
+    """
+    wide = x if transforms.reverse_mode_alone() else x.to(scale.dtype)
+    y, mean, inverse_std = torch.native_batch_norm(wide, scale, bias, None, None, True, 0.0, EPS)
+    return y.to(x.dtype), mean, inverse_std
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The fused kernel for `torch.autograd`, with derivatives of every order.
+
+    The kernel's own are wrong from the third on; beyond the first these are the composed form's.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _fused_norm(x, scale, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        _, *moments = output
+        ctx.mark_non_differentiable(*moments)
+        ctx.save_for_backward(*inputs, *moments)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, bias, mean, inverse_std = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            moments = (mean, inverse_std)
+            grads: tuple[Tensor | None, ...] = torch.ops.aten.native_batch_norm_backward(
+                cotangent, x, scale, None, None, *moments, True, EPS, ctx.needs_input_grad
+            )
+            return grads
+        inputs = (x, scale, bias)
+        wanted = [v for v, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+        y = _composed_norm(x, scale, bias)[0]
+        found = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=True))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
+def _affine(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * scale + bias in x's dtype."""
+    factor = scale * torch.rsqrt(var + EPS)
+    shift = torch.addcmul(bias, mean, factor, value=-1)
+    return torch.addcmul(shift[:, None, None], x, factor[:, None, None]).to(x.dtype)
 
 
 def _check_channels(norm: Norm, stats: NormStats, x: Tensor) -> None:

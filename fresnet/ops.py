@@ -11,14 +11,15 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Convolve x `[b c h w]` with weight `[o c k k]`, padded so that stride 1 keeps h and w.
 
     Raises:
-      FresnetError: if the channels differ.
+      FresnetError: if the channels differ, or if k is not one odd number.
     """
-    if weight.ndim != 4 or weight.shape[1] != x.shape[1]:
+    fits = weight.ndim == 4 and weight.shape[1] == x.shape[1]
+    if not fits or weight.shape[2] != weight.shape[3] or weight.shape[3] % 2 == 0:
         raise FresnetError(
             f"a convolution of activations {tuple(x.shape)} expects a weight "
-            f"[o {x.shape[1]} k k]; got {tuple(weight.shape)}"
+            f"[o {x.shape[1]} k k], k odd; got {tuple(weight.shape)}"
         )
-    return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+    return F.conv2d(x, weight, stride=stride, padding=weight.shape[3] // 2)
 
 
 def max_pool(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ class Spec:
     """A network before it has weights.
 
     Args:
-      block: the type of every block.
+      block: the type of every block, `fresnet.types.BasicBlock` or `fresnet.types.Bottleneck`.
       depths: the number of blocks in each stage.
       width: the channels of the stem and of the first stage's inner convolutions; each further
         stage doubles them.
@@ -27,11 +27,12 @@ class Spec:
 
     def __post_init__(self) -> None:
         if self.block not in (BasicBlock, Bottleneck):
-            raise FresnetError(f"Spec expects block BasicBlock or Bottleneck; got {self.block}")
-        if not self.depths or min(self.depths) < 1 or self.width < 1:
+            raise FresnetError(f"Spec expects block BasicBlock or Bottleneck; got {self.block!r}")
+        sizes = (*self.depths, self.width) if isinstance(self.depths, tuple) else ()
+        if len(sizes) < 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise FresnetError(
-                f"Spec expects at least one block in each stage and a positive width; "
-                f"got depths {self.depths} and width {self.width}"
+                "Spec expects depths to be a tuple of positive integers and width to be one; "
+                f"got depths {self.depths!r} and width {self.width!r}"
             )
 
 

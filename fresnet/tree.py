@@ -5,6 +5,7 @@ The only file that touches PyTorch's pytree module, which is private but the one
 """
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -19,9 +20,9 @@ Path = tuple[str | int, ...]
 def leaves(tree: Any) -> list[Tensor]:
     """The tree's tensors, in the order of its fields.
 
-    >>> import torch
-    >>> [leaf.item() for leaf in leaves({"a": torch.tensor(1), "b": (torch.tensor(2),)})]
-    [1, 2]
+    >>> import torch, fresnet
+    >>> fresnet.tree.leaves({"a": torch.tensor(1), "b": (torch.tensor(2),)})
+    [tensor(1), tensor(2)]
     """
     return _pytree.tree_leaves(tree)
 
@@ -29,8 +30,8 @@ def leaves(tree: Any) -> list[Tensor]:
 def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: A001
     """A tree of the same structure, each leaf replaced by `function` of the leaves in its place.
 
-    >>> import torch
-    >>> map(lambda a, b: a + b, (torch.tensor(1), torch.tensor(2)), (10, 20))
+    >>> import torch, fresnet
+    >>> fresnet.tree.map(torch.add, (torch.tensor(1), torch.tensor(2)), (10, 20))
     (tensor(11), tensor(22))
 
     Raises:
@@ -40,7 +41,8 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: 
     for number, other in enumerate(rest, start=2):
         if _pytree.tree_structure(other) != spec:
             raise FresnetError(
-                f"tree.map expects trees of one structure; tree {number} differs from the first"
+                "tree.map expects trees of one structure; "
+                f"tree {number} differs from the first {_difference(tree, other)}"
             )
     return _pytree.tree_map(function, tree, *rest)  # type: ignore[no-any-return]
 
@@ -48,7 +50,8 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: 
 def paths(tree: Any) -> list[Path]:
     """The way to each leaf, in the order of `leaves`: field names, indices and dict keys.
 
-    >>> paths({"a": 1, "b": (2, 3)})
+    >>> import fresnet
+    >>> fresnet.tree.paths({"a": 1, "b": (2, 3)})
     [('a',), ('b', 0), ('b', 1)]
     """
     keyed, _ = _pytree.tree_flatten_with_path(tree)
@@ -58,7 +61,8 @@ def paths(tree: Any) -> list[Path]:
 def unflatten(like: Tree, new_leaves: Sequence[Any]) -> Tree:
     """The tree `like` with its leaves replaced by `new_leaves`, in the order of `leaves`.
 
-    >>> unflatten((1, [2, 3]), "abc")
+    >>> import fresnet
+    >>> fresnet.tree.unflatten((1, [2, 3]), "abc")
     ('a', ['b', 'c'])
 
     Raises:
@@ -70,6 +74,13 @@ def unflatten(like: Tree, new_leaves: Sequence[Any]) -> Tree:
             f"tree.unflatten expects {spec.num_leaves} leaves; got {len(new_leaves)}"
         )
     return _pytree.tree_unflatten(new_leaves, spec)  # type: ignore[no-any-return]
+
+
+def _difference(a: Any, b: Any) -> str:
+    for one, other in zip_longest(paths(a), paths(b)):
+        if one != other:
+            return f"at {one or other}"
+    return "in the type of a node"
 
 
 def _entry(key: Any) -> str | int:

@@ -127,13 +127,26 @@ class Params(NamedTuple):
     stats: Stats
 
 
+STEMS: tuple[type, ...] = (Stem7x7,)
+BLOCKS: tuple[type, ...] = (BasicBlock, Bottleneck)
+SHORTCUTS: tuple[type, ...] = (Identity, Projection)
+
+NODES: Mapping[str, tuple[type, ...]] = {
+    "norm": (Norm,),
+    "norm1": (Norm,),
+    "norm2": (Norm,),
+    "norm3": (Norm,),
+    "shortcut": SHORTCUTS,
+}
+"""Which fields of a block, a stem or a shortcut hold nodes, and of which types; others, leaves."""
+
 STATS_OF: Mapping[type, Any] = {
-    Weights: Stats,
     Stem7x7: Stem7x7Stats,
     BasicBlock: BasicBlockStats,
     Bottleneck: BottleneckStats,
     Identity: Identity,
     Projection: ProjectionStats,
     Norm: NormStats,
+    Head: tuple,
 }
-"""Which node stands in `stats` where this one stands in `weights`."""
+"""Which node stands in `stats` where this one stands in `weights`; a head has no statistics."""

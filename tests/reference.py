@@ -23,7 +23,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fresnet
 
-
 every_member = pytest.mark.parametrize(
     "name",
     [

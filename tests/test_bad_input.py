@@ -1,5 +1,6 @@
 """Bad input gives one clear error: what was expected, and what came."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.types import BasicBlock, Bottleneck, Identity, Norm, NormStats
+from fresnet.types import BasicBlock, Bottleneck, Identity, Norm, NormStats, Projection
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4), num_classes=5)
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -38,7 +39,7 @@ def check(call: Callable[..., Any], params: Any, x: Any, message: str) -> None:
         (X[:, :, :0], "[b 3 h w] with at least one image and pixel; got (2, 3, 0, 16)"),
         (X[:, :, :, :0], "[b 3 h w] with at least one image and pixel; got (2, 3, 16, 0)"),
         (X[:0], "[b 3 h w] with at least one image and pixel; got (0, 3, 16, 16)"),
-        (X.numpy(), "to be a tensor [b c h w]; got float32 (2, 3, 16, 16)"),
+        (X.numpy(), "to be a tensor [b c h w]; got a ndarray"),
         (None, "to be a tensor [b c h w]; got None"),
     ],
 )
@@ -66,36 +67,59 @@ def with_block(block: Callable[[Any], Any]) -> Callable[[Any], Any]:
 w, s = PARAMS
 TREES: dict[str, tuple[Any, str]] = {
     "not params": ({"weights": w, "stats": s}, "expects Params(weights, stats); got a dict"),
+    "an empty head": (
+        PARAMS._replace(weights=w._replace(head=())),  # type: ignore[arg-type]
+        "expects weights.head to be Head; got a tuple",
+    ),
+    "a shortcut as a block": (
+        with_stages(weights=with_block(lambda b: b.shortcut)),
+        "expects weights.stages[1][0] to be BasicBlock or Bottleneck; got a Projection",
+    ),
+    "a block as a shortcut": (
+        with_stages(weights=with_block(lambda b: b._replace(shortcut=b))),
+        "expects weights.stages[1][0].shortcut to be Identity or Projection; got a Bottleneck",
+    ),
+    "a projection as a stem": (
+        PARAMS._replace(weights=w._replace(stem=Projection(*w.stem))),  # type: ignore[arg-type]
+        "expects weights.stem to be Stem7x7; got a Projection",
+    ),
+    "a norm that is missing": (
+        with_stages(weights=with_block(lambda b: b._replace(norm2=()))),
+        "expects weights.stages[1][0].norm2 to be Norm; got a tuple",
+    ),
+    "an even kernel": (
+        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2[..., :2, :2]))),
+        "expects a weight [o 8 k k], k odd; got (8, 8, 2, 2)",
+    ),
     "a bare pair": ((w, s), "expects Params(weights, stats); got a tuple"),
-    "stats first": (Params(s, w), "expects Params(weights, stats)"),  # type: ignore[arg-type]
+    "stats first": (Params(s, w), "to hold Weights and Stats; got a Stats and a Weights"),  # type: ignore[arg-type]
     "a block missing": (
         with_stages(without_first_block, without_first_block),
-        "a convolution of activations (2, 16, 4, 4) expects a weight [o 16 k k]; got (8, 32, 1, 1)",
+        "of activations (2, 16, 4, 4) expects a weight [o 16 k k], k odd; got (8, 32, 1, 1)",
     ),
     "a block missing in weights": (
         with_stages(weights=without_first_block),
-        "expects stats.stages[1] to have 1 nodes, as weights.stages[1] has; got 2",
+        "expects stats.stages[1] to be as long as weights.stages[1], 1; got 2",
     ),
     "a block missing in stats": (
         with_stages(stats=without_first_block),
-        "expects stats.stages[1] to have 2 nodes, as weights.stages[1] has; got 1",
+        "expects stats.stages[1] to be as long as weights.stages[1], 2; got 1",
     ),
     "a stage missing in stats": (
         with_stages(stats=lambda stages: stages[:1]),
-        "expects stats.stages to have 2 nodes, as weights.stages has; got 1",
+        "expects stats.stages to be as long as weights.stages, 2; got 1",
     ),
     "no stages": (
         with_stages(lambda _: (), lambda _: ()),
-        "a head on activations (2, 4) expects a weight [k 4] and a bias [k]; got (5, 32) and (5,)",
+        "expects weights.stages to be a tuple, not empty; got a tuple",
     ),
     "a block that is None": (
         with_stages(weights=with_block(lambda _: None)),
-        "expects weights.stages[1][0] to be a node of fresnet.types; got None",
+        "expects weights.stages[1][0] to be BasicBlock or Bottleneck; got None",
     ),
     "stats of another block": (
         with_stages(stats=with_block(lambda b: b.shortcut)),
-        "expects stats.stages[1][0] to be BottleneckStats, as weights.stages[1][0] is Bottleneck; "
-        "got a ProjectionStats",
+        "expects stats.stages[1][0] to be BottleneckStats beside Bottleneck; got a ProjectionStats",
     ),
     "an identity where the size halves": (
         with_stages(
@@ -110,8 +134,8 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a float64 leaf": (
         with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2.double()))),
-        "expects weights.stages[1][0].conv2 to be torch.float32 on cpu, as the rest of the tree; "
-        "got torch.float64 on cpu",
+        "expects weights.stages[1][0].conv2 to be torch.float32 on cpu, "
+        "to go with weights.stem.conv; got torch.float64 on cpu",
     ),
     "float64 stats": (
         PARAMS._replace(stats=tree.map(torch.Tensor.double, s)),
@@ -119,8 +143,8 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a leaf on another device": (
         with_stages(stats=with_block(lambda b: tree.map(lambda t: t.to("meta"), b))),
-        "expects stats.stages[1][0].norm1.mean to be torch.float32 on cpu, as the rest of the "
-        "tree; got torch.float32 on meta",
+        "expects stats.stages[1][0].norm1.mean to be torch.float32 on cpu, to go with "
+        "weights.stem.conv; got torch.float32 on meta",
     ),
     "an integer stem": (
         PARAMS._replace(weights=w._replace(stem=w.stem._replace(conv=w.stem.conv.int()))),
@@ -161,7 +185,9 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
 
 def test_trees_that_differ_cannot_be_mapped_together() -> None:
     other = fresnet.init(0, Spec(BasicBlock, (2, 2), width=4))
-    with pytest.raises(FresnetError, match=r"tree 2 differs from the first"):
+    with pytest.raises(
+        FresnetError, match=r"differs from the first at \('weights', 'stages', 0, 0, 'conv3'\)"
+    ):
         tree.map(torch.add, PARAMS, other)
     with pytest.raises(FresnetError, match="expects 2 leaves; got 1"):
         tree.unflatten((1, 2), [1])
@@ -172,6 +198,8 @@ def test_trees_that_differ_cannot_be_mapped_together() -> None:
     [
         ({"generator": "0"}, "init expects a torch.Generator or an int; got '0'"),
         ({"generator": 0, "spec": "resnet50"}, "init expects a Spec, such as fresnet.RESNET50"),
+        ({"generator": True}, "init expects a torch.Generator or an int; got True"),
+        ({"generator": 0, "num_classes": 9.0}, "got num_classes=9.0, in_channels=3"),
         ({"generator": 0, "num_classes": 0}, "got num_classes=0, in_channels=3"),
         ({"generator": 0, "in_channels": 0}, "got num_classes=1000, in_channels=0"),
         ({"generator": 0, "dtype": torch.int32}, "floating-point dtype; got torch.int32"),
@@ -182,9 +210,19 @@ def test_init(arguments: dict[str, Any], message: str) -> None:
         fresnet.init(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [((),), ((1, 0),), ((2, 2), 0)])
+@pytest.mark.parametrize(
+    ("momentum", "got"),
+    [(-0.1, "-0.1"), (2, "2"), (None, "None"), (torch.ones(1), "float32 (1,)"), (math.nan, "nan")],
+)
+def test_momentum(momentum: Any, got: str) -> None:
+    message = f"expects momentum to be a number from 0 to 1 or a 0-d tensor; got {got}"
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        fresnet.forward_train(PARAMS, X, momentum=momentum)
+
+
+@pytest.mark.parametrize("arguments", [((),), ((1, 0),), ((2, 2), 0), ([2, 2],), ((2, 1.5),)])
 def test_spec(arguments: Any) -> None:
-    with pytest.raises(FresnetError, match="Spec expects at least one block in each stage"):
+    with pytest.raises(FresnetError, match="Spec expects depths to be a tuple of positive int"):
         Spec(BasicBlock, *arguments)
     with pytest.raises(FresnetError, match="Spec expects block BasicBlock or Bottleneck"):
         Spec(Norm, (1,))  # type: ignore[arg-type]

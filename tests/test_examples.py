@@ -20,7 +20,7 @@ import fresnet
 from fresnet import tree
 
 SCRIPT = Path(train_digits.__file__)
-QUICK = ("--arch", "resnet18", "--epochs", "1")
+QUICK = ("--arch", "resnet50", "--epochs", "1")
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -42,10 +42,10 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def interrupt(process: subprocess.Popen[str], after: int) -> str:
-    """Ctrl-C once the progress bar has counted this many images; what was printed meanwhile."""
+    """Ctrl-C once the progress bar shows this percentage; what was printed meanwhile."""
     assert process.stderr is not None
     printed = ""
-    while not any(int(n) >= after for n in re.findall(r"\| (\d+)/\d+ \[", printed)):
+    while not any(int(n) >= after for n in re.findall(r"(\d+)%\|", printed)):
         character = process.stderr.read(1)
         assert character, f"ended too early:\n{printed}"
         printed += character
@@ -63,7 +63,7 @@ def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_p
     assert {p.name for p in straight.iterdir()} == {"checkpoint.pt", "curves.png", "digits.png"}
 
     process = start(*QUICK, "--out", broken)
-    assert "--resume goes on" in interrupt(process, after=3 * train_digits.BATCH)
+    assert "--resume goes on" in interrupt(process, after=13)
     assert process.returncode == 1
     steps = len(checkpoint(broken)["history"])
     assert 3 <= steps < 22
@@ -75,12 +75,17 @@ def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_p
     assert_same(checkpoint(broken)["velocity"], checkpoint(straight)["velocity"])
     assert checkpoint(broken)["history"] == checkpoint(straight)["history"]
 
-    model = reference.torchvision.models.resnet18(num_classes=10)
+    model = reference.torchvision.models.resnet50(num_classes=10)
     model.load_state_dict(checkpoint(broken)["model"], strict=True)
 
     code, _, err = run("--arch", "resnet34", "--out", broken, "--resume")
     assert code == 1
-    assert "holds another run" in err
+    assert "was started with --arch resnet50, not resnet34" in err
+    (broken / "checkpoint.pt").write_bytes(b"broken")
+    code, _, err = run(*QUICK, "--out", broken, "--resume")
+    assert code == 1
+    assert "is not a checkpoint of this program" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow
@@ -101,19 +106,21 @@ def test_wrong_arguments_end_with_one_line(
     assert "Traceback" not in err
 
 
-def test_its_step_is_torch_optims() -> None:
+def test_its_steps_are_torch_optims() -> None:
     train, _ = load()
-    x, y = train_digits.batch(train, 0, seed=0)
     params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
     state = train_digits.State(params, tree.map(torch.zeros_like, params.weights), ())
     model = reference.torchvision.models.resnet18(num_classes=10)
     model.load_state_dict(fresnet.to_state_dict(params))
     model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=5e-4)
-    cross_entropy(model(x), y, label_smoothing=0.1).backward()
-    optimizer.step()
-    state = train_digits.train_step(state, x, y, 0.05)
-    assert_same(reference.params(model).weights, state.params.weights)
+    for step in range(3):
+        x, y = train_digits.batch(train, step, seed=0)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y, label_smoothing=0.1).backward()
+        optimizer.step()
+        state = train_digits.train_step(state, x, y, 0.05)
+    assert_same(state.params.weights, reference.params(model).weights)
 
 
 def test_every_epoch_shows_each_digit_at_most_once_in_another_order() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -20,6 +21,15 @@ from fresnet.types import BasicBlock, Bottleneck
 @given(params=tiny_params())
 def test_round_trip_of_params_is_exact(params: Params) -> None:
     assert_same(fresnet.from_state_dict(fresnet.to_state_dict(params)), params)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_what_is_loaded_is_laid_out_as_what_was_initialised(name: str) -> None:
+    """Strides included: kernels choose by them, and another kernel is another rounding."""
+    params = fresnet.init(0, fresnet.SPECS[name])
+    loaded = fresnet.from_state_dict(fresnet.to_state_dict(params))
+    layouts = [[leaf.stride() for leaf in tree.leaves(p)] for p in (loaded, params)]
+    assert layouts[0] == layouts[1]
 
 
 @examples(15)
@@ -105,10 +115,17 @@ def test_a_missing_an_unexpected_and_a_misshapen_entry_are_named(block: str, nam
     [
         (torch.zeros(1000, 256), "expected float (1000, 512), got float32 (1000, 256)"),
         (torch.zeros(1000, 512, dtype=torch.int64), "expected float (1000, 512), got int64"),
-        (torch.zeros(1000, 512, dtype=torch.float64), "expected torch.float32, as the first"),
-        (torch.zeros(1000, 512, device="meta"), "expected on cpu, as the first entry, got meta"),
+        (
+            torch.zeros(1000, 512, dtype=torch.float64),
+            "expected torch.float32, to go with conv1.weight",
+        ),
+        (
+            torch.zeros(1000, 512, device="meta"),
+            "expected on cpu, to go with conv1.weight, got meta",
+        ),
         (None, "expected float (1000, 512), got None"),
         ([1.0], "expected float (1000, 512), got a list"),
+        (np.zeros((1000, 512)), "expected float (1000, 512), got a ndarray"),
     ],
 )
 def test_a_wrong_entry_is_told_as_expected_and_found(value: object, found: str) -> None:
@@ -133,6 +150,12 @@ def test_many_faults_are_counted() -> None:
 @pytest.mark.parametrize("mapping", [{}, {"a": torch.zeros(1)}, {"layer1.weight": torch.zeros(1)}])
 def test_names_of_another_library_are_refused(mapping: dict[str, Tensor]) -> None:
     with pytest.raises(FresnetError, match="expects torchvision's names"):
+        fresnet.from_state_dict(mapping)
+
+
+@pytest.mark.parametrize("mapping", [torch.nn.Linear(1, 1), "resnet50.pth", None])
+def test_what_is_no_mapping_is_refused(mapping: Any) -> None:
+    with pytest.raises(FresnetError, match="expects a mapping of names to tensors"):
         fresnet.from_state_dict(mapping)
 
 

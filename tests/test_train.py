@@ -55,7 +55,7 @@ def test_one_step_equals_torchvision(name: str, x: Tensor, seed: int, classes: i
     check_one_step(model, x, labels(x, classes))
 
 
-@examples(25)
+@examples(15)
 @given(x=training_images(), seed=seeds, classes=class_counts, spec=small_specs)
 def test_one_step_of_any_depths_equals_torchvision(
     x: Tensor, seed: int, classes: int, spec: fresnet.Spec
@@ -110,7 +110,7 @@ def check_ten_steps_of_sgd(model: reference.ResNet, x: Tensor) -> None:
     assert_all_close({n: state[n] for n in running(model)}, running(model), 1e-12)
 
 
-@examples(4)
+@examples(3)
 @given(x=training_images(), seed=seeds, spec=small_specs)
 def test_ten_steps_of_sgd_equal_torch_optim(x: Tensor, seed: int, spec: fresnet.Spec) -> None:
     check_ten_steps_of_sgd(reference.module(spec, seed), x)
