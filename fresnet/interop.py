@@ -175,9 +175,14 @@ def _describe(params: Params) -> str:
 
 
 def _copy(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Detached, and laid out as `init` does it: strides included, on which kernels choose."""
-    copy = value.detach().to(dtype).clone(memory_format=torch.contiguous_format)
-    return copy.contiguous(memory_format=torch.channels_last) if copy.ndim == 4 else copy
+    """Detached; a convolution channels last, its strides kept if they say so already.
+
+    A 1x1 convolution fits several strides, and kernels choose by them: kept, a network rounds as
+    the module did whose weights these were, and as the network did that was exported.
+    """
+    copy = value.detach().to(dtype).clone()
+    layout = torch.channels_last if copy.ndim == 4 else torch.contiguous_format
+    return copy.contiguous(memory_format=layout)
 
 
 def _size(mapping: Mapping[str, Tensor], *places: tuple[str, int], default: int) -> int:

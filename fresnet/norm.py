@@ -143,9 +143,10 @@ class _FusedNorm(torch.autograd.Function):
                 cotangent, x, scale, None, None, *moments, True, EPS, ctx.needs_input_grad
             )
             return grads
-        inputs = (x, scale, bias)
+        # Aliases, so that these are partial derivatives even where scale is computed from x.
+        inputs = [v.view_as(v) for v in (x, scale, bias)]
         wanted = [v for v, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-        y = _composed_norm(x, scale, bias)[0]
+        y = _composed_norm(*inputs)[0]
         found = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=True))
         return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
