@@ -5,11 +5,13 @@ logits = fresnet.forward(params, x)                # inference: running statisti
 logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
-from fresnet import tree
+from fresnet import moments, tree
 from fresnet.errors import FresnetError
 from fresnet.init import init
 from fresnet.interop import from_state_dict, to_state_dict
-from fresnet.net import features, forward, forward_train
+from fresnet.net import features, forward, forward_moments, forward_train
+from fresnet.per_sample import per_sample_grads
+from fresnet.regimes import freeze, recalibrate
 from fresnet.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
 from fresnet.types import Params
 
@@ -27,9 +29,14 @@ __all__ = [
     "Spec",
     "features",
     "forward",
+    "forward_moments",
     "forward_train",
+    "freeze",
     "from_state_dict",
     "init",
+    "moments",
+    "per_sample_grads",
+    "recalibrate",
     "to_state_dict",
     "tree",
 ]

@@ -1,16 +1,16 @@
 """The residual network of He et al. 2015 (arXiv:1512.03385) as pure functions of its parameters.
 
 One body, `_network`, runs stem and stages with the norm handed in. Inference hands in the norm
-that uses the running statistics, training the one that uses the batch and returns new ones.
+that uses the running statistics, training the one that uses the batch and returns its moments.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from torch import Tensor
 from torch.nn.functional import relu
 
 from fresnet.check import check_call, check_momentum
+from fresnet.moments import update
 from fresnet.norm import NormFunction, inference_norm, training_norm
 from fresnet.ops import add_relu, conv2d, global_average_pool, linear, max_pool
 from fresnet.types import (
@@ -80,10 +80,36 @@ def forward_train(
       FresnetError: if the tree, the images or the momentum are not what a network takes, or if
         some norm would see one value per channel.
     """
-    check_call("forward_train", params, x)
     check_momentum("forward_train", momentum)
-    activations, stats = _network(params, x, partial(training_norm, momentum=momentum))
-    return _head(params.weights.head, activations[-1]), stats
+    logits, moments = forward_moments(params, x)
+    return logits, update(params.stats, moments, momentum=momentum)
+
+
+def forward_moments(params: Params, x: Tensor) -> tuple[Tensor, Stats]:
+    """Classify a batch as `forward_train` does, and return what its norms saw.
+
+    Moments of several batches, devices or ghost batches are merged by `fresnet.merge`, and become
+    running statistics by `fresnet.update`.
+
+    >>> import torch, fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> logits, moments = fresnet.forward_moments(params, torch.ones(2, 3, 32, 48))
+    >>> moments.stem.norm.n                     # 2 images of 16x24 activations
+    tensor(768.)
+
+    Args:
+      params: the network.
+      x: images, float `[b c h w]`, in the dtype of the weights.
+    Returns:
+      `(logits, moments)`: logits `[b k]`; a tree like `params.stats` with `Moments` for
+      `NormStats`, constants with respect to params and x.
+    Raises:
+      FresnetError: if the tree or the images are not what a network takes, or if some norm would
+        see one value per channel.
+    """
+    check_call("forward_train", params, x)
+    activations, moments = _network(params, x, training_norm)
+    return _head(params.weights.head, activations[-1]), moments
 
 
 def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
@@ -113,7 +139,7 @@ def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _network(params: Params, x: Tensor, norm: NormFunction) -> tuple[tuple[Tensor, ...], Stats]:
-    """Stem and stages: their outputs, and the statistics that the norm returned."""
+    """Stem and stages: their outputs, and a tree of what the norm returned."""
     weights, stats = params
     x, stem_stats = _stem(weights.stem, stats.stem, x, norm)
     activations = [x]

@@ -1,10 +1,10 @@
 """Batch normalisation as two pure functions of one signature.
 
-    (norm, stats, x) -> (y, stats)
+    (norm, stats, x) -> (y, stats or moments)
 
 `inference_norm` normalises by the running statistics and hands them back as they came;
-`training_norm` normalises by the batch and returns new running statistics.
-The network takes either one as an argument and is otherwise the same.
+`training_norm` normalises by the batch and returns the batch's moments. The network takes either
+one as an argument and is otherwise the same.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,18 @@ from torch import Tensor
 
 from fresnet import transforms
 from fresnet.errors import FresnetError
-from fresnet.types import Norm, NormStats
+from fresnet.types import FrozenNorm, Moments, Norm, NormStats
 
 EPS = 1e-5
 
-NormFunction: TypeAlias = Callable[[Norm, NormStats, Tensor], tuple[Tensor, NormStats]]
+NormFunction: TypeAlias = Callable[
+    [Norm | FrozenNorm, NormStats, Tensor], tuple[Tensor, Any]  # NormStats or Moments
+]
 
 
-def inference_norm(norm: Norm, stats: NormStats, x: Tensor) -> tuple[Tensor, NormStats]:
+def inference_norm(
+    norm: Norm | FrozenNorm, stats: NormStats, x: Tensor
+) -> tuple[Tensor, NormStats]:
     """Normalise each channel by its running moments.
 
         y = (x - mean) / sqrt(var + eps) * scale + bias
@@ -45,47 +49,36 @@ def inference_norm(norm: Norm, stats: NormStats, x: Tensor) -> tuple[Tensor, Nor
     return _affine(x, norm.scale, norm.bias, *stats), stats
 
 
-def training_norm(
-    norm: Norm, stats: NormStats, x: Tensor, *, momentum: float | Tensor = 0.1
-) -> tuple[Tensor, NormStats]:
-    """Normalise each channel by its batch moments and move the running moments towards them.
+def training_norm(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> tuple[Tensor, Moments]:
+    """Normalise each channel by the batch's moments, or a frozen norm's by its running ones.
 
         y = (x - E[x]) / sqrt(Var[x] + eps) * scale + bias
-        mean <- (1 - momentum) mean + momentum E[x]
-        var  <- (1 - momentum) var  + momentum Var[x] n / (n - 1),    n = b h w
 
-    The new statistics are constants with respect to x, the norm and the old statistics.
+    The moments are constants with respect to x and norm.
 
     Args:
       norm: scale and bias, each `[c]`.
-      stats: mean and var, each `[c]`.
+      stats: mean and var, each `[c]`: read where the norm is frozen, else for their dtype alone.
       x: activations `[b c h w]`.
-      momentum: the weight of the new value.
     Returns:
-      `(y, stats)`: y `[b c h w]` in x's dtype; new stats, mean and var each `[c]`.
+      `(y, moments)`: y `[b c h w]` in x's dtype; moments of b h w values, or of none from a
+      frozen norm.
     Raises:
       FresnetError: if the channels differ, or if b h w == 1 (the unbiased variance is undefined).
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 1.
     """
     _check_channels(norm, stats, x)
-    count = x.shape[0] * x.shape[2] * x.shape[3]
-    if count == 1:
+    if isinstance(norm, FrozenNorm):
+        y = _affine(x, norm.scale, norm.bias, *stats)
+        return y, Moments(stats.mean.new_zeros(()), *map(torch.zeros_like, stats))
+    n = x.shape[0] * x.shape[2] * x.shape[3]
+    if n == 1:
         raise FresnetError(
-            "forward_train expects more than one value per channel at every norm; got activations "
+            "training expects more than one value per channel at every norm; got activations "
             f"{tuple(x.shape)}: use a larger batch or larger images"
         )
     y, mean, var = _batch_norm(x, *(v.to(stats.mean.dtype) for v in norm))
-    return y, NormStats(
-        mean=_move(stats.mean, mean, momentum),
-        var=_move(stats.var, var * (count / (count - 1)), momentum),
-    )
-
-
-def _move(old: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
-    old, new = old.detach(), new.detach()
-    if isinstance(momentum, Tensor):
-        momentum = momentum.to(old.dtype)
-    return (1 - momentum) * old + momentum * new
+    return y, Moments(mean.new_full((), n), mean.detach(), var.detach() * n)
 
 
 def _batch_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +151,7 @@ def _affine(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -
     return torch.addcmul(shift[:, None, None], x, factor[:, None, None]).to(x.dtype)
 
 
-def _check_channels(norm: Norm, stats: NormStats, x: Tensor) -> None:
+def _check_channels(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> None:
     shapes = {norm.scale.shape, norm.bias.shape, stats.mean.shape, stats.var.shape}
     if shapes != {x.shape[1:2]}:
         raise FresnetError(

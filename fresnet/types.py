@@ -19,11 +19,29 @@ class Norm(NamedTuple):
     bias: Tensor
 
 
+class FrozenNorm(NamedTuple):
+    """A batch normalisation that uses its running moments in training too; each `[c]`."""
+
+    scale: Tensor
+    bias: Tensor
+
+
 class NormStats(NamedTuple):
     """A batch normalisation's running moments (the variance unbiased); each `[c]`."""
 
     mean: Tensor
     var: Tensor
+
+
+class Moments(NamedTuple):
+    """How many values there were, n `[]`, and their mean and sum of squared deviations, each `[c]`.
+
+    Stands in place of `NormStats` in what `forward_moments` returns.
+    """
+
+    n: Tensor
+    mean: Tensor
+    m2: Tensor
 
 
 class Identity(NamedTuple):
@@ -34,7 +52,7 @@ class Projection(NamedTuple):
     """The shortcut that changes channels or size: a 1x1 convolution `[o c 1 1]` and its norm."""
 
     conv: Tensor
-    norm: Norm
+    norm: Norm | FrozenNorm
 
 
 class ProjectionStats(NamedTuple):
@@ -49,9 +67,9 @@ class BasicBlock(NamedTuple):
     """Two 3x3 convolutions, the stride in the first (the paper's Fig. 5, left)."""
 
     conv1: Tensor
-    norm1: Norm
+    norm1: Norm | FrozenNorm
     conv2: Tensor
-    norm2: Norm
+    norm2: Norm | FrozenNorm
     shortcut: Shortcut
 
 
@@ -68,11 +86,11 @@ class Bottleneck(NamedTuple):
     """
 
     conv1: Tensor
-    norm1: Norm
+    norm1: Norm | FrozenNorm
     conv2: Tensor
-    norm2: Norm
+    norm2: Norm | FrozenNorm
     conv3: Tensor
-    norm3: Norm
+    norm3: Norm | FrozenNorm
     shortcut: Shortcut
 
 
@@ -91,7 +109,7 @@ class Stem7x7(NamedTuple):
     """A 7x7 convolution of stride 2 and its norm; a 3x3 max pooling of stride 2 follows."""
 
     conv: Tensor
-    norm: Norm
+    norm: Norm | FrozenNorm
 
 
 class Stem7x7Stats(NamedTuple):
@@ -129,13 +147,14 @@ class Params(NamedTuple):
 
 STEMS: tuple[type, ...] = (Stem7x7,)
 BLOCKS: tuple[type, ...] = (BasicBlock, Bottleneck)
+NORMS: tuple[type, ...] = (Norm, FrozenNorm)
 SHORTCUTS: tuple[type, ...] = (Identity, Projection)
 
 NODES: Mapping[str, tuple[type, ...]] = {
-    "norm": (Norm,),
-    "norm1": (Norm,),
-    "norm2": (Norm,),
-    "norm3": (Norm,),
+    "norm": NORMS,
+    "norm1": NORMS,
+    "norm2": NORMS,
+    "norm3": NORMS,
     "shortcut": SHORTCUTS,
 }
 """Which fields of a block, a stem or a shortcut hold nodes, and of which types; others, leaves."""
@@ -147,6 +166,7 @@ STATS_OF: Mapping[type, Any] = {
     Identity: Identity,
     Projection: ProjectionStats,
     Norm: NormStats,
+    FrozenNorm: NormStats,
     Head: tuple,
 }
 """Which node stands in `stats` where this one stands in `weights`; a head has no statistics."""

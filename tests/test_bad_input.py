@@ -85,7 +85,7 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a norm that is missing": (
         with_stages(weights=with_block(lambda b: b._replace(norm2=()))),
-        "expects weights.stages[1][0].norm2 to be Norm; got a tuple",
+        "expects weights.stages[1][0].norm2 to be Norm or FrozenNorm; got a tuple",
     ),
     "an even kernel": (
         with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2[..., :2, :2]))),
@@ -178,7 +178,7 @@ def test_trees(call: Callable[..., Any], name: str) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 3, 1, 1), (1, 3, 2, 8)])
 def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
-    message = "forward_train expects more than one value per channel at every norm"
+    message = "training expects more than one value per channel at every norm"
     check(fresnet.forward_train, PARAMS, torch.ones(shape), message)
     assert fresnet.forward(PARAMS, torch.ones(shape)).shape == (1, 5)
 

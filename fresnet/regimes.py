@@ -1,0 +1,76 @@
+"""Which statistics a norm goes by: freezing some, recalibrating all."""
+
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fresnet import moments, tree
+from fresnet.check import check_params
+from fresnet.errors import FresnetError
+from fresnet.net import forward_moments
+from fresnet.types import FrozenNorm, Norm, Params, Stats
+
+
+def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: True) -> Params:
+    """Norms that go by their running statistics in training too: all, or some.
+
+    Their statistics stay as they are; their scale and bias are weights as before, with gradients.
+
+    >>> import fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> params = fresnet.freeze(params, lambda path: path[:2] != ("stages", 3))
+    >>> type(params.weights.stages[0][0].norm1).__name__
+    'FrozenNorm'
+
+    Args:
+      params: the network.
+      where: told the way to a norm, such as `("stages", 0, 1, "norm2")`, whether to freeze it.
+    Returns:
+      The same network; where frozen, a `FrozenNorm` stands for each `Norm`.
+    Raises:
+      FresnetError: if params is not a network.
+    """
+    check_params("freeze", params)
+    return params._replace(weights=_freeze(params.weights, (), where))
+
+
+def _freeze(node: Any, path: tree.Path, where: Callable[[tree.Path], bool]) -> Any:
+    if isinstance(node, Norm):
+        return FrozenNorm(*node) if where(path) else node
+    if not isinstance(node, tuple):
+        return node
+    names = getattr(node, "_fields", range(len(node)))
+    children = [
+        _freeze(child, (*path, name), where) for name, child in zip(names, node, strict=True)
+    ]
+    return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
+
+
+def recalibrate(params: Params, batches: Iterable[Tensor]) -> Params:
+    """Running statistics anew, from all of these images: for averaged, pruned or cast weights.
+
+    Every batch is normalised by its own moments, as in training; the moments of all are merged,
+    so that larger batches weigh more and differences between batches count as variance.
+
+    Args:
+      params: the network; its running statistics are not used.
+      batches: images, each float `[b c h w]`, at least one batch; read once, one at a time.
+    Returns:
+      The network with new statistics (the variance unbiased); frozen norms keep theirs.
+    Raises:
+      FresnetError: if there is no batch, or as `forward_train` does.
+    """
+    seen = (_moments(params, x) for x in batches)
+    first = next(seen, None)
+    if first is None:
+        raise FresnetError("recalibrate expects at least one batch; got none")
+    merged = reduce(moments.merge, seen, first)
+    return params._replace(stats=moments.update(params.stats, merged, momentum=1.0))
+
+
+@torch.no_grad()
+def _moments(params: Params, x: Tensor) -> Stats:
+    return forward_moments(params, x)[1]

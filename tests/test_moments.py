@@ -1,0 +1,147 @@
+"""Batch statistics as a value, and the norms that go by running ones."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+from assertions import assert_close, assert_same
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples, seeds, tiny_params, training_images
+from torch import Tensor
+from torch.func import grad, vmap
+
+import fresnet
+from fresnet import FresnetError, Params, moments, tree
+from fresnet.types import Moments
+
+
+def moments_of(values: Tensor) -> Moments:
+    """Of values `[n c]`, from their definition."""
+    mean = values.mean(0) if len(values) else values.new_zeros(values.shape[1])
+    n = torch.tensor(len(values), dtype=values.dtype)
+    return Moments(n, mean, (values - mean).square().sum(0))
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> Tensor:
+    """Values `[n 3]`, n from 0, of any location and scale."""
+    generator = torch.Generator().manual_seed(draw(seeds))
+    values = torch.randn(draw(st.integers(0, 12)), 3, generator=generator, dtype=torch.float64)
+    return values * draw(st.floats(0.01, 100)) + draw(st.floats(-100, 100))
+
+
+def assert_moments_close(actual: Moments, expected: Moments, scale: float) -> None:
+    """To rounding of the values that went in, whose largest square is `scale`."""
+    assert torch.equal(actual.n, expected.n)
+    for a, b in zip(actual[1:], expected[1:], strict=True):
+        assert (a - b).abs().max() <= 1e-11 * (1 + scale)
+
+
+@examples(200)
+@given(a=samples(), b=samples(), c=samples())
+def test_merging_is_a_commutative_monoid_and_is_taking_the_whole(
+    a: Tensor, b: Tensor, c: Tensor
+) -> None:
+    whole = torch.cat([a, b, c])
+    scale = float(whole.square().sum()) if len(whole) else 0.0
+    ma, mb, mc = map(moments_of, (a, b, c))
+    merge = moments.merge
+    assert_moments_close(merge(merge(ma, mb), mc), moments_of(whole), scale)
+    assert_moments_close(merge(ma, merge(mb, mc)), moments_of(whole), scale)
+    assert_moments_close(merge(ma, mb), merge(mb, ma), scale)
+    none = moments_of(whole[:0])
+    assert_same(merge(ma, none), ma)
+    assert_same(merge(none, ma), ma)
+
+
+@examples(20)
+@given(params=tiny_params(), x=training_images(), momentum=st.floats(0, 1))
+def test_forward_train_is_forward_moments_and_update(
+    params: Params, x: Tensor, momentum: float
+) -> None:
+    logits, seen = fresnet.forward_moments(params, x)
+    expected = (logits, moments.update(params.stats, seen, momentum=momentum))
+    assert_same(fresnet.forward_train(params, x, momentum=momentum), expected)
+
+
+@examples(20)
+@given(params=tiny_params(), x=training_images())
+def test_forward_by_the_statistics_of_the_batch_is_training(params: Params, x: Tensor) -> None:
+    logits, seen = fresnet.forward_moments(params, x)
+    by_batch = params._replace(stats=moments.statistics(seen))
+    assert_close(fresnet.forward(by_batch, x), logits, 1e-9)
+
+
+@examples(20)
+@given(params=tiny_params(), x=training_images())
+def test_ghost_batches_merge_into_the_whole_batch_at_the_stem(params: Params, x: Tensor) -> None:
+    """Each half normalised by itself: the stem's activations, before any norm, are the same."""
+    x = torch.cat([x, 2 * x + 1])
+    halves = x.unflatten(0, (2, -1))
+    _, whole = fresnet.forward_moments(params, x)
+    _, ghosts = vmap(fresnet.forward_moments, (None, 0))(params, halves)
+    merged = moments.merge(*tree.unstack(ghosts))
+    stem: Any = whole.stem.norm
+    assert_moments_close(cast(Moments, merged.stem.norm), stem, float(stem.m2.max()))
+    assert torch.equal(tree.leaves(merged)[-3], tree.leaves(whole)[-3])  # n of the last norm
+
+
+@examples(15)
+@given(params=tiny_params(), batches=st.lists(training_images(), min_size=1, max_size=3))
+def test_recalibration(params: Params, batches: list[Tensor]) -> None:
+    """One batch: training with momentum 1. Several: the stem's statistics are of all images."""
+    calibrated = fresnet.recalibrate(params, batches)
+    assert_same(calibrated.weights, params.weights)
+    if len(batches) == 1:
+        _, stats = fresnet.forward_train(params, batches[0], momentum=1.0)
+        assert_same(calibrated.stats, stats)
+    conv = params.weights.stem.conv
+    values = [torch.nn.functional.conv2d(x, conv, stride=2, padding=3) for x in batches]
+    flat = torch.cat([v.movedim(1, -1).flatten(0, -2) for v in values])
+    assert_close(calibrated.stats.stem.norm.mean, flat.mean(0), 1e-9)
+    assert_close(calibrated.stats.stem.norm.var, flat.var(0), 1e-9)
+
+
+@examples(20)
+@given(params=tiny_params(), x=training_images())
+def test_a_frozen_network_trains_as_it_infers(params: Params, x: Tensor) -> None:
+    frozen = fresnet.freeze(params)
+    logits, stats = fresnet.forward_train(frozen, x)
+    assert_same(logits, fresnet.forward(params, x))
+    assert_same(stats, params.stats)
+    assert_same(fresnet.forward(frozen, x), logits)
+    assert_same(fresnet.recalibrate(frozen, [x]).stats, params.stats)
+    assert_same(fresnet.to_state_dict(frozen), fresnet.to_state_dict(params))
+
+    def total(run: Any, template: Params) -> Any:
+        return lambda weights: run(template._replace(weights=weights), x)[0].square().sum()
+
+    grads = grad(total(fresnet.forward_train, frozen))(frozen.weights)
+    expected = grad(total(lambda p, x: (fresnet.forward(p, x),), params))(params.weights)
+    for a, b in zip(tree.leaves(grads), tree.leaves(expected), strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+@examples(20)
+@given(params=tiny_params(), x=training_images())
+def test_freezing_some_norms_leaves_the_others_training(params: Params, x: Tensor) -> None:
+    frozen = fresnet.freeze(params, lambda path: path[0] == "stem")
+    _, stats = fresnet.forward_train(frozen, x)
+    assert_same(stats.stem, params.stats.stem)
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(tree.leaves(stats.stages), tree.leaves(params.stats.stages), strict=True)
+    ]
+    assert all(moved)
+
+
+def test_wrong_moments_are_refused() -> None:
+    params = fresnet.init(0, fresnet.Spec(fresnet.types.BasicBlock, (1,), width=2))
+    _, seen = fresnet.forward_moments(params, torch.randn(2, 3, 16, 16))
+    with pytest.raises(FresnetError, match="got a Stats, a Stem7x7Stats"):
+        moments.merge(seen, seen.stem)
+    with pytest.raises(FresnetError, match="moments are expected beside moments; got a NormStats"):
+        moments.merge(seen, params.stats)
+    with pytest.raises(FresnetError, match="at least one batch; got none"):
+        fresnet.recalibrate(params, [])
