@@ -66,7 +66,8 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
     check_momentum("update", momentum)
 
     def move(old: NormStats, seen: Moments) -> NormStats:
-        weight = (momentum * (seen.n > 0)).to(seen.mean.dtype)
+        dtype = seen.mean.dtype
+        weight = ((seen.n > 0).to(dtype) * momentum).to(dtype)
         unbiased = seen.m2 / (seen.n - 1).clamp(min=1)
         return NormStats(
             old.mean.detach().lerp(seen.mean, weight), old.var.detach().lerp(unbiased, weight)

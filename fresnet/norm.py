@@ -103,10 +103,11 @@ def _composed_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tens
 
 
 def _fused_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The fused kernel: `(y, mean, 1 / std)`. With the statistics' dtype wider than x's it takes
-    the moments in the wider one, but its rules for jvp and vmap know only one dtype.
+    """The fused kernel: `(y, mean, 1 / std)`.
+
+    Given statistics of a wider dtype than x it takes the moments in that, but not under vmap.
     """
-    wide = x if transforms.reverse_mode_alone() else x.to(scale.dtype)
+    wide = x.to(scale.dtype) if transforms.vectorised() else x
     y, mean, inverse_std = torch.native_batch_norm(wide, scale, bias, None, None, True, 0.0, EPS)
     return y.to(x.dtype), mean, inverse_std
 
@@ -147,8 +148,11 @@ class _FusedNorm(torch.autograd.Function):
 def _affine(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """(x - mean) / sqrt(var + eps) * scale + bias in x's dtype."""
     factor = scale * torch.rsqrt(var + EPS)
-    shift = torch.addcmul(bias, mean, factor, value=-1)
-    return torch.addcmul(shift[:, None, None], x, factor[:, None, None]).to(x.dtype)
+    shift = torch.addcmul(bias, -mean, factor)  # with value=-1, torch.func.linearize crashes
+    factor, shift = factor[:, None, None], shift[:, None, None]
+    if torch.compiler.is_compiling():  # fused there; addcmul's jvp of jvp does not compile
+        return (x * factor + shift).to(x.dtype)
+    return torch.addcmul(shift, x, factor).to(x.dtype)
 
 
 def _check_channels(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> None:

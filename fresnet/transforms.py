@@ -12,26 +12,24 @@ _KINDS = _functorch.TransformType
 
 def active() -> bool:
     """Whether this call runs inside any transform."""
-    return bool(_functorch.get_interpreter_stack())
+    return bool(_stack())
 
 
-def reverse_mode_alone() -> bool:
-    """Whether every transform at work is reverse-mode differentiation: no jvp, no vmap."""
-    return {t.key() for t in _functorch.get_interpreter_stack() or ()} <= {_KINDS.Grad}
+def vectorised() -> bool:
+    """Whether this call runs inside a vmap."""
+    return _KINDS.Vmap in _stack()
 
 
 def fused_norm_is_exact(*inputs: Tensor) -> bool:
     """Whether PyTorch's fused batch normalisation is right in every derivative to be taken here.
 
-    It is for one derivative in reverse mode and for any derivative of that one. What would
-    differentiate it further, or its forward-mode derivative, takes the saved moments for
-    constants and comes out wrong without an error.
+    It is for one derivative, in reverse mode. What would differentiate that again, under a vmap at
+    least, or its forward-mode derivative in any way, takes the saved moments for constants and
+    comes out wrong without an error; and a vmap may come only once this call is over.
     """
     if any(_is_differentiated_outside(tensor) for tensor in inputs):
         return False
-    modes = [t.key() for t in _functorch.get_interpreter_stack() or ()]
-    modes = [mode for mode in modes if mode in (_KINDS.Grad, _KINDS.Jvp)]
-    return not modes or (modes[-1] == _KINDS.Grad and len(modes) <= 2)
+    return [kind for kind in _stack() if kind in (_KINDS.Grad, _KINDS.Jvp)] in ([], [_KINDS.Grad])
 
 
 def _is_differentiated_outside(tensor: Tensor) -> bool:
@@ -43,3 +41,8 @@ def _is_differentiated_outside(tensor: Tensor) -> bool:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return unpack_dual(tensor).tangent is not None or (in_transform and tensor.requires_grad)
+
+
+def _stack() -> list[_functorch.TransformType]:
+    """The transforms at work, the outermost first."""
+    return [transform.key() for transform in _functorch.get_interpreter_stack() or ()]

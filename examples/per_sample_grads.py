@@ -1,0 +1,111 @@
+"""Find mislabelled digits by per-sample gradients.
+
+    python examples/per_sample_grads.py
+
+A tenth of the labels of 1,000 training digits are replaced by wrong ones. A small ResNet learns
+from them for a while, without getting to memorise them. Then each digit's own gradient is taken,
+by the running statistics, and compared with that of 400 clean digits: a digit whose gradient points
+against theirs would make the network worse on them by one step of training. The lowest are
+suspected.
+
+Prints how many of the suspects are really mislabelled, and writes a picture of the most suspected.
+Measured on 2 CPU cores, PyTorch 2.13: 63 of 100 (seed 0) in 6 s; by chance 10.
+
+Source: Pruthi et al. 2020, arXiv:2002.08484 (TracIn, here at one checkpoint).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from digits import Digits, load
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.func import grad
+from torch.nn.functional import cross_entropy
+
+import fresnet
+from fresnet import Params, tree
+from fresnet.types import BasicBlock, Stats, Weights
+
+TRAIN, FLIPPED, STEPS, BATCH, RATE = 1000, 100, 150, 100, 0.1
+
+
+def flip_labels(digits: Digits, generator: torch.Generator) -> tuple[Digits, Tensor]:
+    """Some digits with a wrong label each; and which they are."""
+    flipped = torch.zeros(TRAIN, dtype=torch.bool)
+    flipped[torch.randperm(TRAIN, generator=generator)[:FLIPPED]] = True
+    wrong = (digits.labels + torch.randint(1, 10, (TRAIN,), generator=generator)) % 10
+    return digits._replace(labels=torch.where(flipped, wrong, digits.labels)), flipped
+
+
+def loss_fn(weights: Weights, stats: Stats, x: Tensor, y: Tensor) -> tuple[Tensor, Stats]:
+    logits, stats = fresnet.forward_train(Params(weights, stats), x)
+    return cross_entropy(logits, y), stats
+
+
+def train(params: Params, digits: Digits, generator: torch.Generator) -> Params:
+    weights, stats = params
+    for _ in range(STEPS):
+        chosen = torch.randperm(TRAIN, generator=generator)[:BATCH]
+        x, y = digits.images[chosen], digits.labels[chosen]
+        grads, stats = grad(loss_fn, has_aux=True)(weights, stats, x, y)
+        weights = tree.map(lambda w, g: w - RATE * g, weights, grads)
+    return Params(weights, stats)
+
+
+def influence(params: Params, digits: Digits, clean: Digits) -> Tensor:
+    """How much a step on each digit would help on the clean ones: g_i . g_clean, `[n]`."""
+
+    def clean_loss(weights: Weights) -> Tensor:
+        logits = fresnet.forward(params._replace(weights=weights), clean.images)
+        return cross_entropy(logits, clean.labels)
+
+    target = grad(clean_loss)(params.weights)
+    grads = fresnet.per_sample_grads(
+        cross_entropy, params, *digits, norms="running", chunk_size=100
+    )
+    products = tree.map(lambda g, t: (g * t).flatten(1).sum(1), grads, target)
+    return torch.stack(tree.leaves(products)).sum(0)
+
+
+def draw(digits: Digits, truth: Tensor, order: Tensor, path: Path) -> None:
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    figure.suptitle("the 30 digits most suspected; red: mislabelled indeed")
+    for axes, i in zip(figure.subplots(3, 10).flat, order[:30].tolist(), strict=True):
+        axes.imshow(digits.images[i, 0], cmap="gray_r")
+        axes.set(xticks=[], yticks=[])
+        label, true = int(digits.labels[i]), int(truth[i])
+        text = f"says {label}" if label == true else f"says {label}, is {true}"
+        axes.set_title(text, fontsize=9, color="black" if label == true else "crimson")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Find mislabelled digits by per-sample gradients.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of labels, weights and batches")
+    parser.add_argument("--out", type=Path, default=Path("runs/per_sample_grads"), help="folder")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    whole, _ = load()
+    truth = whole.labels[:TRAIN]
+    clean = Digits(whole.images[TRAIN:1400], whole.labels[TRAIN:1400])
+    digits, flipped = flip_labels(Digits(whole.images[:TRAIN], truth), generator)
+    spec = fresnet.Spec(BasicBlock, (1, 1, 1), width=16)
+    params = train(fresnet.init(generator, spec, num_classes=10), digits, generator)
+
+    order = influence(params, digits, clean).argsort()
+    found = int(flipped[order[:FLIPPED]].sum())
+    print(f"{FLIPPED} of {TRAIN} digits were mislabelled")
+    print(f"of the {FLIPPED} most suspected, {found} are; by chance it would be 10")
+    draw(digits, truth, order, args.out / "suspects.png")
+    print(f"wrote suspects.png to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A bottleneck or basic network written out as in the papers: no fused kernels, no fresnet.
+
+Slow, and right under every derivative; the truth for transforms that torchvision's modules lack.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, max_pool2d, relu
+
+EPS = 1e-5
+
+
+def normalise(x: Tensor, norm: Any, stats: Any, train: bool) -> Tensor:
+    """Ioffe & Szegedy 2015, Alg. 1 in training, Alg. 2 in inference."""
+    mean, var = stats.mean, stats.var
+    if train:
+        mean = x.mean((0, 2, 3))
+        var = ((x - mean[:, None, None]) ** 2).mean((0, 2, 3))
+    y = (x - mean[:, None, None]) / torch.sqrt(var[:, None, None] + EPS)
+    normalised: Tensor = y * norm.scale[:, None, None] + norm.bias[:, None, None]
+    return normalised
+
+
+def logits(params: Any, x: Tensor, train: bool) -> Tensor:
+    """He et al. 2015, Table 1, with the stride of a bottleneck in its 3x3 convolution."""
+    weights, stats = params
+    x = conv2d(x, weights.stem.conv, stride=2, padding=3)
+    x = max_pool2d(relu(normalise(x, weights.stem.norm, stats.stem.norm, train)), 3, 2, 1)
+    for stage, (blocks, blocks_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
+        for i, (w, s) in enumerate(zip(blocks, blocks_stats, strict=True)):
+            stride = 2 if stage > 0 and i == 0 else 1
+            wide = hasattr(w, "conv3")
+            y = conv2d(x, w.conv1, stride=1 if wide else stride, padding=0 if wide else 1)
+            y = relu(normalise(y, w.norm1, s.norm1, train))
+            y = conv2d(y, w.conv2, stride=stride if wide else 1, padding=1)
+            y = normalise(y, w.norm2, s.norm2, train)
+            if wide:
+                y = normalise(conv2d(relu(y), w.conv3), w.norm3, s.norm3, train)
+            if len(w.shortcut):
+                x = conv2d(x, w.shortcut.conv, stride=stride)
+                x = normalise(x, w.shortcut.norm, s.shortcut.norm, train)
+            x = relu(y + x)
+    result: Tensor = x.mean((2, 3)) @ weights.head.weight.T + weights.head.bias
+    return result
