@@ -4,7 +4,9 @@
 held out for testing.
 """
 
+import argparse
 import math
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -35,6 +37,25 @@ def load() -> tuple[Digits, Digits]:
     images = (images - images[train].mean()) / images[train].std()
     images, labels = images.repeat(1, 3, 1, 1), torch.tensor(labels)
     return Digits(images[train], labels[train]), Digits(images[test], labels[test])
+
+
+def small(digits: Digits) -> Digits:
+    """The same digits in float64 and 16x16 pixels, for what is costly or to be exact."""
+    return Digits(digits.images[:, :, ::2, ::2].double(), digits.labels)
+
+
+def arguments() -> argparse.Namespace:
+    """--seed and --out of an example; its docstring is the help."""
+    example = sys.modules["__main__"]
+    parser = argparse.ArgumentParser(
+        description=example.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    folder = Path("runs") / Path(str(example.__file__)).stem
+    parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: 0)")
+    parser.add_argument("--out", type=Path, default=folder, help=f"folder (default: {folder})")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def draw_predictions(digits: Digits, logits: Tensor, path: Path) -> None:

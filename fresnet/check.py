@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from fresnet.collectives import Group
 from fresnet.errors import FresnetError, describe
 from fresnet.types import (
     BLOCKS,
@@ -68,6 +69,19 @@ def check_momentum(caller: str, momentum: float | Tensor) -> None:
         got = describe(momentum) if isinstance(momentum, Tensor) else repr(momentum)
         raise FresnetError(
             f"{caller} expects momentum to be a number from 0 to 1 or a 0-d tensor; got {got}"
+        )
+
+
+def check_group(caller: str, group: Group | None) -> None:
+    """Refuse a group that is no process group.
+
+    Raises:
+      FresnetError: saying what came.
+    """
+    if group is not None and not isinstance(group, Group):
+        raise FresnetError(
+            f"{caller} expects group to be a process group of torch.distributed; "
+            f"got {describe(group)}"
         )
 
 

@@ -6,9 +6,11 @@ Each function takes trees as `forward_moments` returns them, or single nodes.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from fresnet.check import check_momentum
+from fresnet.collectives import Group, all_sum
 from fresnet.errors import FresnetError, describe
 from fresnet.types import Moments, NormStats
 
@@ -46,6 +48,25 @@ def _merge(a: Moments, b: Moments) -> Moments:
     )
 
 
+def merge_across(moments: Tree, group: Group) -> Tree:
+    """The moments of the group's processes together, on each of them the same.
+
+        mean = sum n_i mean_i / n,   m2 = sum m2_i + n_i (mean_i - mean)^2,   n = sum n_i
+
+    Differentiable in every process's moments. Each process must call it, in the same order.
+
+    Raises:
+      FresnetError: if the tree holds anything but moments.
+    """
+
+    def merged(own: Moments) -> Moments:
+        total = all_sum(torch.cat([own.n[None], own.n * own.mean]), group)
+        n, mean = total[0], total[1:] / total[0].clamp(min=1)
+        return Moments(n, mean, all_sum(own.m2 + own.n * (own.mean - mean).square(), group))
+
+    return _map(merged, moments)  # type: ignore[no-any-return]
+
+
 def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree:
     """Move running statistics towards these moments, as training does after a batch.
 
@@ -76,18 +97,28 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
     return _map(move, stats, moments)  # type: ignore[no-any-return]
 
 
-def statistics(moments: Any) -> Any:
+def statistics(stats: Tree, moments: Any) -> Tree:
     """The statistics by which training normalised: mean, and variance without the n / (n - 1).
 
     `forward` with these in place of the running ones gives the logits of `forward_train` on the
     same batch, with the batch's statistics held constant.
 
     Args:
-      moments: a tree of `Moments`.
+      stats: a tree of `NormStats`, such as `params.stats`: kept where there were no values, as at a
+        frozen norm.
+      moments: a tree of `Moments` like it.
     Returns:
-      A tree of `NormStats` like it.
+      A tree like stats.
+    Raises:
+      FresnetError: if the trees differ.
     """
-    return _map(lambda seen: NormStats(seen.mean, seen.m2 / seen.n), moments)
+
+    def of_batch(running: NormStats, seen: Moments) -> NormStats:
+        batch = (seen.mean, seen.m2 / seen.n.clamp(min=1))
+        kept = (torch.where(seen.n > 0, new, old) for new, old in zip(batch, running, strict=True))
+        return NormStats(*kept)
+
+    return _map(of_batch, stats, moments)  # type: ignore[no-any-return]
 
 
 def _map(function: Callable[..., Any], first: Any, *rest: Any) -> Any:

@@ -5,11 +5,13 @@ that uses the running statistics, training the one that uses the batch and retur
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor
 from torch.nn.functional import relu
 
-from fresnet.check import check_call, check_momentum
+from fresnet.check import check_call, check_group, check_momentum
+from fresnet.collectives import Group
 from fresnet.moments import update
 from fresnet.norm import NormFunction, inference_norm, training_norm
 from fresnet.ops import add_relu, conv2d, global_average_pool, linear, max_pool
@@ -57,7 +59,7 @@ def forward(params: Params, x: Tensor) -> Tensor:
 
 
 def forward_train(
-    params: Params, x: Tensor, *, momentum: float | Tensor = 0.1
+    params: Params, x: Tensor, *, momentum: float | Tensor = 0.1, group: Group | None = None
 ) -> tuple[Tensor, Stats]:
     """Classify a batch of images by the statistics of the batch itself: training.
 
@@ -74,22 +76,26 @@ def forward_train(
       x: images, float `[b c h w]`, in the dtype of the weights.
       momentum: the weight of the batch's moments in the new running statistics
         (PyTorch's sense; 0.1 here is 0.9 in Flax): a number from 0 to 1 or a 0-d tensor.
+      group: the processes of `torch.distributed` whose batches are normalised as one; by default
+        each process normalises its own.
     Returns:
       `(logits, stats)`: logits `[b k]`; the new running statistics.
     Raises:
-      FresnetError: if the tree, the images or the momentum are not what a network takes, or if
-        some norm would see one value per channel.
+      FresnetError: if the tree, the images, the momentum or the group are not what a network
+        takes, or if some norm would see one value per channel.
     """
     check_momentum("forward_train", momentum)
-    logits, moments = forward_moments(params, x)
+    logits, moments = _forward_moments("forward_train", params, x, group)
     return logits, update(params.stats, moments, momentum=momentum)
 
 
-def forward_moments(params: Params, x: Tensor) -> tuple[Tensor, Stats]:
+def forward_moments(
+    params: Params, x: Tensor, *, group: Group | None = None
+) -> tuple[Tensor, Stats]:
     """Classify a batch as `forward_train` does, and return what its norms saw.
 
-    Moments of several batches, devices or ghost batches are merged by `fresnet.merge`, and become
-    running statistics by `fresnet.update`.
+    Moments of several batches are merged by `fresnet.moments.merge`, and become running statistics
+    by `fresnet.moments.update`.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -100,15 +106,22 @@ def forward_moments(params: Params, x: Tensor) -> tuple[Tensor, Stats]:
     Args:
       params: the network.
       x: images, float `[b c h w]`, in the dtype of the weights.
+      group: as for `forward_train`.
     Returns:
       `(logits, moments)`: logits `[b k]`; a tree like `params.stats` with `Moments` for
       `NormStats`, constants with respect to params and x.
     Raises:
-      FresnetError: if the tree or the images are not what a network takes, or if some norm would
-        see one value per channel.
+      FresnetError: as `forward_train` does.
     """
-    check_call("forward_train", params, x)
-    activations, moments = _network(params, x, training_norm)
+    return _forward_moments("forward_moments", params, x, group)
+
+
+def _forward_moments(
+    caller: str, params: Params, x: Tensor, group: Group | None
+) -> tuple[Tensor, Stats]:
+    check_call(caller, params, x)
+    check_group(caller, group)
+    activations, moments = _network(params, x, partial(training_norm, group=group))
     return _head(params.weights.head, activations[-1]), moments
 
 
@@ -208,13 +221,13 @@ def _shortcut(
 
 def _identity(
     w: Identity, s: Identity, x: Tensor, stride: int, norm: NormFunction
-) -> tuple[Tensor, Identity]:
+) -> tuple[Tensor, ShortcutStats]:
     return x, s
 
 
 def _projection(
     w: Projection, s: ProjectionStats, x: Tensor, stride: int, norm: NormFunction
-) -> tuple[Tensor, ProjectionStats]:
+) -> tuple[Tensor, ShortcutStats]:
     y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride))
     return y, ProjectionStats(stats)
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fresnet import transforms
+from fresnet.collectives import Group
 from fresnet.errors import FresnetError
+from fresnet.moments import merge_across
 from fresnet.types import FrozenNorm, Moments, Norm, NormStats
 
 EPS = 1e-5
@@ -49,7 +51,9 @@ def inference_norm(
     return _affine(x, norm.scale, norm.bias, *stats), stats
 
 
-def training_norm(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> tuple[Tensor, Moments]:
+def training_norm(
+    norm: Norm | FrozenNorm, stats: NormStats, x: Tensor, group: Group | None = None
+) -> tuple[Tensor, Moments]:
     """Normalise each channel by the batch's moments, or a frozen norm's by its running ones.
 
         y = (x - E[x]) / sqrt(Var[x] + eps) * scale + bias
@@ -60,8 +64,9 @@ def training_norm(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> tuple
       norm: scale and bias, each `[c]`.
       stats: mean and var, each `[c]`: read where the norm is frozen, else for their dtype alone.
       x: activations `[b c h w]`.
+      group: the processes whose batches are normalised as one, by default this process alone.
     Returns:
-      `(y, moments)`: y `[b c h w]` in x's dtype; moments of b h w values, or of none from a
+      `(y, moments)`: y `[b c h w]` in x's dtype; moments of all b h w values, or of none from a
       frozen norm.
     Raises:
       FresnetError: if the channels differ, or if b h w == 1 (the unbiased variance is undefined).
@@ -71,43 +76,56 @@ def training_norm(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> tuple
     if isinstance(norm, FrozenNorm):
         y = _affine(x, norm.scale, norm.bias, *stats)
         return y, Moments(stats.mean.new_zeros(()), *map(torch.zeros_like, stats))
-    n = x.shape[0] * x.shape[2] * x.shape[3]
-    if n == 1:
+    if x.numel() == x.shape[1] and (group is None or group.size() == 1):
         raise FresnetError(
             "training expects more than one value per channel at every norm; got activations "
             f"{tuple(x.shape)}: use a larger batch or larger images"
         )
-    y, mean, var = _batch_norm(x, *(v.to(stats.mean.dtype) for v in norm))
-    return y, Moments(mean.new_full((), n), mean.detach(), var.detach() * n)
+    scale, bias = (v.to(stats.mean.dtype) for v in norm)
+    y, moments = _batch_norm(x, scale, bias, group)
+    return y, Moments(*(moment.detach() for moment in moments))
 
 
-def _batch_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise by the batch: `(y, mean, var)`, var biased.
+def _batch_norm(
+    x: Tensor, scale: Tensor, bias: Tensor, group: Group | None = None
+) -> tuple[Tensor, Moments]:
+    """One function in two forms.
 
-    One function in two forms. PyTorch's fused kernel is several times as fast where it runs
-    eagerly; the composed form is right under every derivative, and compiles to as fast code.
+    PyTorch's fused kernel is several times as fast where it runs eagerly; the composed form is
+    right under every derivative, merges moments across processes, and compiles to as fast code.
     """
-    if torch.compiler.is_compiling() or not transforms.fused_norm_is_exact(x, scale, bias):
-        return _composed_norm(x, scale, bias)
-    if transforms.active():
-        y, mean, inverse_std = _fused_norm(x, scale, bias)
-    else:
-        y, mean, inverse_std = _FusedNorm.apply(x, scale, bias)
-    return y, mean, (inverse_std**-2 - EPS).clamp(min=0)
+    if (
+        torch.compiler.is_compiling()
+        or group is not None
+        or not transforms.fused_norm_is_exact(x, scale, bias)
+    ):
+        return _composed_norm(x, scale, bias, group)
+    fused = _fused_norm if transforms.active() else _FusedNorm.apply
+    y, mean, inverse_std = fused(x, scale, bias)
+    n = mean.new_full((), x.numel() // x.shape[1])
+    return y, Moments(n, mean, (inverse_std**-2 - EPS).clamp(min=0) * n)
 
 
-def _composed_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _composed_norm(
+    x: Tensor, scale: Tensor, bias: Tensor, group: Group | None = None
+) -> tuple[Tensor, Moments]:
     wide = x.to(scale.dtype)
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    return _affine(wide, scale, bias, mean, var).to(x.dtype), mean, var
+    n = mean.new_full((), x.numel() // x.shape[1])
+    moments = Moments(n, mean, var * n)
+    if group is not None:
+        moments = merge_across(moments, group)
+        mean, var = moments.mean, moments.m2 / moments.n
+    return _affine(wide, scale, bias, mean, var).to(x.dtype), moments
 
 
 def _fused_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The fused kernel: `(y, mean, 1 / std)`.
 
-    Given statistics of a wider dtype than x it takes the moments in that, but not under vmap.
+    Beside a scale of a wider dtype than x it takes the moments in that, but has no rule for vmap,
+    which under a transform may still come.
     """
-    wide = x.to(scale.dtype) if transforms.vectorised() else x
+    wide = x.to(scale.dtype) if transforms.active() else x
     y, mean, inverse_std = torch.native_batch_norm(wide, scale, bias, None, None, True, 0.0, EPS)
     return y.to(x.dtype), mean, inverse_std
 
@@ -149,10 +167,7 @@ def _affine(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -
     """(x - mean) / sqrt(var + eps) * scale + bias in x's dtype."""
     factor = scale * torch.rsqrt(var + EPS)
     shift = torch.addcmul(bias, -mean, factor)  # with value=-1, torch.func.linearize crashes
-    factor, shift = factor[:, None, None], shift[:, None, None]
-    if torch.compiler.is_compiling():  # fused there; addcmul's jvp of jvp does not compile
-        return (x * factor + shift).to(x.dtype)
-    return torch.addcmul(shift, x, factor).to(x.dtype)
+    return torch.addcmul(shift[:, None, None], x, factor[:, None, None]).to(x.dtype)
 
 
 def _check_channels(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> None:

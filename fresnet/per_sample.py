@@ -81,7 +81,7 @@ def per_sample_grads(
 
 def _batch_statistics(params: Params, x: Tensor) -> Stats:
     with torch.no_grad():
-        stats: Stats = statistics(forward_moments(params, x)[1])
+        stats: Stats = statistics(params.stats, forward_moments(params, x)[1])
     return stats
 
 

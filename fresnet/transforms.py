@@ -15,11 +15,6 @@ def active() -> bool:
     return bool(_stack())
 
 
-def vectorised() -> bool:
-    """Whether this call runs inside a vmap."""
-    return _KINDS.Vmap in _stack()
-
-
 def fused_norm_is_exact(*inputs: Tensor) -> bool:
     """Whether PyTorch's fused batch normalisation is right in every derivative to be taken here.
 

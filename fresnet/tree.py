@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, describe
 
 Tree = TypeVar("Tree")
 Path = tuple[str | int, ...]
@@ -112,6 +112,37 @@ def unflatten(like: Tree, new_leaves: Sequence[Any]) -> Tree:
             f"tree.unflatten expects {spec.num_leaves} leaves; got {len(new_leaves)}"
         )
     return _pytree.tree_unflatten(new_leaves, spec)  # type: ignore[no-any-return]
+
+
+def ravel(tree: Any) -> Tensor:
+    """All leaves end to end in one vector, in the order of `leaves`: the point of parameter space.
+
+    >>> import torch, fresnet
+    >>> fresnet.tree.ravel((torch.tensor([[1, 2], [3, 4]]), torch.tensor(5)))
+    tensor([1, 2, 3, 4, 5])
+    """
+    return torch.cat([leaf.flatten() for leaf in leaves(tree)])
+
+
+def unravel(like: Tree, vector: Tensor) -> Tree:
+    """The tree that `ravel` made a vector of, its leaves shaped as those of `like`.
+
+    >>> import torch, fresnet
+    >>> fresnet.tree.unravel((torch.zeros(2, 1), torch.zeros(())), torch.arange(3))
+    (tensor([[0],
+            [1]]), tensor(2))
+
+    Raises:
+      FresnetError: if the vector has not as many values as the leaves together.
+    """
+    shapes = [leaf.shape for leaf in leaves(like)]
+    sizes = [shape.numel() for shape in shapes]
+    if vector.shape != (sum(sizes),):
+        raise FresnetError(
+            f"tree.unravel expects a vector of {sum(sizes)} values; got {describe(vector)}"
+        )
+    parts = zip(vector.split(sizes), shapes, strict=True)
+    return unflatten(like, [part.view(shape) for part, shape in parts])
 
 
 def _difference(a: Any, b: Any) -> str:

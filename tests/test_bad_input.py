@@ -183,16 +183,6 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
     assert fresnet.forward(PARAMS, torch.ones(shape)).shape == (1, 5)
 
 
-def test_trees_that_differ_cannot_be_mapped_together() -> None:
-    other = fresnet.init(0, Spec(BasicBlock, (2, 2), width=4))
-    with pytest.raises(
-        FresnetError, match=r"differs from the first at \('weights', 'stages', 0, 0, 'conv3'\)"
-    ):
-        tree.map(torch.add, PARAMS, other)
-    with pytest.raises(FresnetError, match="expects 2 leaves; got 1"):
-        tree.unflatten((1, 2), [1])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -20,14 +20,14 @@ from torch.nn.functional import cross_entropy
 import fresnet
 from fresnet import tree
 
-SCRIPT = Path(train_digits.__file__)
+FOLDER = Path(train_digits.__file__).parent
 QUICK = ("--arch", "resnet50", "--epochs", "1")
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    """The example; it hears Ctrl-C even where this process, as a background job, does not."""
+def start(name: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """An example; it hears Ctrl-C even where this process, as a background job, does not."""
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        [sys.executable, str(FOLDER / name), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -36,8 +36,8 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: str | Path) -> tuple[int, str, str]:
-    process = start(*arguments)
+def run(name: str, *arguments: str | Path) -> tuple[int, str, str]:
+    process = start(name, *arguments)
     out, err = process.communicate()
     return process.returncode, out, err
 
@@ -63,17 +63,17 @@ def interrupt(process: subprocess.Popen[str], after: int) -> str:
 @pytest.mark.slow
 def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    code, out, err = run(*QUICK, "--out", straight)
+    code, out, err = run("train_digits.py", *QUICK, "--out", straight)
     assert code == 0, err
     assert "test accuracy" in out
     assert {p.name for p in straight.iterdir()} == {"checkpoint.pt", "curves.png", "digits.png"}
 
-    process = start(*QUICK, "--out", broken)
+    process = start("train_digits.py", *QUICK, "--out", broken)
     assert "--resume goes on" in interrupt(process, after=13)
     assert process.returncode == 1
     steps = len(checkpoint(broken)["history"])
     assert 3 <= steps < 22
-    code, resumed, err = run(*QUICK, "--out", broken, "--resume")
+    code, resumed, err = run("train_digits.py", *QUICK, "--out", broken, "--resume")
     assert code == 0, err
     assert resumed.splitlines()[0] == out.splitlines()[0]
     assert len(checkpoint(broken)["history"]) == 22
@@ -84,11 +84,11 @@ def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_p
     model = reference.torchvision.models.resnet50(num_classes=10)
     model.load_state_dict(checkpoint(broken)["model"], strict=True)
 
-    code, _, err = run("--arch", "resnet34", "--out", broken, "--resume")
+    code, _, err = run("train_digits.py", "--arch", "resnet34", "--out", broken, "--resume")
     assert code == 1
     assert "was started with --arch resnet50, not resnet34" in err
     (broken / "checkpoint.pt").write_bytes(b"broken")
-    code, _, err = run(*QUICK, "--out", broken, "--resume")
+    code, _, err = run("train_digits.py", *QUICK, "--out", broken, "--resume")
     assert code == 1
     assert "is not a checkpoint of this program" in err
     assert "Traceback" not in err
@@ -106,7 +106,7 @@ def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_p
 def test_wrong_arguments_end_with_one_line(
     tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    code, _, err = run("--out", tmp_path, *arguments)
+    code, _, err = run("train_digits.py", "--out", tmp_path, *arguments)
     assert code != 0
     assert message in err
     assert "Traceback" not in err
@@ -151,8 +151,35 @@ def test_the_learning_rate_warms_up_then_falls_to_zero() -> None:
 
 @pytest.mark.slow
 def test_the_main_job_reaches_97_percent(tmp_path: Path) -> None:
-    code, out, err = run("--out", tmp_path)
+    code, out, err = run("train_digits.py", "--out", tmp_path)
     assert code == 0, err
     accuracy = re.search(r"test accuracy ([\d.]+)% on 360 digits", out)
     assert accuracy is not None
     assert float(accuracy[1]) >= 97
+
+
+CLAIMS = {
+    "per_sample_grads.py": (r"of the 100 most suspected, (\d+) are", 40, 100),
+    "ensemble.py": (r"ensemble: ([\d.]+)%", 95, 100),
+    "hessian.py": (r"eigenvalue 1: .* = (\S+)", 0, 1e-10),
+    "ntk.py": (r"by products: (\S+) apart", 0, 1e-12),
+    "meta_lr.py": (r"finite difference: (\S+) apart", 0, 1e-5),
+}
+"""Of each other example, a figure that it prints and between which bounds it lies."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_others_find_what_they_look_for(name: str, tmp_path: Path) -> None:
+    code, out, err = run(name, "--out", tmp_path)
+    assert code == 0, err
+    pattern, low, high = CLAIMS[name]
+    figure = re.search(pattern, out)
+    assert figure is not None, out
+    assert low <= float(figure[1]) <= high
+    assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
+
+
+def test_every_example_is_run() -> None:
+    scripts = {path.name for path in FOLDER.glob("*.py")}
+    assert scripts == {*CLAIMS, "train_digits.py", "digits.py"}

@@ -43,7 +43,9 @@ def test_by_running_statistics_and_by_the_batchs_they_are_a_loop(
     params: Params, x: Tensor, chunk_size: int | None
 ) -> None:
     y = labels(x, params.weights.head.bias.numel())
-    by_batch = params._replace(stats=moments.statistics(fresnet.forward_moments(params, x)[1]))
+    by_batch = params._replace(
+        stats=moments.statistics(params.stats, fresnet.forward_moments(params, x)[1])
+    )
     for norms, network in {"running": params, "batch": by_batch}.items():
         grads = fresnet.per_sample_grads(
             cross_entropy, params, x, y, norms=norms, chunk_size=chunk_size
@@ -72,6 +74,42 @@ def test_coupled_they_are_the_jacobian_and_their_mean_the_gradient_of_training(
     assert_near(grads, jacrev(losses)(params.weights))
 
 
+@examples(10)
+@given(params=tiny_params(), x=training_images())
+def test_frozen_norms_go_by_running_statistics_in_every_meaning(params: Params, x: Tensor) -> None:
+    """All frozen, the three meanings are one; some frozen, those keep their statistics."""
+    y = labels(x, params.weights.head.bias.numel())
+    frozen = fresnet.freeze(params)
+    expected = fresnet.per_sample_grads(cross_entropy, params, x, y, norms="running")
+    for norms in ("running", "batch", "coupled"):
+        grads = fresnet.per_sample_grads(cross_entropy, frozen, x, y, norms=norms)
+        assert_near(grads, expected)
+
+    partly = fresnet.freeze(params, lambda path: path[0] == "stem")
+    seen = fresnet.forward_moments(partly, x)[1]
+    stats = moments.statistics(params.stats, seen)
+    assert_same(stats.stem, params.stats.stem)
+    by_batch = params._replace(stats=stats)
+    expected = fresnet.per_sample_grads(cross_entropy, by_batch, x, y, norms="running")
+    grads = fresnet.per_sample_grads(cross_entropy, partly, x, y, norms="batch")
+    assert_near(grads, expected)
+
+
+@pytest.mark.parametrize("norms", ["running", "batch", "coupled"])
+def test_bfloat16_weights(norms: str) -> None:
+    """As near the gradients in float64 as its three digits come through four norms."""
+    spec = fresnet.Spec(BasicBlock, (1, 1), width=8)
+    params = fresnet.init(0, spec, num_classes=5, dtype=torch.bfloat16)
+    exact = tree.map(torch.Tensor.double, params)
+    x = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = labels(x, 5)
+    grads, expected = (
+        tree.ravel(fresnet.per_sample_grads(cross_entropy, p, x.to(dtype), y, norms=norms))
+        for p, dtype in ((params, torch.bfloat16), (exact, torch.float64))
+    )
+    assert (grads.double() - expected).norm() <= 0.2 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,21 +134,6 @@ def test_vmap_over_the_wrong_axis_is_told() -> None:
     unstacked = re.escape("expects weights.stem.conv to be a float tensor [o c k k]")
     with pytest.raises(FresnetError, match=unstacked):
         vmap(fresnet.forward, (0, None))(params, x)
-
-
-@examples(10)
-@given(params=tiny_params())
-def test_stack_and_unstack(params: Params) -> None:
-    members = [params, tree.map(torch.neg, params), tree.map(torch.zeros_like, params)]
-    for member, back in zip(members, tree.unstack(tree.stack(members)), strict=True):
-        assert_same(back, member)
-    with pytest.raises(FresnetError, match="at least one tree"):
-        tree.stack([])
-    wider = fresnet.init(0, fresnet.Spec(BasicBlock, (1,), width=7), dtype=torch.float64)
-    with pytest.raises(FresnetError, match=r"expects (leaves of one shape|trees of one structure)"):
-        tree.stack([params, wider])
-    with pytest.raises(FresnetError, match="expects leaves of one first dimension"):
-        tree.unstack((torch.zeros(2), torch.zeros(3)))
 
 
 @examples(5)

@@ -89,7 +89,7 @@ def direction(weights: Weights, seed: int) -> Weights:
 
 
 def dot(a: Weights, b: Weights) -> Tensor:
-    return torch.stack(tree.leaves(tree.map(lambda a, b: (a * b).sum(), a, b))).sum()
+    return tree.ravel(a) @ tree.ravel(b)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -130,7 +130,7 @@ def test_first_derivatives_agree_with_each_other(train: bool, params: Params, x:
 @given(params=tiny_params(), x=training_images())
 def test_an_ensemble_by_vmap_is_a_loop(params: Params, x: Tensor) -> None:
     members = [params, tree.map(lambda p: p * 1.1, params), tree.map(lambda p: p * 0.7, params)]
-    stacked = tree.map(lambda *leaves: torch.stack(leaves), *members)
+    stacked = tree.stack(members)
     for i, logits in enumerate(vmap(fresnet.forward, (0, None))(stacked, x)):
         assert_close(logits, fresnet.forward(members[i], x), 1e-12)
     logits, stats = vmap(fresnet.forward_train, (0, None))(stacked, x)
@@ -204,7 +204,7 @@ def test_compiled_in_one_graph_is_eager(name: str) -> None:
         0, fresnet.Spec(fresnet.types.BasicBlock, (1, 1), width=4), dtype=torch.float64
     )
     x = torch.randn(4, 3, 33, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    stacked = tree.map(lambda leaf: torch.stack([leaf, 2 * leaf]), params)
+    stacked = tree.stack([params, tree.map(lambda leaf: 2 * leaf, params)])
     v = direction(params.weights, 1)
     calls: dict[str, Callable[[], object]] = {
         "forward": lambda: fresnet.forward(params, x),

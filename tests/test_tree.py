@@ -1,0 +1,53 @@
+"""Trees map, stack and ravel as they are, or say where they differ."""
+
+import pytest
+import torch
+from assertions import assert_same
+from hypothesis import given
+from strategies import examples, tiny_params
+
+import fresnet
+from fresnet import FresnetError, Params, Spec, tree
+from fresnet.types import BasicBlock, Bottleneck
+
+
+@examples(20)
+@given(params=tiny_params())
+def test_stack_and_unstack_are_inverse(params: Params) -> None:
+    members = [params, tree.map(torch.neg, params), tree.map(torch.zeros_like, params)]
+    for member, back in zip(members, tree.unstack(tree.stack(members)), strict=True):
+        assert_same(back, member)
+
+
+@examples(20)
+@given(params=tiny_params())
+def test_ravel_and_unravel_are_inverse(params: Params) -> None:
+    vector = tree.ravel(params)
+    assert len(vector) == sum(leaf.numel() for leaf in tree.leaves(params))
+    assert_same(tree.unravel(params, vector), params)
+    assert_same(tree.unravel(params, 2 * vector), tree.map(lambda leaf: 2 * leaf, params))
+
+
+def test_trees_that_do_not_fit_are_refused() -> None:
+    bottleneck = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4))
+    basic = fresnet.init(0, Spec(BasicBlock, (2, 2), width=4))
+    wider = fresnet.init(0, Spec(BasicBlock, (2, 2), width=8))
+    place = r"differs from the first at \('weights', 'stages', 0, 0, 'conv3'\)"
+    with pytest.raises(FresnetError, match=place):
+        tree.map(torch.add, bottleneck, basic)
+    with pytest.raises(FresnetError, match=place):
+        tree.stack([bottleneck, basic])
+    with pytest.raises(FresnetError, match="in the type of a node"):
+        tree.stack([basic, fresnet.freeze(basic)])
+    with pytest.raises(FresnetError, match=r"of one shape; got \(4, 3, 7, 7\), \(8, 3, 7, 7\)"):
+        tree.stack([basic, wider])
+    with pytest.raises(FresnetError, match="at least one tree"):
+        tree.stack([])
+    with pytest.raises(FresnetError, match="expects leaves of one first dimension"):
+        tree.unstack((torch.zeros(2), torch.zeros(3)))
+    with pytest.raises(FresnetError, match="expects leaves of one first dimension"):
+        tree.unstack((torch.tensor(2.0),))
+    with pytest.raises(FresnetError, match="expects 2 leaves; got 1"):
+        tree.unflatten((1, 2), [1])
+    with pytest.raises(FresnetError, match=r"a vector of 5 values; got float32 \(4,\)"):
+        tree.unravel((torch.zeros(2), torch.zeros(3)), torch.zeros(4))
