@@ -144,10 +144,11 @@ FIRST_ORDER = (
 INDUCTOR_NARROW = ("grad", "jvp", "vmap of grad")
 """What inductor is made to compile in float32 and bfloat16 too; a cell takes it ten seconds."""
 
-_SKIPPED = "Attempted to call function marked as skipped"
-_NO_PROXY = "Failed to convert args/kwargs to proxy"
-REFUSED = {"linearize": _SKIPPED, "functionalize": _NO_PROXY, "make_fx": _NO_PROXY}
-"""What PyTorch says where it does not compile a transform."""
+REFUSED = ("linearize", "functionalize", "make_fx")
+"""What PyTorch does not compile: ways of tracing, not to be traced."""
+
+REFUSAL = "function marked as skipped|Failed to convert args/kwargs to proxy"
+"""What it says of them, the one or the other by what was compiled before."""
 
 CRASHES = ("jvp of jvp",)
 """What PyTorch compiles to code that crashes, where it compiles it at all."""
