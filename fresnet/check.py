@@ -24,6 +24,9 @@ from fresnet.types import (
     Weights,
 )
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of weights."""
+
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the statistics beside weights of `dtype`: never narrower than float32.
@@ -46,7 +49,8 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
     stem = params.weights.stem.conv
     expected = f"{caller} expects x [b {stem.shape[1]} h w]"
     if x.ndim != 4 or x.shape[1] != stem.shape[1]:
-        raise FresnetError(f"{expected}; got {tuple(x.shape)}")
+        hint = " (one image? x[None])" if x.shape[:1] == stem.shape[1:2] else ""
+        raise FresnetError(f"{expected}; got {tuple(x.shape)}{hint}")
     if 0 in x.shape:
         raise FresnetError(f"{expected} with at least one image and pixel; got {tuple(x.shape)}")
     if x.dtype != stem.dtype:
@@ -56,19 +60,19 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
 
 
 def check_momentum(caller: str, momentum: float | Tensor) -> None:
-    """Refuse a momentum that is neither a number from 0 to 1 nor a 0-d tensor.
+    """Refuse a momentum that is neither a number from 0 to 1 nor a 0-d float tensor.
 
     Raises:
       FresnetError: saying what came.
     """
     if isinstance(momentum, Tensor):
-        fits = momentum.ndim == 0
+        fits = momentum.ndim == 0 and momentum.is_floating_point()
     else:
-        fits = isinstance(momentum, int | float) and 0 <= momentum <= 1
+        fits = type(momentum) in (int, float) and 0 <= momentum <= 1
     if not fits:
         got = describe(momentum) if isinstance(momentum, Tensor) else repr(momentum)
         raise FresnetError(
-            f"{caller} expects momentum to be a number from 0 to 1 or a 0-d tensor; got {got}"
+            f"{caller} expects momentum to be a number from 0 to 1 or a 0-d float tensor; got {got}"
         )
 
 
@@ -101,9 +105,14 @@ def check_params(caller: str, params: Params) -> None:
         )
     stem = getattr(weights.stem, "conv", None)
     if not isinstance(stem, Tensor) or stem.ndim != 4 or not stem.is_floating_point():
+        hint = (
+            " (a stack of networks? use vmap)"
+            if isinstance(stem, Tensor) and stem.ndim == 5
+            else ""
+        )
         raise FresnetError(
             f"{caller} expects weights.stem.conv to be a float tensor [o c k k]; "
-            f"got {describe(stem)}"
+            f"got {describe(stem)}{hint}"
         )
     walk = _Walk(caller, stem.dtype, stats_dtype(stem.dtype), stem.device)
     walk.node("stem", weights.stem, stats.stem, STEMS)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet.check import stats_dtype
+from fresnet.check import DTYPES, stats_dtype
 from fresnet.errors import FresnetError
 from fresnet.specs import RESNET50, Spec
 from fresnet.types import (
@@ -66,7 +66,7 @@ def init(
       FresnetError: if generator, spec, num_classes, in_channels or dtype is not of this kind.
     Source: He et al. 2015, arXiv:1502.01852, Eq. 14, in the backward direction.
     """
-    if type(generator) is int:
+    if type(generator) is int and -(2**63) <= generator < 2**64:
         generator = torch.Generator().manual_seed(generator)
     if not isinstance(generator, torch.Generator):
         raise FresnetError(f"init expects a torch.Generator or an int; got {generator!r}")
@@ -77,8 +77,8 @@ def init(
             "init expects num_classes and in_channels to be positive integers; "
             f"got num_classes={num_classes}, in_channels={in_channels}"
         )
-    if not dtype.is_floating_point:
-        raise FresnetError(f"init expects a floating-point dtype; got {dtype}")
+    if dtype not in DTYPES:
+        raise FresnetError(f"init expects dtype to be one of {DTYPES}; got {dtype!r}")
     device = generator.device if device is None else torch.device(device)
     draw = _Draw(generator, dtype, device)
     weights = _weights(draw, spec, num_classes, in_channels, 0.0 if zero_init_residual else 1.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.check import check_params
+from fresnet.check import DTYPES, check_params
 from fresnet.errors import FresnetError, describe
 from fresnet.init import init
 from fresnet.specs import Spec
@@ -36,6 +36,9 @@ def from_state_dict(mapping: Mapping[str, Tensor]) -> Params:
             "from_state_dict expects a mapping of names to tensors, as model.state_dict() gives; "
             f"got {describe(mapping)}"
         )
+    strange = [name for name in mapping if not isinstance(name, str)]
+    if strange:
+        raise FresnetError(f"from_state_dict expects names to be strings; got {strange[0]!r}")
     template = _template(mapping)
     expected = dict(zip(_names(template), tree.leaves(template), strict=True))
     given = {name: value for name, value in mapping.items() if not _is_counter(name)}
@@ -43,7 +46,9 @@ def from_state_dict(mapping: Mapping[str, Tensor]) -> Params:
     if faults:
         shown = "\n  ".join(faults[:10])
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise FresnetError(f"from_state_dict found {_describe(template)}, but:\n  {shown}{more}")
+        raise FresnetError(
+            f"from_state_dict found {_architecture(template)}, but:\n  {shown}{more}"
+        )
     return tree.unflatten(
         template, [_copy(given[name], leaf.dtype) for name, leaf in expected.items()]
     )
@@ -52,7 +57,8 @@ def from_state_dict(mapping: Mapping[str, Tensor]) -> Params:
 def to_state_dict(params: Params) -> dict[str, Tensor]:
     """The network under torchvision's names, in torchvision's order, as its modules load it.
 
-    Tensors are contiguous copies. Each norm gets a counter `num_batches_tracked` of 0.
+    Tensors are contiguous copies. Each norm gets a counter `num_batches_tracked` of 0. Which norms
+    are frozen is not written.
 
     >>> import fresnet
     >>> len(fresnet.to_state_dict(fresnet.init(0, fresnet.RESNET50, device="meta")))
@@ -116,7 +122,7 @@ def _node_name(node: list[str | int], *, conv: str, norm: str) -> str:
 
 def _template(mapping: Mapping[str, Tensor]) -> Params:
     """The network that the names describe, on meta: every shape, no values."""
-    blocks = [m for name in mapping if (m := re.match(r"layer(\d)\.(\d{1,3})\.", str(name)))]
+    blocks = [m for name in mapping if (m := re.match(r"layer([1-9]\d?)\.(\d{1,3})\.", name))]
     if not blocks:
         names = ", ".join(map(str, list(mapping)[:3])) or "none"
         raise FresnetError(
@@ -163,7 +169,7 @@ def _faults(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iter
             yield f"{name}: expected on {device}, to go with conv1.weight, got {value.device}"
 
 
-def _describe(params: Params) -> str:
+def _architecture(params: Params) -> str:
     stages = params.weights.stages
     depths = ", ".join(str(len(blocks)) for blocks in stages)
     classes = params.weights.head.weight.shape[0]
@@ -195,7 +201,7 @@ def _size(mapping: Mapping[str, Tensor], *places: tuple[str, int], default: int)
 
 
 def _is_float(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and value.dtype in DTYPES and value.layout is torch.strided
 
 
 def _is_counter(name: str) -> bool:

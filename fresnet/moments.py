@@ -4,21 +4,23 @@ Each function takes trees as `forward_moments` returns them, or single nodes.
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fresnet.check import check_momentum
+from fresnet.check import check_group, check_momentum
 from fresnet.collectives import Group, all_sum
 from fresnet.errors import FresnetError, describe
+from fresnet.tree import rebuild
 from fresnet.types import Moments, NormStats
 
 Tree = TypeVar("Tree")
 
 
-def merge(a: Tree, b: Tree) -> Tree:
-    """The moments of two sets of values together.
+def merge(first: Tree, *rest: Tree) -> Tree:
+    """The moments of several sets of values together.
 
         mean = mean_a + d n_b / n,   m2 = m2_a + m2_b + d^2 n_a n_b / n,   d = mean_b - mean_a
 
@@ -31,10 +33,11 @@ def merge(a: Tree, b: Tree) -> Tree:
     Moments(n=tensor(3.), mean=tensor([5.]), m2=tensor([8.]))
 
     Raises:
-      FresnetError: if the trees differ.
+      FresnetError: if the trees differ, or hold anything but moments.
     Source: Chan, Golub & LeVeque 1979, "Updating formulae", Eq. 2.1.
     """
-    return _map(_merge, a, b)  # type: ignore[no-any-return]
+    merged: Tree = _map("merge", lambda *sets: reduce(_merge, sets), first, *rest)
+    return merged
 
 
 def _merge(a: Moments, b: Moments) -> Moments:
@@ -56,7 +59,7 @@ def merge_across(moments: Tree, group: Group) -> Tree:
     Differentiable in every process's moments. Each process must call it, in the same order.
 
     Raises:
-      FresnetError: if the tree holds anything but moments.
+      FresnetError: if the tree holds anything but moments, or as `forward_train` does of a group.
     """
 
     def merged(own: Moments) -> Moments:
@@ -64,7 +67,9 @@ def merge_across(moments: Tree, group: Group) -> Tree:
         n, mean = total[0], total[1:] / total[0].clamp(min=1)
         return Moments(n, mean, all_sum(own.m2 + own.n * (own.mean - mean).square(), group))
 
-    return _map(merged, moments)  # type: ignore[no-any-return]
+    check_group("merge_across", group)
+    together: Tree = _map("merge_across", merged, moments)
+    return together
 
 
 def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree:
@@ -78,7 +83,7 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
     Args:
       stats: a tree of `NormStats`, such as `params.stats`.
       moments: a tree of `Moments` like it.
-      momentum: the weight of the new value: a number from 0 to 1 or a 0-d tensor.
+      momentum: the weight of the new value: a number from 0 to 1 or a 0-d float tensor.
     Returns:
       New statistics, constants with respect to the old ones.
     Raises:
@@ -87,18 +92,19 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
     check_momentum("update", momentum)
 
     def move(old: NormStats, seen: Moments) -> NormStats:
-        dtype = seen.mean.dtype
-        weight = ((seen.n > 0).to(dtype) * momentum).to(dtype)
-        unbiased = seen.m2 / (seen.n - 1).clamp(min=1)
-        return NormStats(
-            old.mean.detach().lerp(seen.mean, weight), old.var.detach().lerp(unbiased, weight)
-        )
+        weight = torch.as_tensor(momentum, dtype=seen.mean.dtype, device=seen.mean.device)
+        new = (seen.mean, seen.m2 / (seen.n - 1).clamp(min=1))
+        pairs = zip((old.mean.detach(), old.var.detach()), new, strict=True)
+        return NormStats(*(torch.where(seen.n > 0, a.lerp(b, weight), a) for a, b in pairs))
 
-    return _map(move, stats, moments)  # type: ignore[no-any-return]
+    updated: Tree = _map("update", move, stats, moments, first=NormStats)
+    return updated
 
 
-def statistics(stats: Tree, moments: Any) -> Tree:
-    """The statistics by which training normalised: mean, and variance without the n / (n - 1).
+def statistics(stats: Tree, moments: Any, *, correction: int = 0) -> Tree:
+    """Statistics that are these moments: by default those by which training normalised.
+
+        mean = E[x],   var = Var[x] n / (n - correction)
 
     `forward` with these in place of the running ones gives the logits of `forward_train` on the
     same batch, with the batch's statistics held constant.
@@ -107,31 +113,46 @@ def statistics(stats: Tree, moments: Any) -> Tree:
       stats: a tree of `NormStats`, such as `params.stats`: kept where there were no values, as at a
         frozen norm.
       moments: a tree of `Moments` like it.
+      correction: 1 for the unbiased variance that running statistics hold.
     Returns:
       A tree like stats.
     Raises:
       FresnetError: if the trees differ.
     """
 
-    def of_batch(running: NormStats, seen: Moments) -> NormStats:
-        batch = (seen.mean, seen.m2 / seen.n.clamp(min=1))
-        kept = (torch.where(seen.n > 0, new, old) for new, old in zip(batch, running, strict=True))
-        return NormStats(*kept)
+    def of_batch(old: NormStats, seen: Moments) -> NormStats:
+        new = (seen.mean, seen.m2 / (seen.n - correction).clamp(min=1))
+        return NormStats(*(torch.where(seen.n > 0, b, a) for a, b in zip(old, new, strict=True)))
 
-    return _map(of_batch, stats, moments)  # type: ignore[no-any-return]
+    replaced: Tree = _map("statistics", of_batch, stats, moments, first=NormStats)
+    return replaced
 
 
-def _map(function: Callable[..., Any], first: Any, *rest: Any) -> Any:
+def _map(caller: str, function: Callable[..., Any], *nodes: Any, first: type = Moments) -> Any:
     """Apply a function node by node: to `Moments` and `NormStats` whole."""
-    if isinstance(first, Moments | NormStats):
-        for other in rest:
-            if not isinstance(other, Moments):
-                raise FresnetError(f"moments are expected beside moments; got {describe(other)}")
-        return function(first, *rest)
-    if not isinstance(first, tuple) or any(
-        type(other) is not type(first) or len(other) != len(first) for other in rest
+    if any(isinstance(node, Moments | NormStats) for node in nodes):
+        kinds = [first, *[Moments] * (len(nodes) - 1)]
+        if [type(node) for node in nodes] != kinds:
+            expected, got = (
+                ", ".join(kind.__name__ for kind in kinds),
+                ", ".join(map(describe, nodes)),
+            )
+            raise FresnetError(f"moments.{caller} expects {expected}; got {got}")
+        if len({node.mean.shape for node in nodes}) > 1:
+            got = ", ".join(str(tuple(node.mean.shape)) for node in nodes)
+            raise FresnetError(
+                f"moments.{caller} expects means of one shape; got {got}: unstack and merge first?"
+            )
+        return function(*nodes)
+    one, *others = nodes
+    if not isinstance(one, tuple) or any(
+        type(other) is not type(one) or len(other) != len(one) for other in others
     ):
-        nodes = ", ".join(f"{describe(node)}" for node in (first, *rest))
-        raise FresnetError(f"trees of moments are expected, all of one structure; got {nodes}")
-    children = [_map(function, *nodes) for nodes in zip(first, *rest, strict=True)]
-    return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
+        got = ", ".join(map(describe, nodes))
+        raise FresnetError(
+            f"moments.{caller} expects trees of moments, all of one structure; got {got}"
+        )
+    return rebuild(
+        one,
+        (_map(caller, function, *below, first=first) for below in zip(*nodes, strict=True)),
+    )

@@ -63,8 +63,9 @@ def forward_train(
 ) -> tuple[Tensor, Stats]:
     """Classify a batch of images by the statistics of the batch itself: training.
 
-    The logits do not depend on `params.stats`, and the returned statistics are constants with
-    respect to params and x, so a loss may carry them as an auxiliary output.
+    The logits do not depend on `params.stats`, but for those of frozen norms. The returned
+    statistics are constants with respect to params and x, so a loss may carry them as an auxiliary
+    output.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -75,7 +76,7 @@ def forward_train(
       params: the network.
       x: images, float `[b c h w]`, in the dtype of the weights.
       momentum: the weight of the batch's moments in the new running statistics
-        (PyTorch's sense; 0.1 here is 0.9 in Flax): a number from 0 to 1 or a 0-d tensor.
+        (PyTorch's sense; 0.1 here is 0.9 in Flax): a number from 0 to 1 or a 0-d float tensor.
       group: the processes of `torch.distributed` whose batches are normalised as one; by default
         each process normalises its own.
     Returns:
@@ -109,7 +110,8 @@ def forward_moments(
       group: as for `forward_train`.
     Returns:
       `(logits, moments)`: logits `[b k]`; a tree like `params.stats` with `Moments` for
-      `NormStats`, constants with respect to params and x.
+      `NormStats`, constants with respect to params and x. Eager, a variance is correct to about
+      one rounding of itself + eps.
     Raises:
       FresnetError: as `forward_train` does.
     """

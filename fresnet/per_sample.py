@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from fresnet.errors import FresnetError
+from fresnet.check import check_call
+from fresnet.errors import FresnetError, describe
 from fresnet.moments import statistics
 from fresnet.net import forward, forward_moments
-from fresnet.types import Params, Stats, Weights
+from fresnet.types import Params, Weights
 
 MEANINGS = ("running", "batch", "coupled")
 
@@ -45,44 +46,58 @@ def per_sample_grads(
     torch.Size([2, 10])
 
     Args:
-      loss_fn: of one image's logits `[k]` and its target, one of y; returns a scalar.
+      loss_fn: of one image's logits `[k]` and its target, one of y; returns a 0-d tensor. No batch
+        dimension: `torch.nn.functional.cross_entropy` takes logits and target so.
       params: the network.
       x: images, float `[b c h w]`.
       y: targets, `[b ...]`.
       norms: the meaning, one of the three above.
-      chunk_size: how many gradients to take at once, by default all. Memory grows with it.
+      chunk_size: how many gradients to take at once, by default all. It bounds the memory of the
+        computation, not that of the result, which is a copy of the weights for each image.
     Returns:
       A tree like `params.weights`, each leaf with a first dimension of b.
     Raises:
-      FresnetError: if norms is none of the three, if x and y differ in length, or if chunk_size
-        is not positive; and as `forward` and `forward_train` do.
+      FresnetError: if norms is none of the three, if x and y differ in length, if chunk_size is
+        not a positive integer, or if the loss is not a 0-d tensor; and as `forward_train` does.
     """
+    check_call("per_sample_grads", params, x)
     if norms not in MEANINGS:
         raise FresnetError(
             "per_sample_grads expects norms to say what BatchNorm is to one image, "
             f"one of {', '.join(map(repr, MEANINGS))}; got {norms!r}"
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise FresnetError(f"per_sample_grads expects a positive chunk_size; got {chunk_size}")
-    if len(y) != len(x):
-        raise FresnetError(f"per_sample_grads expects {len(x)} targets, one an image; got {len(y)}")
+    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+        raise FresnetError(
+            f"per_sample_grads expects chunk_size to be a positive integer; got {chunk_size!r}"
+        )
+    if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
+        raise FresnetError(
+            f"per_sample_grads expects y to be a tensor of {len(x)} targets, one for each image; "
+            f"got {describe(y)}"
+        )
+
+    def scalar_loss(logits: Tensor, target: Tensor) -> Tensor:
+        value = loss_fn(logits, target)
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            raise FresnetError(
+                "per_sample_grads expects loss_fn(logits [k], target) to return a 0-d tensor; "
+                f"got {describe(value)}"
+            )
+        return value
+
     weights, stats = params
     if norms == "coupled":
-        return _coupled(loss_fn, params, x, y, chunk_size)
+        return _coupled(scalar_loss, params, x, y, chunk_size)
     if norms == "batch":
-        stats = _batch_statistics(params, x)
+        with torch.no_grad():
+            _, seen = forward_moments(params, x)
+        stats = statistics(stats, seen)
 
     def loss(weights: Weights, image: Tensor, target: Tensor) -> Tensor:
-        return loss_fn(forward(Params(weights, stats), image[None])[0], target)
+        return scalar_loss(forward(Params(weights, stats), image[None])[0], target)
 
     grads: Weights = vmap(grad(loss), (None, 0, 0), chunk_size=chunk_size)(weights, x, y)
     return grads
-
-
-def _batch_statistics(params: Params, x: Tensor) -> Stats:
-    with torch.no_grad():
-        stats: Stats = statistics(params.stats, forward_moments(params, x)[1])
-    return stats
 
 
 def _coupled(

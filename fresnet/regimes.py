@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fresnet import moments, tree
-from fresnet.check import check_params
-from fresnet.errors import FresnetError
+from fresnet.check import check_call, check_params
+from fresnet.errors import FresnetError, describe
 from fresnet.net import forward_moments
 from fresnet.types import FrozenNorm, Norm, Params, Stats
 
@@ -18,6 +18,7 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     """Norms that go by their running statistics in training too: all, or some.
 
     Their statistics stay as they are; their scale and bias are weights as before, with gradients.
+    A state dict does not tell which norms are frozen: freeze again after loading.
 
     >>> import fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -31,22 +32,30 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     Returns:
       The same network; where frozen, a `FrozenNorm` stands for each `Norm`.
     Raises:
-      FresnetError: if params is not a network.
+      FresnetError: if params is not a network, or if where chooses none of its norms.
     """
     check_params("freeze", params)
-    return params._replace(weights=_freeze(params.weights, (), where))
+    if not callable(where):
+        raise FresnetError(f"freeze expects where to be a function of paths; got {describe(where)}")
+    paths = [path[:-1] for path in tree.paths(params.weights) if path[-1] == "scale"]
+    chosen = {path for path in paths if where(path)}
+    if not chosen:
+        raise FresnetError(
+            f"freeze expects where to choose a norm; got none of {len(paths)}, such as {paths[0]}"
+        )
+    return params._replace(weights=_freeze(params.weights, (), chosen))
 
 
-def _freeze(node: Any, path: tree.Path, where: Callable[[tree.Path], bool]) -> Any:
+def _freeze(node: Any, path: tree.Path, chosen: set[tree.Path]) -> Any:
     if isinstance(node, Norm):
-        return FrozenNorm(*node) if where(path) else node
+        return FrozenNorm(*node) if path in chosen else node
     if not isinstance(node, tuple):
         return node
     names = getattr(node, "_fields", range(len(node)))
-    children = [
-        _freeze(child, (*path, name), where) for name, child in zip(names, node, strict=True)
-    ]
-    return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
+    return tree.rebuild(
+        node,
+        (_freeze(child, (*path, name), chosen) for name, child in zip(names, node, strict=True)),
+    )
 
 
 def recalibrate(params: Params, batches: Iterable[Tensor]) -> Params:
@@ -56,21 +65,27 @@ def recalibrate(params: Params, batches: Iterable[Tensor]) -> Params:
     so that larger batches weigh more and differences between batches count as variance.
 
     Args:
-      params: the network; its running statistics are not used.
+      params: the network; its running statistics are not used, but where norms are frozen.
       batches: images, each float `[b c h w]`, at least one batch; read once, one at a time.
     Returns:
       The network with new statistics (the variance unbiased); frozen norms keep theirs.
     Raises:
-      FresnetError: if there is no batch, or as `forward_train` does.
+      FresnetError: if batches is a tensor or holds none, or as `forward_train` does.
     """
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise FresnetError(
+            "recalibrate expects an iterable of batches [b c h w], such as [x] or "
+            f"(x for x, _ in loader); got {describe(batches)}"
+        )
     seen = (_moments(params, x) for x in batches)
     first = next(seen, None)
     if first is None:
         raise FresnetError("recalibrate expects at least one batch; got none")
     merged = reduce(moments.merge, seen, first)
-    return params._replace(stats=moments.update(params.stats, merged, momentum=1.0))
+    return params._replace(stats=moments.statistics(params.stats, merged, correction=1))
 
 
 @torch.no_grad()
 def _moments(params: Params, x: Tensor) -> Stats:
+    check_call("recalibrate", params, x)
     return forward_moments(params, x)[1]

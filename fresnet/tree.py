@@ -4,7 +4,7 @@ The only file that touches PyTorch's pytree module, which is private but the one
 `torch.func` itself flattens with, so a tree here is a tree there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -39,13 +39,7 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: 
     Raises:
       FresnetError: if the trees differ in structure, node types included.
     """
-    spec = _pytree.tree_structure(tree)
-    for number, other in enumerate(rest, start=2):
-        if _pytree.tree_structure(other) != spec:
-            raise FresnetError(
-                "tree.map expects trees of one structure; "
-                f"tree {number} differs from the first {_difference(tree, other)}"
-            )
+    _check_structures("tree.map", tree, *rest)
     return _pytree.tree_map(function, tree, *rest)  # type: ignore[no-any-return]
 
 
@@ -57,18 +51,19 @@ def stack(trees: Sequence[Tree]) -> Tree:
     (tensor([1, 3]), tensor([2, 4]))
 
     Raises:
-      FresnetError: if there is no tree, or if they differ in structure or in a leaf's shape.
+      FresnetError: if there is no tree, or if they differ in structure or in a leaf's shape or
+        dtype.
     """
+    if type(trees) not in (list, tuple):
+        raise FresnetError(f"tree.stack expects a list or tuple of trees; got {describe(trees)}")
     if not trees:
         raise FresnetError("tree.stack expects at least one tree; got none")
-
-    def stacked(*leaves: Tensor) -> Tensor:
-        if len({leaf.shape for leaf in leaves}) > 1:
-            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-            raise FresnetError(f"tree.stack expects leaves of one shape; got {shapes}")
-        return torch.stack(leaves)
-
-    return map(stacked, *trees)
+    _check_structures("tree.stack", *trees)
+    for path, *places in zip(paths(trees[0]), *(leaves(tree) for tree in trees), strict=True):
+        if len({(leaf.shape, leaf.dtype) for leaf in places}) > 1:
+            got = ", ".join(describe(leaf) for leaf in places)
+            raise FresnetError(f"tree.stack expects equal shapes and dtypes at {path}; got {got}")
+    return map(lambda *places: torch.stack(places), *trees)
 
 
 def unstack(tree: Tree) -> list[Tree]:
@@ -120,12 +115,20 @@ def ravel(tree: Any) -> Tensor:
     >>> import torch, fresnet
     >>> fresnet.tree.ravel((torch.tensor([[1, 2], [3, 4]]), torch.tensor(5)))
     tensor([1, 2, 3, 4, 5])
+
+    Raises:
+      FresnetError: if the leaves are not of one dtype.
     """
+    dtypes = {leaf.dtype for leaf in leaves(tree)}
+    if len(dtypes) != 1:
+        raise FresnetError(f"tree.ravel expects leaves of one dtype; got {dtypes or 'no leaves'}")
     return torch.cat([leaf.flatten() for leaf in leaves(tree)])
 
 
 def unravel(like: Tree, vector: Tensor) -> Tree:
     """The tree that `ravel` made a vector of, its leaves shaped as those of `like`.
+
+    Leaves of four dimensions, as convolutions have, lie in memory channels last.
 
     >>> import torch, fresnet
     >>> fresnet.tree.unravel((torch.zeros(2, 1), torch.zeros(())), torch.arange(3))
@@ -142,14 +145,47 @@ def unravel(like: Tree, vector: Tensor) -> Tree:
             f"tree.unravel expects a vector of {sum(sizes)} values; got {describe(vector)}"
         )
     parts = zip(vector.split(sizes), shapes, strict=True)
-    return unflatten(like, [part.view(shape) for part, shape in parts])
+    return unflatten(like, [_channels_last(part.view(shape)) for part, shape in parts])
 
 
-def _difference(a: Any, b: Any) -> str:
-    for one, other in zip_longest(paths(a), paths(b)):
-        if one != other:
-            return f"at {one or other}"
-    return "in the type of a node"
+def rebuild(node: Tree, children: Iterable[Any]) -> Tree:
+    """A tuple or NamedTuple of the same type with these children."""
+    new = type(node)
+    return new(*children) if hasattr(node, "_fields") else new(children)  # type: ignore[call-arg]
+
+
+def _channels_last(leaf: Tensor) -> Tensor:
+    """The leaf so laid out, in words that have a rule for vmap."""
+    return leaf.movedim(1, -1).contiguous().movedim(-1, 1) if leaf.ndim == 4 else leaf
+
+
+def _check_structures(caller: str, first: Any, *rest: Any) -> None:
+    spec = _pytree.tree_structure(first)
+    for number, other in enumerate(rest, start=2):
+        if _pytree.tree_structure(other) != spec:
+            raise FresnetError(
+                f"{caller} expects trees of one structure; "
+                f"tree {number} differs from the first {_difference(first, other)}"
+            )
+
+
+def _difference(first: Any, other: Any) -> str:
+    for a, b in zip_longest(paths(first), paths(other)):
+        if a != b:
+            return f"at {a or b}"
+    for path in paths(first):
+        for depth in range(len(path)):
+            kinds = [type(_at(tree, path[:depth])) for tree in (first, other)]
+            if kinds[0] is not kinds[1]:
+                return f"at {path[:depth]}: {kinds[1].__name__} for {kinds[0].__name__}"
+    return "in the type of a node without leaves"
+
+
+def _at(tree: Any, path: Path) -> Any:
+    """The node at the end of this way."""
+    for step in path:
+        tree = getattr(tree, step) if hasattr(tree, "_fields") else tree[step]  # type: ignore[arg-type]
+    return tree
 
 
 def _entry(key: Any) -> str | int:

@@ -28,7 +28,7 @@ def check(call: Callable[..., Any], params: Any, x: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (X[0], "[b 3 h w]; got (3, 16, 16)"),
+        (X[0], "[b 3 h w]; got (3, 16, 16) (one image? x[None])"),
         (X[None], "[b 3 h w]; got (1, 2, 3, 16, 16)"),
         (X[:, :1], "[b 3 h w]; got (2, 1, 16, 16)"),
         (X.repeat(1, 2, 1, 1), "[b 3 h w]; got (2, 6, 16, 16)"),
@@ -192,7 +192,9 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
         ({"generator": 0, "num_classes": 9.0}, "got num_classes=9.0, in_channels=3"),
         ({"generator": 0, "num_classes": 0}, "got num_classes=0, in_channels=3"),
         ({"generator": 0, "in_channels": 0}, "got num_classes=1000, in_channels=0"),
-        ({"generator": 0, "dtype": torch.int32}, "floating-point dtype; got torch.int32"),
+        ({"generator": 0, "dtype": torch.int32}, "torch.float64); got torch.int32"),
+        ({"generator": 0, "dtype": "float32"}, "torch.float64); got 'float32'"),
+        ({"generator": 2**70}, f"init expects a torch.Generator or an int; got {2**70}"),
     ],
 )
 def test_init(arguments: dict[str, Any], message: str) -> None:
@@ -202,10 +204,18 @@ def test_init(arguments: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("momentum", "got"),
-    [(-0.1, "-0.1"), (2, "2"), (None, "None"), (torch.ones(1), "float32 (1,)"), (math.nan, "nan")],
+    [
+        (-0.1, "-0.1"),
+        (2, "2"),
+        (None, "None"),
+        (True, "True"),
+        (math.nan, "nan"),
+        (torch.ones(1), "float32 (1,)"),
+        (torch.tensor(1), "int64 ()"),
+    ],
 )
 def test_momentum(momentum: Any, got: str) -> None:
-    message = f"expects momentum to be a number from 0 to 1 or a 0-d tensor; got {got}"
+    message = f"expects momentum to be a number from 0 to 1 or a 0-d float tensor; got {got}"
     with pytest.raises(FresnetError, match=re.escape(message)):
         fresnet.forward_train(PARAMS, X, momentum=momentum)
 

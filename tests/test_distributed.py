@@ -8,6 +8,7 @@ import pytest
 import torch
 from assertions import assert_close
 from torch import Tensor, distributed
+from torch._dynamo.exc import Unsupported
 from torch.func import grad, jvp, vmap
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
@@ -98,6 +99,26 @@ def test_apart_they_are_not() -> None:
     whole, part = (fresnet.forward_train(PARAMS, x)[0] for x in (X, X[PARTS[1]]))
     with pytest.raises(AssertionError):
         assert_close(whole[PARTS[1]], part, 1e-2)
+
+
+def test_a_group_is_not_compiled(tmp_path: Path) -> None:
+    """Derivatives would silently leave the other processes out: eager, or refused."""
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = distributed.group.WORLD
+
+        def slope(x: Tensor) -> Any:
+            loss = loss_of(x, Y, group)
+            direction = tree.map(torch.cos, PARAMS.weights)
+            return jvp(lambda w: loss(w)[0], (PARAMS.weights,), (direction,))[1]
+
+        compiled = torch.compile(slope, backend="aot_eager")
+        assert_close(compiled(X), slope(X), 1e-10)
+        torch.compiler.reset()
+        with pytest.raises(Unsupported, match="leave other processes out"):
+            torch.compile(slope, backend="aot_eager", fullgraph=True)(X)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_what_is_no_group_is_refused() -> None:

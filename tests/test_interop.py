@@ -1,5 +1,6 @@
 """State dicts: exact in both directions, and refused by name."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -147,10 +148,37 @@ def test_many_faults_are_counted() -> None:
     assert last == "  and 5 more"
 
 
-@pytest.mark.parametrize("mapping", [{}, {"a": torch.zeros(1)}, {"layer1.weight": torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {},
+        {"a": torch.zeros(1)},
+        {"layer0.0.conv1.weight": torch.zeros(1)},
+        {"layer1.weight": torch.zeros(1)},
+    ],
+)
 def test_names_of_another_library_are_refused(mapping: dict[str, Tensor]) -> None:
     with pytest.raises(FresnetError, match="expects torchvision's names"):
         fresnet.from_state_dict(mapping)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({7: torch.zeros(1)}, "expects names to be strings; got 7"),
+        ({"fc.bias": torch.zeros(1000).to(torch.float8_e4m3fn)}, "got float8_e4m3fn (1000,)"),
+        ({"fc.bias": torch.zeros(1000).to_sparse()}, "fc.bias: expected float (1000,), got"),
+    ],
+)
+def test_strange_entries_are_refused(entry: dict[Any, Any], message: str) -> None:
+    state = fresnet.to_state_dict(fresnet.init(0, fresnet.RESNET18))
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        fresnet.from_state_dict({**state, **entry})
+
+
+def test_ten_stages_round_trip() -> None:
+    params = fresnet.init(0, Spec(BasicBlock, (1,) * 10, width=1), num_classes=1)
+    assert_same(fresnet.from_state_dict(fresnet.to_state_dict(params)), params)
 
 
 @pytest.mark.parametrize("mapping", [torch.nn.Linear(1, 1), "resnet50.pth", None])

@@ -1,5 +1,6 @@
 """Batch statistics as a value, and the norms that go by running ones."""
 
+import math
 from typing import Any, cast
 
 import pytest
@@ -136,12 +137,59 @@ def test_freezing_some_norms_leaves_the_others_training(params: Params, x: Tenso
     assert all(moved)
 
 
+@examples(10)
+@given(params=tiny_params(), x=training_images(), lost=st.sampled_from([math.nan, math.inf]))
+def test_recalibration_mends_statistics_that_are_lost(
+    params: Params, x: Tensor, lost: float
+) -> None:
+    broken = params._replace(stats=tree.map(lambda s: s * lost, params.stats))
+    assert_same(fresnet.recalibrate(broken, [x]), fresnet.recalibrate(params, [x]))
+    frozen = fresnet.freeze(params)
+    _, none = fresnet.forward_moments(frozen, x)
+    kept = moments.update(broken.stats, none)
+    assert_same(tree.map(torch.isfinite, kept), tree.map(torch.isfinite, broken.stats))
+    assert_same(tree.map(torch.isnan, kept), tree.map(torch.isnan, broken.stats))
+
+
+@examples(10)
+@given(params=tiny_params(), x=training_images())
+def test_momentum_may_be_a_tensor_and_be_mapped_over_and_differentiated(
+    params: Params, x: Tensor
+) -> None:
+    momenta = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+
+    def stats(momentum: Tensor) -> Any:
+        return fresnet.forward_train(params, x, momentum=momentum)[1]
+
+    for one, momentum in zip(tree.unstack(vmap(stats)(momenta)), momenta, strict=True):
+        expected = fresnet.forward_train(params, x, momentum=momentum.item())[1]
+        for a, b in zip(tree.leaves(one), tree.leaves(expected), strict=True):
+            assert_close(a, b, 1e-12)
+    slope = grad(lambda momentum: tree.ravel(stats(momentum)).sum())(momenta[1])
+    ends = [tree.ravel(stats(m)).sum() for m in (momenta[0], momenta[2])]
+    assert_close(slope, ends[1] - ends[0], 1e-9)
+
+
 def test_wrong_moments_are_refused() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.types.BasicBlock, (1,), width=2))
-    _, seen = fresnet.forward_moments(params, torch.randn(2, 3, 16, 16))
-    with pytest.raises(FresnetError, match="got a Stats, a Stem7x7Stats"):
-        moments.merge(seen, seen.stem)
-    with pytest.raises(FresnetError, match="moments are expected beside moments; got a NormStats"):
-        moments.merge(seen, params.stats)
-    with pytest.raises(FresnetError, match="at least one batch; got none"):
-        fresnet.recalibrate(params, [])
+    x = torch.randn(2, 3, 16, 16)
+    _, seen = fresnet.forward_moments(params, x)
+    _, stacked = vmap(fresnet.forward_moments, (None, 0))(params, torch.stack([x, x]))
+    for call, message in (
+        (lambda: moments.merge(seen, seen.stem), "got a Stats, a Stem7x7Stats"),
+        (lambda: moments.merge(seen, params.stats), "merge expects Moments, Moments; got a Mom"),
+        (lambda: moments.merge(params.stats, seen), "merge expects Moments, Moments; got a Norm"),
+        (lambda: moments.update(seen, seen), "update expects NormStats, Moments; got a Moments"),
+        (lambda: moments.statistics(seen, seen), "statistics expects NormStats, Moments"),
+        (lambda: moments.update(params.stats, stacked), r"got \(2,\), \(2, 2\): unstack and merge"),
+        (lambda: fresnet.recalibrate(params, []), "at least one batch; got none"),
+        (lambda: fresnet.recalibrate(params, x), "expects an iterable of batches .*; got float32"),
+        (lambda: fresnet.recalibrate(params, [(x, x)]), "recalibrate expects x .*; got a tuple"),  # type: ignore[list-item]
+        (
+            lambda: fresnet.freeze(params, lambda path: path[0] == "layer4"),
+            r"none of 3, such as \('st",
+        ),
+        (lambda: fresnet.freeze(params, "stem"), "a function of paths; got a str"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(FresnetError, match=message):
+            call()

@@ -85,6 +85,14 @@ def test_frozen_norms_go_by_running_statistics_in_every_meaning(params: Params, 
         grads = fresnet.per_sample_grads(cross_entropy, frozen, x, y, norms=norms)
         assert_near(grads, expected)
 
+    def sum_of_squares(stats: Any, norms: str) -> Tensor:
+        network = frozen._replace(stats=stats)
+        grads = fresnet.per_sample_grads(cross_entropy, network, x, y, norms=norms)
+        return tree.ravel(grads).square().sum()
+
+    by_stats = [grad(sum_of_squares)(frozen.stats, norms) for norms in ("running", "batch")]
+    assert_near(by_stats[1], by_stats[0])
+
     partly = fresnet.freeze(params, lambda path: path[0] == "stem")
     seen = fresnet.forward_moments(partly, x)[1]
     stats = moments.statistics(params.stats, seen)
@@ -115,15 +123,50 @@ def test_bfloat16_weights(norms: str) -> None:
     [
         ({}, "'running', 'batch', 'coupled'; got None"),
         ({"norms": "train"}, "'running', 'batch', 'coupled'; got 'train'"),
-        ({"norms": "running", "chunk_size": 0}, "expects a positive chunk_size; got 0"),
-        ({"norms": "running", "y": torch.zeros(3)}, "expects 2 targets, one an image; got 3"),
+        ({"norms": "running", "chunk_size": 0}, "chunk_size to be a positive integer; got 0"),
+        ({"norms": "running", "chunk_size": 2.0}, "chunk_size to be a positive integer; got 2.0"),
+        ({"norms": "running", "chunk_size": True}, "chunk_size to be a positive integer; got True"),
+        (
+            {"norms": "running", "y": torch.zeros(3)},
+            "one for each image; got float32 (3,)",
+        ),
+        ({"norms": "batch", "y": torch.tensor(3)}, "one for each image; got int64 ()"),
+        ({"norms": "coupled", "y": [3, 4]}, "one for each image; got a list"),
+        (
+            {"norms": "running", "x": torch.zeros(0, 3, 8, 8)},
+            "x [b 3 h w] with at least one image",
+        ),
+        ({"norms": "running", "x": torch.zeros(3, 8, 8)}, "got (3, 8, 8) (one image? x[None])"),
+        ({"norms": "batch", "params": (1, 2)}, "per_sample_grads expects Params(weights, stats)"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
-    params = fresnet.init(0, fresnet.Spec(BasicBlock, (1,), width=2))
-    given = {"x": torch.zeros(2, 3, 16, 16), "y": torch.zeros(2, dtype=torch.int64), **arguments}
+    given: dict[str, Any] = {
+        "params": fresnet.init(0, fresnet.Spec(BasicBlock, (1,), width=2)),
+        "x": torch.zeros(2, 3, 16, 16),
+        "y": torch.zeros(2, dtype=torch.int64),
+    }
     with pytest.raises(FresnetError, match=re.escape(message)):
-        fresnet.per_sample_grads(cross_entropy, params, **given)
+        fresnet.per_sample_grads(cross_entropy, **given | arguments)
+
+
+@pytest.mark.parametrize("norms", ["running", "batch", "coupled"])
+@pytest.mark.parametrize(
+    ("loss_fn", "got"),
+    [
+        (lambda logits, target: logits - target, "float32 (5,)"),
+        (lambda logits, target: logits.sum(0, keepdim=True), "float32 (1,)"),
+        (lambda logits, target: (logits.sum(), target), "a tuple"),
+        (lambda logits, target: 1.0, "a float"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_refused(norms: str, loss_fn: Any, got: str) -> None:
+    params = fresnet.init(0, fresnet.Spec(BasicBlock, (1,), width=2), num_classes=5)
+    message = f"loss_fn(logits [k], target) to return a 0-d tensor; got {got}"
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        fresnet.per_sample_grads(
+            loss_fn, params, torch.zeros(2, 3, 16, 16), torch.ones(2), norms=norms
+        )
 
 
 def test_vmap_over_the_wrong_axis_is_told() -> None:
@@ -134,6 +177,8 @@ def test_vmap_over_the_wrong_axis_is_told() -> None:
     unstacked = re.escape("expects weights.stem.conv to be a float tensor [o c k k]")
     with pytest.raises(FresnetError, match=unstacked):
         vmap(fresnet.forward, (0, None))(params, x)
+    with pytest.raises(FresnetError, match=re.escape("(a stack of networks? use vmap)")):
+        fresnet.forward(tree.stack([params, params]), x)
 
 
 @examples(5)

@@ -25,7 +25,12 @@ def test_ravel_and_unravel_are_inverse(params: Params) -> None:
     vector = tree.ravel(params)
     assert len(vector) == sum(leaf.numel() for leaf in tree.leaves(params))
     assert_same(tree.unravel(params, vector), params)
-    assert_same(tree.unravel(params, 2 * vector), tree.map(lambda leaf: 2 * leaf, params))
+    doubled = tree.unravel(params, 2 * vector)
+    assert_same(doubled, tree.map(lambda leaf: 2 * leaf, params))
+    together = torch.func.vmap(lambda v: tree.unravel(params, v))(torch.stack([vector, 2 * vector]))
+    assert_same(tree.unstack(together)[1], doubled)
+    for leaf in tree.leaves(doubled):
+        assert leaf.ndim != 4 or leaf.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_trees_that_do_not_fit_are_refused() -> None:
@@ -33,14 +38,20 @@ def test_trees_that_do_not_fit_are_refused() -> None:
     basic = fresnet.init(0, Spec(BasicBlock, (2, 2), width=4))
     wider = fresnet.init(0, Spec(BasicBlock, (2, 2), width=8))
     place = r"differs from the first at \('weights', 'stages', 0, 0, 'conv3'\)"
-    with pytest.raises(FresnetError, match=place):
+    with pytest.raises(FresnetError, match=f"tree.map .*{place}"):
         tree.map(torch.add, bottleneck, basic)
-    with pytest.raises(FresnetError, match=place):
+    with pytest.raises(FresnetError, match=f"tree.stack .*{place}"):
         tree.stack([bottleneck, basic])
-    with pytest.raises(FresnetError, match="in the type of a node"):
+    with pytest.raises(FresnetError, match=r"\('weights', 'stem', 'norm'\): FrozenNorm for Norm"):
         tree.stack([basic, fresnet.freeze(basic)])
-    with pytest.raises(FresnetError, match=r"of one shape; got \(4, 3, 7, 7\), \(8, 3, 7, 7\)"):
+    with pytest.raises(FresnetError, match=r"got float32 \(4, 3, 7, 7\), float32 \(8, 3, 7, 7\)"):
         tree.stack([basic, wider])
+    with pytest.raises(FresnetError, match=r"got float32 \(4, 3, 7, 7\), float64 \(4, 3, 7, 7\)"):
+        tree.stack([basic, tree.map(torch.Tensor.double, basic)])
+    with pytest.raises(FresnetError, match="a list or tuple of trees; got a Params"):
+        tree.stack(basic)
+    with pytest.raises(FresnetError, match=r"leaves of one dtype; got .*float"):
+        tree.ravel((torch.zeros(1), torch.zeros(1).double()))
     with pytest.raises(FresnetError, match="at least one tree"):
         tree.stack([])
     with pytest.raises(FresnetError, match="expects leaves of one first dimension"):
