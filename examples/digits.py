@@ -45,14 +45,15 @@ def small(digits: Digits) -> Digits:
 
 
 def arguments() -> argparse.Namespace:
-    """--seed and --out of an example; its docstring is the help."""
+    """--seed and --out of an example; the first line of its docstring is the help."""
     example = sys.modules["__main__"]
     parser = argparse.ArgumentParser(
-        description=example.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=str(example.__doc__).splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     folder = Path("runs") / Path(str(example.__file__)).stem
-    parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: 0)")
-    parser.add_argument("--out", type=Path, default=folder, help=f"folder (default: {folder})")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--out", type=Path, default=folder, help="output folder")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     return args

@@ -110,8 +110,8 @@ def main() -> None:
     option = parser.add_argument
     option("--arch", choices=fresnet.SPECS, default="resnet50", help="the network")
     option("--epochs", type=int, default=12, help="passes over the 1,437 training digits")
-    option("--seed", type=int, default=0, help="of initialisation and of the order of digits")
-    option("--out", type=Path, default=Path("runs/digits"), help="the folder written to")
+    option("--seed", type=int, default=0, help="random seed")
+    option("--out", type=Path, default=Path("runs/digits"), help="output folder")
     option("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args()
     if args.epochs < 1:

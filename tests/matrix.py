@@ -42,9 +42,9 @@ Loss = Callable[[Weights, Tensor], Tensor]
 """Of the weights and the images `[b 3 h w]`: the mean loss of the batch."""
 
 
-def _head_bias(loss: Loss, w: Weights, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The loss as a function of few numbers, for whole Jacobians and Hessians: two norms' biases
-    and the scale of the stem's norm, all of which pass through later norms.
+def _of_two_norms(loss: Loss, w: Weights, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss as a function of few numbers, for whole Jacobians and Hessians: the bias of the
+    stem's norm and the scale of the next one, both of which pass through later norms.
     """
     bias, block = w.stem.norm.bias, w.stages[0][0]
 
@@ -99,9 +99,9 @@ TRANSFORMS: dict[str, Callable[[Loss, Weights, Tensor], Any]] = {
     "grad by x": lambda f, w, x: grad(f, argnums=1)(w, x),
     "vjp": _pulled,
     "jvp": lambda f, w, x: tuple(jvp(lambda w: f(w, x), (w,), (_along(w),))),
-    "jacrev": lambda f, w, x: jacrev(_head_bias(f, w, x))(_vector(w)),
-    "jacfwd": lambda f, w, x: jacfwd(_head_bias(f, w, x))(_vector(w)),
-    "hessian": lambda f, w, x: hessian(_head_bias(f, w, x))(_vector(w)),
+    "jacrev": lambda f, w, x: jacrev(_of_two_norms(f, w, x))(_vector(w)),
+    "jacfwd": lambda f, w, x: jacfwd(_of_two_norms(f, w, x))(_vector(w)),
+    "hessian": lambda f, w, x: hessian(_of_two_norms(f, w, x))(_vector(w)),
     "jvp of jvp": lambda f, w, x: jvp(_slope(f, x, _along(w)), (w,), (_along(w),))[1],
     "vmap over images": lambda f, w, x: vmap(f, (None, 0))(w, x.unflatten(0, (2, -1))),
     "vmap over networks": lambda f, w, x: vmap(f, (0, None))(_stacked(w), x),

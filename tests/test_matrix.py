@@ -25,7 +25,7 @@ def test_cell(cell: matrix.Cell) -> None:
         assert matrix.error(cell) <= matrix.BOUNDS[cell.dtype]
 
 
-def test_the_document_holds_the_matrix_as_measured() -> None:
+def test_the_document_has_a_figure_within_bounds_for_every_cell() -> None:
     """A figure wherever a cell is tested, within its bound, and everywhere else the reason."""
     rows = re.findall(r"^\| (.*) \|$", matrix.DOCUMENT.read_text(), re.M)
     found = {row.split(" | ")[0]: row.split(" | ") for row in rows}
