@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, images, labels, tiny_params, training_images
 from torch import Tensor
+from torch.func import grad, jvp
 from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.types import Stats, Weights
+from fresnet.types import BasicBlock, Stats, Weights
 
 
 @examples(25)
@@ -26,7 +27,7 @@ def test_arguments_are_never_written_to(params: Params, x: Tensor) -> None:
         fresnet.forward(params, x)
         fresnet.forward_train(params, x)
         fresnet.features(params, x)
-        torch.func.grad(loss)(params, x)
+        grad(loss)(params, x)
         fresnet.from_state_dict(state)
         fresnet.to_state_dict(params)
 
@@ -76,19 +77,39 @@ def test_gradients_of_training_with_respect_to_stats_are_exactly_zero(
         logits, stats = fresnet.forward_train(params._replace(stats=stats), x)
         return cross_entropy(logits, y) + sum(s.sum() for s in tree.leaves(stats))
 
-    grads = torch.func.grad(loss)(params.stats)
+    grads = grad(loss)(params.stats)
     assert_same(grads, tree.map(torch.zeros_like, params.stats))
 
 
 @examples(25)
 @given(params=tiny_params(), x=training_images())
-def test_returned_statistics_are_constants_of_the_weights(params: Params, x: Tensor) -> None:
+def test_returned_statistics_are_constants_on_every_path(params: Params, x: Tensor) -> None:
+    """Fused and composed: to func.grad, to func.jvp, to both nested and to autograd."""
+
     def total(weights: Weights) -> Tensor:
         _, stats = fresnet.forward_train(params._replace(weights=weights), x)
-        return torch.stack([s.sum() for s in tree.leaves(stats)]).sum()
+        return tree.ravel(stats).sum()
 
-    grads = torch.func.grad(total)(params.weights)
-    assert_same(grads, tree.map(torch.zeros_like, params.weights))
+    zeros = tree.map(torch.zeros_like, params.weights)
+    direction = tree.map(torch.cos, params.weights)
+    assert_same(grad(total)(params.weights), zeros)
+    for slope in (total, lambda weights: jvp(total, (weights,), (direction,))[1]):
+        assert jvp(slope, (params.weights,), (direction,))[1] == 0
+    followed = tree.map(torch.nn.Parameter, params.weights)
+    assert not total(followed).requires_grad
+
+
+def test_returned_statistics_are_constants_when_compiled() -> None:
+    params = fresnet.init(0, fresnet.Spec(BasicBlock, (1,), width=4), dtype=torch.float64)
+    x = torch.randn(2, 3, 24, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def total(weights: Weights) -> Tensor:
+        return tree.ravel(fresnet.forward_train(params._replace(weights=weights), x)[1]).sum()
+
+    slope = torch.compile(lambda w: jvp(total, (w,), (w,))[1], backend="aot_eager", fullgraph=True)
+    assert slope(params.weights) == 0
+    gradient = torch.compile(grad(total), backend="aot_eager", fullgraph=True)
+    assert_same(gradient(params.weights), tree.map(torch.zeros_like, params.weights))
 
 
 def scale_convolutions(weights: Weights, factor: float) -> Weights:
