@@ -70,6 +70,7 @@ def work(rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_two_processes_with_one_group_are_one_process_with_the_whole_batch(tmp_path: Path) -> None:
     spawn(work, (tmp_path,), nprocs=len(PARTS))
@@ -101,6 +102,7 @@ def test_apart_they_are_not() -> None:
         assert_close(whole[PARTS[1]], part, 1e-2)
 
 
+@pytest.mark.slow
 def test_a_group_is_not_compiled(tmp_path: Path) -> None:
     """Derivatives would silently leave the other processes out: eager, or refused."""
     distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)

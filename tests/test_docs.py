@@ -14,6 +14,7 @@ def blocks(document: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", document.read_text(), re.M | re.S)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: d.name)
 def test_python_blocks_run_in_order(document: Path) -> None:
     namespace: dict[str, object] = {}

@@ -62,7 +62,7 @@ def test_a_generator_is_advanced_and_another_seed_gives_other_weights() -> None:
 
 
 @pytest.mark.parametrize("zero_init_residual", [False, True])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_every_tensor_is_distributed_as_torchvisions(name: str, zero_init_residual: bool) -> None:
     """Constant tensors equal; drawn ones by the two-sample Kolmogorov-Smirnov test."""
     model = torchvision_model(name, zero_init_residual=zero_init_residual)

@@ -99,6 +99,7 @@ def test_returned_statistics_are_constants_on_every_path(params: Params, x: Tens
     assert not total(followed).requires_grad
 
 
+@pytest.mark.slow
 def test_returned_statistics_are_constants_when_compiled() -> None:
     params = fresnet.init(0, fresnet.Spec(BasicBlock, (1,), width=4), dtype=torch.float64)
     x = torch.randn(2, 3, 24, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -110,6 +110,7 @@ def check_ten_steps_of_sgd(model: reference.ResNet, x: Tensor) -> None:
     assert_all_close({n: state[n] for n in running(model)}, running(model), 1e-12)
 
 
+@pytest.mark.slow
 @examples(3)
 @given(x=training_images(), seed=seeds, spec=small_specs)
 def test_ten_steps_of_sgd_equal_torch_optim(x: Tensor, seed: int, spec: fresnet.Spec) -> None:

@@ -198,6 +198,7 @@ def test_bfloat16_keeps_float32_statistics_under_every_transform() -> None:
         assert (result.double() - mean).norm() <= 1e-5 * mean.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward", "forward_train", "features", "grad", "jvp", "vmap"])
 def test_compiled_in_one_graph_is_eager(name: str) -> None:
     params = fresnet.init(
