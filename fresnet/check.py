@@ -17,6 +17,7 @@ from fresnet.types import (
     NODES,
     STATS_OF,
     STEMS,
+    DilatedStage,
     Head,
     NormStats,
     Params,
@@ -46,7 +47,7 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
     check_params(caller, params)
     if not isinstance(x, Tensor):
         raise FresnetError(f"{caller} expects x to be a tensor [b c h w]; got {describe(x)}")
-    stem = params.weights.stem.conv
+    stem = first_conv(params.weights)
     expected = f"{caller} expects x [b {stem.shape[1]} h w]"
     if x.ndim != 4 or x.shape[1] != stem.shape[1]:
         hint = " (one image? x[None])" if x.shape[:1] == stem.shape[1:2] else ""
@@ -57,6 +58,12 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
         raise FresnetError(f"{expected} in the weights' {stem.dtype}; got {x.dtype}")
     if x.device != stem.device:
         raise FresnetError(f"{expected} on the weights' device {stem.device}; got {x.device}")
+
+
+def first_conv(weights: Weights) -> Any:
+    """The weight that meets the images, or whatever stands in its place."""
+    stem = weights.stem
+    return stem[0] if isinstance(stem, tuple) and stem else None
 
 
 def check_momentum(caller: str, momentum: float | Tensor) -> None:
@@ -103,24 +110,24 @@ def check_params(caller: str, params: Params) -> None:
             f"{caller} expects Params(weights, stats) to hold Weights and Stats; "
             f"got {describe(weights)} and {describe(stats)}"
         )
-    stem = getattr(weights.stem, "conv", None)
+    stem = first_conv(weights)
     if not isinstance(stem, Tensor) or stem.ndim != 4 or not stem.is_floating_point():
-        hint = (
-            " (a stack of networks? use vmap)"
-            if isinstance(stem, Tensor) and stem.ndim == 5
-            else ""
-        )
+        stacked = isinstance(stem, Tensor) and stem.ndim == 5
+        hint = " (a stack of networks? use vmap)" if stacked else ""
         raise FresnetError(
-            f"{caller} expects weights.stem.conv to be a float tensor [o c k k]; "
+            f"{caller} expects the stem's first convolution to be a float tensor [o c k k]; "
             f"got {describe(stem)}{hint}"
         )
     walk = _Walk(caller, stem.dtype, stats_dtype(stem.dtype), stem.device)
     walk.node("stem", weights.stem, stats.stem, STEMS)
     walk.same_length("stages", weights.stages, stats.stages)
     for i, (blocks, blocks_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
-        walk.same_length(f"stages[{i}]", blocks, blocks_stats)
+        where = f"stages[{i}]"
+        if type(blocks) is DilatedStage:
+            blocks = blocks.blocks
+        walk.same_length(where, blocks, blocks_stats)
         for j, (block, block_stats) in enumerate(zip(blocks, blocks_stats, strict=True)):
-            walk.node(f"stages[{i}][{j}]", block, block_stats, BLOCKS)
+            walk.node(f"{where}[{j}]", block, block_stats, BLOCKS)
     walk.node("head", weights.head, (), (Head,))
 
 
@@ -152,7 +159,7 @@ class _Walk(NamedTuple):
         if not isinstance(leaf, Tensor):
             self.fail(f"{tree}.{where}.{field}", "a tensor", describe(leaf))
         if leaf.dtype != dtype or leaf.device != self.device:
-            expected = f"{dtype} on {self.device}, to go with weights.stem.conv"
+            expected = f"{dtype} on {self.device}, to go with the stem"
             self.fail(f"{tree}.{where}.{field}", expected, f"{leaf.dtype} on {leaf.device}")
 
     def same_length(self, where: str, weights: Any, stats: Any) -> None:

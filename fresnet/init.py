@@ -1,6 +1,5 @@
 """Initialisation: a network's first parameters, drawn from an explicit generator."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -15,17 +14,19 @@ from fresnet.types import (
     STATS_OF,
     BasicBlock,
     Block,
-    Bottleneck,
+    DeepStem,
     Head,
     Identity,
     Norm,
     NormStats,
+    NoShortcut,
     Params,
-    Projection,
     Shortcut,
     Stats,
+    Stem,
     Stem7x7,
     Weights,
+    ZeroPad,
 )
 
 
@@ -84,7 +85,7 @@ def init(
     weights = _weights(draw, spec, num_classes, in_channels, 0.0 if zero_init_residual else 1.0)
     stats = Stats(
         stem=_fresh_stats(weights.stem),
-        stages=tuple(tuple(map(_fresh_stats, blocks)) for blocks in weights.stages),
+        stages=tuple(tuple(_fresh_stats(block) for block in blocks) for blocks in weights.stages),
     )
     return Params(weights, stats)
 
@@ -97,9 +98,9 @@ class _Draw:
     dtype: torch.dtype
     device: torch.device
 
-    def conv(self, channels: int, out_channels: int, size: int) -> Tensor:
+    def conv(self, channels: int, out_channels: int, size: int, groups: int = 1) -> Tensor:
         std = sqrt(2 / (out_channels * size * size))
-        weight = self._empty(out_channels, channels, size, size)
+        weight = self._empty(out_channels, channels // groups, size, size)
         weight = weight.normal_(0.0, std, generator=self.generator)
         return weight.to(self.device).contiguous(memory_format=torch.channels_last)
 
@@ -128,57 +129,62 @@ class _Draw:
 def _weights(
     draw: _Draw, spec: Spec, num_classes: int, in_channels: int, last_scale: float
 ) -> Weights:
-    stem = Stem7x7(draw.conv(in_channels, spec.width, 7), draw.norm(spec.width))
-    new_block, expansion = NEW_BLOCK[spec.block]
+    stem = _stem(draw, spec, in_channels)
     channels, stages = spec.width, []
     for stage, depth in enumerate(spec.depths):
-        width, blocks = spec.width * 2**stage, []
+        blocks = []
         for i in range(depth):
             strides = stage > 0 and i == 0
-            out_channels = width * expansion
-            shortcut = _shortcut(draw, channels, out_channels, strides)
-            blocks.append(new_block(draw, channels, width, shortcut, last_scale))
-            channels = out_channels
+            blocks.append(_block(draw, spec, stage, channels, strides, last_scale))
+            channels = spec.out_channels(stage)
         stages.append(tuple(blocks))
     return Weights(stem, tuple(stages), draw.head(channels, num_classes))
 
 
-def _basic_block(
-    draw: _Draw, channels: int, width: int, shortcut: Shortcut, last_scale: float
-) -> BasicBlock:
-    return BasicBlock(
-        conv1=draw.conv(channels, width, 3),
-        norm1=draw.norm(width),
-        conv2=draw.conv(width, width, 3),
-        norm2=draw.norm(width, last_scale),
-        shortcut=shortcut,
+def _stem(draw: _Draw, spec: Spec, in_channels: int) -> Stem:
+    width = spec.width
+    if spec.stem is DeepStem:
+        return DeepStem(
+            *(draw.conv(in_channels, width // 2, 3), draw.norm(width // 2)),
+            *(draw.conv(width // 2, width // 2, 3), draw.norm(width // 2)),
+            *(draw.conv(width // 2, width, 3), draw.norm(width)),
+        )
+    size = 7 if spec.stem is Stem7x7 else 3
+    stem: Stem = spec.stem(draw.conv(in_channels, width, size), draw.norm(width))
+    return stem
+
+
+def _block(
+    draw: _Draw, spec: Spec, stage: int, channels: int, strides: bool, last_scale: float
+) -> Block:
+    inner, out_channels = spec.inner_width(stage), spec.out_channels(stage)
+    shortcut = _shortcut(draw, spec, channels, out_channels, strides)
+    if spec.block is BasicBlock:
+        return BasicBlock(
+            *(draw.conv(channels, inner, 3), draw.norm(inner)),
+            *(draw.conv(inner, inner, 3), draw.norm(inner, last_scale)),
+            shortcut,
+        )
+    block: Block = spec.block(
+        *(draw.conv(channels, inner, 1), draw.norm(inner)),
+        *(draw.conv(inner, inner, 3, spec.groups), draw.norm(inner)),
+        *(draw.conv(inner, out_channels, 1), draw.norm(out_channels, last_scale)),
+        shortcut,
     )
+    return block
 
 
-def _bottleneck(
-    draw: _Draw, channels: int, width: int, shortcut: Shortcut, last_scale: float
-) -> Bottleneck:
-    return Bottleneck(
-        conv1=draw.conv(channels, width, 1),
-        norm1=draw.norm(width),
-        conv2=draw.conv(width, width, 3),
-        norm2=draw.norm(width),
-        conv3=draw.conv(width, 4 * width, 1),
-        norm3=draw.norm(4 * width, last_scale),
-        shortcut=shortcut,
-    )
-
-
-NEW_BLOCK: Mapping[type, tuple[Callable[..., Block], int]] = {
-    BasicBlock: (_basic_block, 1),
-    Bottleneck: (_bottleneck, 4),
-}
-
-
-def _shortcut(draw: _Draw, channels: int, out_channels: int, strides: bool) -> Shortcut:
+def _shortcut(draw: _Draw, spec: Spec, channels: int, out_channels: int, strides: bool) -> Shortcut:
+    if spec.shortcut is NoShortcut:
+        return NoShortcut()
     if channels == out_channels and not strides:
         return Identity()
-    return Projection(draw.conv(channels, out_channels, 1), draw.norm(out_channels))
+    if spec.shortcut is ZeroPad:
+        return ZeroPad()
+    shortcut: Shortcut = spec.shortcut(
+        draw.conv(channels, out_channels, 1), draw.norm(out_channels)
+    )
+    return shortcut
 
 
 def _fresh_stats(weights: Any) -> Any:

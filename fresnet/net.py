@@ -6,6 +6,7 @@ that uses the running statistics, training the one that uses the batch and retur
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import relu
@@ -14,7 +15,15 @@ from fresnet.check import check_call, check_group, check_momentum
 from fresnet.collectives import Group
 from fresnet.moments import update
 from fresnet.norm import NormFunction, inference_norm, training_norm
-from fresnet.ops import add_relu, conv2d, global_average_pool, linear, max_pool
+from fresnet.ops import (
+    add,
+    average_pool,
+    conv2d,
+    global_average_pool,
+    linear,
+    max_pool,
+    zero_pad,
+)
 from fresnet.types import (
     BasicBlock,
     BasicBlockStats,
@@ -22,16 +31,29 @@ from fresnet.types import (
     BlockStats,
     Bottleneck,
     BottleneckStats,
+    BottleneckV1,
+    BottleneckV1Stats,
+    DeepStem,
+    DeepStemStats,
+    DilatedStage,
     Head,
     Identity,
+    NoShortcut,
     Params,
+    PooledProjection,
+    PooledProjectionStats,
     Projection,
     ProjectionStats,
     Shortcut,
     ShortcutStats,
     Stats,
+    Stem,
+    Stem3x3,
+    Stem3x3Stats,
     Stem7x7,
     Stem7x7Stats,
+    StemStats,
+    ZeroPad,
 )
 
 
@@ -153,17 +175,29 @@ def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
     return activations
 
 
+class Grid(NamedTuple):
+    """How a block reads activations: its stride, and the dilation before and after the stride."""
+
+    stride: int
+    dilation: int
+    dilation_after: int
+
+
 def _network(params: Params, x: Tensor, norm: NormFunction) -> tuple[tuple[Tensor, ...], Stats]:
     """Stem and stages: their outputs, and a tree of what the norm returned."""
     weights, stats = params
     x, stem_stats = _stem(weights.stem, stats.stem, x, norm)
-    activations = [x]
-    stages_stats: list[tuple[BlockStats, ...]] = []
-    for i, (blocks, blocks_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
-        stride = 1 if i == 0 else 2
-        x, new_stats = _stage(blocks, blocks_stats, x, stride, norm)
+    activations, stages_stats = [x], []
+    stride, dilation = 1, 1
+    for stage, stage_stats in zip(weights.stages, stats.stages, strict=True):
+        if isinstance(stage, DilatedStage):
+            blocks, grid = stage.blocks, Grid(1, dilation, dilation * stride)
+        else:
+            blocks, grid = stage, Grid(stride, dilation, dilation)
+        x, new_stats = _stage(blocks, stage_stats, x, grid, norm)
         activations.append(x)
         stages_stats.append(new_stats)
+        stride, dilation = 2, grid.dilation_after
     return tuple(activations), Stats(stem_stats, tuple(stages_stats))
 
 
@@ -171,73 +205,93 @@ def _stage(
     blocks: tuple[Block, ...],
     blocks_stats: tuple[BlockStats, ...],
     x: Tensor,
-    stride: int,
+    grid: Grid,
     norm: NormFunction,
 ) -> tuple[Tensor, tuple[BlockStats, ...]]:
-    """Blocks of one size in a row; the first strides."""
+    """Blocks in a row; the first strides."""
     stage_stats = []
     for block, block_stats in zip(blocks, blocks_stats, strict=True):
-        x, new_stats = RUN_BLOCK[type(block)](block, block_stats, x, stride, norm)
+        x, new_stats = RUN_BLOCK[type(block)](block, block_stats, x, grid, norm)
         stage_stats.append(new_stats)
-        stride = 1
+        grid = Grid(1, grid.dilation_after, grid.dilation_after)
     return x, tuple(stage_stats)
 
 
-def _stem(
-    w: Stem7x7, s: Stem7x7Stats, x: Tensor, norm: NormFunction
-) -> tuple[Tensor, Stem7x7Stats]:
-    y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride=2))
-    return max_pool(relu(y)), Stem7x7Stats(stats)
+def _stem(w: Stem, s: Any, x: Tensor, norm: NormFunction) -> tuple[Tensor, StemStats]:
+    match w:
+        case Stem7x7():
+            y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride=2))
+            return max_pool(relu(y)), Stem7x7Stats(stats)
+        case Stem3x3():
+            y, stats = norm(w.norm, s.norm, conv2d(x, w.conv))
+            return relu(y), Stem3x3Stats(stats)
+        case DeepStem():
+            y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride=2))
+            y, norm2 = norm(w.norm2, s.norm2, conv2d(relu(y), w.conv2))
+            y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
+            return max_pool(relu(y)), DeepStemStats(norm1, norm2, norm3)
 
 
 def _basic_block(
-    w: BasicBlock, s: BasicBlockStats, x: Tensor, stride: int, norm: NormFunction
+    w: BasicBlock, s: BasicBlockStats, x: Tensor, grid: Grid, norm: NormFunction
 ) -> tuple[Tensor, BlockStats]:
-    y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride))
-    y, norm2 = norm(w.norm2, s.norm2, conv2d(relu(y), w.conv2))
-    x, shortcut = _shortcut(w.shortcut, s.shortcut, x, stride, norm)
-    return add_relu(y, x), BasicBlockStats(norm1, norm2, shortcut)
+    y = conv2d(x, w.conv1, stride=grid.stride, dilation=grid.dilation)
+    y, norm1 = norm(w.norm1, s.norm1, y)
+    y = conv2d(relu(y), w.conv2, dilation=grid.dilation_after)
+    y, norm2 = norm(w.norm2, s.norm2, y)
+    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
+    return relu(y), BasicBlockStats(norm1, norm2, shortcut)
 
 
 def _bottleneck(
-    w: Bottleneck, s: BottleneckStats, x: Tensor, stride: int, norm: NormFunction
+    w: Bottleneck, s: BottleneckStats, x: Tensor, grid: Grid, norm: NormFunction
 ) -> tuple[Tensor, BlockStats]:
+    groups = w.conv1.shape[0] // w.conv2.shape[1]
     y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1))
-    y, norm2 = norm(w.norm2, s.norm2, conv2d(relu(y), w.conv2, stride))
+    y = conv2d(relu(y), w.conv2, stride=grid.stride, dilation=grid.dilation, groups=groups)
+    y, norm2 = norm(w.norm2, s.norm2, y)
     y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
-    x, shortcut = _shortcut(w.shortcut, s.shortcut, x, stride, norm)
-    return add_relu(y, x), BottleneckStats(norm1, norm2, norm3, shortcut)
+    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
+    return relu(y), BottleneckStats(norm1, norm2, norm3, shortcut)
+
+
+def _bottleneck_v1(
+    w: BottleneckV1, s: BottleneckV1Stats, x: Tensor, grid: Grid, norm: NormFunction
+) -> tuple[Tensor, BlockStats]:
+    groups = w.conv1.shape[0] // w.conv2.shape[1]
+    y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride=grid.stride))
+    y = conv2d(relu(y), w.conv2, dilation=grid.dilation_after, groups=groups)
+    y, norm2 = norm(w.norm2, s.norm2, y)
+    y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
+    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
+    return relu(y), BottleneckV1Stats(norm1, norm2, norm3, shortcut)
 
 
 RUN_BLOCK: Mapping[type, Callable[..., tuple[Tensor, BlockStats]]] = {
     BasicBlock: _basic_block,
     Bottleneck: _bottleneck,
+    BottleneckV1: _bottleneck_v1,
 }
 
 
 def _shortcut(
-    w: Shortcut, s: ShortcutStats, x: Tensor, stride: int, norm: NormFunction
+    w: Shortcut, s: Any, x: Tensor, y: Tensor, stride: int, norm: NormFunction
 ) -> tuple[Tensor, ShortcutStats]:
-    return RUN_SHORTCUT[type(w)](w, s, x, stride, norm)
-
-
-def _identity(
-    w: Identity, s: Identity, x: Tensor, stride: int, norm: NormFunction
-) -> tuple[Tensor, ShortcutStats]:
-    return x, s
-
-
-def _projection(
-    w: Projection, s: ProjectionStats, x: Tensor, stride: int, norm: NormFunction
-) -> tuple[Tensor, ShortcutStats]:
-    y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride))
-    return y, ProjectionStats(stats)
-
-
-RUN_SHORTCUT: Mapping[type, Callable[..., tuple[Tensor, ShortcutStats]]] = {
-    Identity: _identity,
-    Projection: _projection,
-}
+    """y, and x added to it by way of the shortcut."""
+    match w:
+        case Identity():
+            return add(y, x), s
+        case Projection():
+            x, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride=stride))
+            return add(y, x), ProjectionStats(stats)
+        case PooledProjection():
+            x = average_pool(x) if stride == 2 else x
+            x, stats = norm(w.norm, s.norm, conv2d(x, w.conv))
+            return add(y, x), PooledProjectionStats(stats)
+        case ZeroPad():
+            return add(y, zero_pad(x[:, :, ::stride, ::stride], channels=y.shape[1])), s
+        case NoShortcut():
+            return y, s
 
 
 def _head(w: Head, x: Tensor) -> Tensor:

@@ -7,19 +7,23 @@ from torch import Tensor
 from fresnet.errors import FresnetError
 
 
-def conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """Convolve x `[b c h w]` with weight `[o c k k]`, padded so that stride 1 keeps h and w.
+def conv2d(
+    x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, groups: int = 1
+) -> Tensor:
+    """Convolve x `[b c h w]` with weight `[o c/groups k k]`, padded so that stride 1 keeps h and w.
 
     Raises:
       FresnetError: if the channels differ, or if k is not one odd number.
     """
-    fits = weight.ndim == 4 and weight.shape[1] == x.shape[1]
+    fits = weight.ndim == 4 and weight.shape[1] * groups == x.shape[1]
     if not fits or weight.shape[2] != weight.shape[3] or weight.shape[3] % 2 == 0:
+        channels = x.shape[1] if groups == 1 else f"{x.shape[1]}/{groups}"
         raise FresnetError(
             f"a convolution of activations {tuple(x.shape)} expects a weight "
-            f"[o {x.shape[1]} k k], k odd; got {tuple(weight.shape)}"
+            f"[o {channels} k k], k odd; got {tuple(weight.shape)}"
         )
-    return F.conv2d(x, weight, stride=stride, padding=weight.shape[3] // 2)
+    padding = dilation * (weight.shape[3] // 2)
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
 def max_pool(x: Tensor) -> Tensor:
@@ -27,8 +31,24 @@ def max_pool(x: Tensor) -> Tensor:
     return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
-def add_relu(y: Tensor, shortcut: Tensor) -> Tensor:
-    """relu(y + shortcut), each `[b c h w]`: how a residual block ends.
+def average_pool(x: Tensor) -> Tensor:
+    """2x2 average pooling of stride 2: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`."""
+    return F.avg_pool2d(x, kernel_size=2, ceil_mode=True, count_include_pad=False)
+
+
+def zero_pad(x: Tensor, channels: int) -> Tensor:
+    """x `[b c h w]` with zeros for the channels that it lacks: `[b channels h w]`.
+
+    Raises:
+      FresnetError: if x has more channels.
+    """
+    if x.shape[1] > channels:
+        raise FresnetError(f"cannot pad activations {tuple(x.shape)} to {channels} channels")
+    return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
+
+
+def add(y: Tensor, shortcut: Tensor) -> Tensor:
+    """y + shortcut, each `[b c h w]`: what makes a block residual.
 
     Raises:
       FresnetError: if the shapes differ.
@@ -38,7 +58,7 @@ def add_relu(y: Tensor, shortcut: Tensor) -> Tensor:
             f"a block with output {tuple(y.shape)} expects a shortcut of the same shape; "
             f"got {tuple(shortcut.shape)}"
         )
-    return F.relu(y + shortcut)
+    return y + shortcut
 
 
 def global_average_pool(x: Tensor) -> Tensor:

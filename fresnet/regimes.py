@@ -1,4 +1,4 @@
-"""Which statistics a norm goes by: freezing some, recalibrating all."""
+"""The same weights to run in another way: norms frozen, statistics anew, strides dilated."""
 
 from collections.abc import Callable, Iterable
 from functools import reduce
@@ -11,7 +11,15 @@ from fresnet import moments, tree
 from fresnet.check import check_call, check_params
 from fresnet.errors import FresnetError, describe
 from fresnet.net import forward_moments
-from fresnet.types import FrozenNorm, Norm, Params, Stats
+from fresnet.types import (
+    DilatedStage,
+    FrozenNorm,
+    Norm,
+    Params,
+    PooledProjection,
+    Stats,
+    Stem3x3,
+)
 
 
 def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: True) -> Params:
@@ -56,6 +64,44 @@ def _freeze(node: Any, path: tree.Path, chosen: set[tree.Path]) -> Any:
         node,
         (_freeze(child, (*path, name), chosen) for name, child in zip(names, node, strict=True)),
     )
+
+
+def dilate(params: Params, *, output_stride: int) -> Params:
+    """The network with finer activations, for segmentation: later stages dilate, not stride.
+
+    Their activations at every second (fourth) place are those of the network as it was.
+
+    >>> import torch, fresnet
+    >>> params = fresnet.dilate(fresnet.init(0, fresnet.RESNET18), output_stride=8)
+    >>> fresnet.features(params, torch.ones(1, 3, 64, 64))[-1].shape
+    torch.Size([1, 512, 8, 8])
+
+    Args:
+      params: the network, of stride 32 in all, say.
+      output_stride: that of the result, 8 or 16 say: dividing the network's by a power of two.
+    Returns:
+      The same weights; the last stages are `DilatedStage`s.
+    Raises:
+      FresnetError: if params is not a network, if it has no such stride, or if a stage pools its
+        shortcuts (ResNet-D), which has no dilated form.
+    Source: Yu, Koltun & Funkhouser 2017, arXiv:1705.09914, Sec. 2.
+    """
+    check_params("dilate", params)
+    weights = params.weights
+    stem_stride = 1 if isinstance(weights.stem, Stem3x3) else 4
+    strides = [stem_stride * 2**i for i in range(len(weights.stages))]
+    if output_stride not in strides:
+        raise FresnetError(
+            f"dilate expects output_stride to be one of {strides}; got {output_stride!r}"
+        )
+    stages = []
+    for stage, stride in zip(weights.stages, strides, strict=True):
+        blocks = stage.blocks if isinstance(stage, DilatedStage) else stage
+        dilated = stride > output_stride
+        if dilated and isinstance(blocks[0].shortcut, PooledProjection):
+            raise FresnetError("dilate expects shortcuts without pooling; got PooledProjection")
+        stages.append(DilatedStage(blocks) if dilated else blocks)
+    return params._replace(weights=weights._replace(stages=tuple(stages)))
 
 
 def recalibrate(params: Params, batches: Iterable[Tensor]) -> Params:

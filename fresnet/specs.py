@@ -5,7 +5,22 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from fresnet.errors import FresnetError
-from fresnet.types import BasicBlock, Bottleneck
+from fresnet.types import (
+    BLOCKS,
+    SHORTCUTS,
+    STEMS,
+    BasicBlock,
+    Bottleneck,
+    BottleneckV1,
+    DeepStem,
+    Identity,
+    NoShortcut,
+    PooledProjection,
+    Projection,
+    Stem3x3,
+    Stem7x7,
+    ZeroPad,
+)
 
 
 @dataclass(frozen=True)
@@ -13,27 +28,56 @@ class Spec:
     """A network before it has weights.
 
     Args:
-      block: the type of every block, `fresnet.types.BasicBlock` or `fresnet.types.Bottleneck`.
+      block: the type of every block, such as `fresnet.types.Bottleneck`.
       depths: the number of blocks in each stage.
-      width: the channels of the stem and of the first stage's inner convolutions; each further
-        stage doubles them.
+      width: the channels that the stem puts out; each stage after the first doubles them.
+      stem: the type of the stem.
+      shortcut: the type of the shortcuts that change channels or size, where the others are
+        `Identity`; or `NoShortcut` for all, a plain network.
+      groups: of the 3x3 convolution of a bottleneck: ResNeXt's cardinality
+        (Xie et al. 2017, arXiv:1611.05431).
+      group_width: the channels of a group for each 64 of the stage's.
     Raises:
-      FresnetError: if a stage has no block or the width is not positive.
+      FresnetError: if a type is none of `fresnet.types`, if a number is not positive, or if a
+        basic block is to be grouped or widened.
     """
 
-    block: type[BasicBlock] | type[Bottleneck]
-    depths: tuple[int, ...]
+    block: type = Bottleneck
+    depths: tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
+    stem: type = Stem7x7
+    shortcut: type = Projection
+    groups: int = 1
+    group_width: int = 64
 
     def __post_init__(self) -> None:
-        if self.block not in (BasicBlock, Bottleneck):
-            raise FresnetError(f"Spec expects block BasicBlock or Bottleneck; got {self.block!r}")
-        sizes = (*self.depths, self.width) if isinstance(self.depths, tuple) else ()
-        if len(sizes) < 2 or not all(type(size) is int and size > 0 for size in sizes):
+        changing = tuple(kind for kind in SHORTCUTS if kind is not Identity)
+        for field, kinds in (("block", BLOCKS), ("stem", STEMS), ("shortcut", changing)):
+            if getattr(self, field) not in kinds:
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise FresnetError(f"Spec expects {field} {names}; got {getattr(self, field)!r}")
+        depths = self.depths if isinstance(self.depths, tuple) else (self.depths,)
+        sizes = (*depths, self.width, self.groups, self.group_width)
+        if len(depths) < 1 or not all(type(size) is int and size > 0 for size in sizes):
             raise FresnetError(
-                "Spec expects depths to be a tuple of positive integers and width to be one; "
-                f"got depths {self.depths!r} and width {self.width!r}"
+                "Spec expects depths to be a tuple of positive integers, and width, groups and "
+                f"group_width to be positive integers; got {self}"
             )
+        if self.block is BasicBlock and (self.groups, self.group_width) != (1, 64):
+            raise FresnetError(f"Spec expects groups and group_width of bottlenecks; got {self}")
+
+    def inner_width(self, stage: int) -> int:
+        """The channels between the convolutions of a block in this stage, counted from 0."""
+        return self.groups * (self.group_width * (self.width << stage) // 64)
+
+    def out_channels(self, stage: int) -> int:
+        """The channels that a block in this stage puts out."""
+        return (1 if self.block is BasicBlock else 4) * (self.width << stage)
+
+
+def _cifar(n: int, shortcut: type) -> Spec:
+    """The paper's 6n+2 layers for CIFAR, its Sec. 4.2."""
+    return Spec(BasicBlock, (n, n, n), width=16, stem=Stem3x3, shortcut=shortcut)
 
 
 RESNET18 = Spec(BasicBlock, (2, 2, 2, 2))
@@ -49,5 +93,23 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
         "resnet50": RESNET50,
         "resnet101": RESNET101,
         "resnet152": RESNET152,
+        "resnet50_v1": Spec(BottleneckV1, (3, 4, 6, 3)),
+        "resnet101_v1": Spec(BottleneckV1, (3, 4, 23, 3)),
+        "resnet152_v1": Spec(BottleneckV1, (3, 8, 36, 3)),
+        "resnext50_32x4d": Spec(Bottleneck, (3, 4, 6, 3), groups=32, group_width=4),
+        "resnext101_32x8d": Spec(Bottleneck, (3, 4, 23, 3), groups=32, group_width=8),
+        "resnext101_64x4d": Spec(Bottleneck, (3, 4, 23, 3), groups=64, group_width=4),
+        "wide_resnet50_2": Spec(Bottleneck, (3, 4, 6, 3), group_width=128),
+        "wide_resnet101_2": Spec(Bottleneck, (3, 4, 23, 3), group_width=128),
+        "resnet26d": Spec(Bottleneck, (2, 2, 2, 2), stem=DeepStem, shortcut=PooledProjection),
+        "resnet50d": Spec(Bottleneck, (3, 4, 6, 3), stem=DeepStem, shortcut=PooledProjection),
+        "plain18": Spec(BasicBlock, (2, 2, 2, 2), shortcut=NoShortcut),
+        "plain34": Spec(BasicBlock, (3, 4, 6, 3), shortcut=NoShortcut),
+        **{f"resnet{6 * n + 2}": _cifar(n, ZeroPad) for n in (3, 5, 7, 9, 18, 200)},
+        **{f"resnet{6 * n + 2}b": _cifar(n, Projection) for n in (3, 5, 7, 9, 18, 200)},
+        **{f"plain{6 * n + 2}": _cifar(n, NoShortcut) for n in (3, 5, 7, 9, 18)},
     }
 )
+"""Every member by name: torchvision's and timm's names where they have it; `_v1` strides in the
+first 1x1; resnet20 to resnet1202 are the paper's for CIFAR, with option A shortcuts or, `b`, B.
+"""

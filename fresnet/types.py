@@ -59,8 +59,30 @@ class ProjectionStats(NamedTuple):
     norm: NormStats
 
 
-Shortcut: TypeAlias = Identity | Projection
-ShortcutStats: TypeAlias = Identity | ProjectionStats
+class PooledProjection(NamedTuple):
+    """A 2x2 average pooling where the block strides, then a 1x1 convolution and its norm.
+
+    ResNet-D's (He et al. 2018, arXiv:1812.01187, Fig. 2c): no activation goes unread.
+    """
+
+    conv: Tensor
+    norm: Norm | FrozenNorm
+
+
+class PooledProjectionStats(NamedTuple):
+    norm: NormStats
+
+
+class ZeroPad(NamedTuple):
+    """The paper's option A: x at every second place, its new channels zero. In both trees."""
+
+
+class NoShortcut(NamedTuple):
+    """Nothing is added: a block of a plain network, the paper's counterexample. In both trees."""
+
+
+Shortcut: TypeAlias = Identity | Projection | PooledProjection | ZeroPad | NoShortcut
+ShortcutStats: TypeAlias = Identity | ProjectionStats | PooledProjectionStats | ZeroPad | NoShortcut
 
 
 class BasicBlock(NamedTuple):
@@ -80,9 +102,10 @@ class BasicBlockStats(NamedTuple):
 
 
 class Bottleneck(NamedTuple):
-    """1x1, 3x3 and 1x1 convolutions (the paper's Fig. 5, right), the stride in the 3x3.
+    """1x1, 3x3 and 1x1 convolutions (the paper's Fig. 5, right), the stride in the 3x3 ("V1.5").
 
-    The paper strides in the first 1x1; torchvision, and nearly everyone since, in the 3x3 ("V1.5").
+    So have it torchvision and nearly everyone since. The 3x3 is grouped if its weight has fewer
+    input channels than the first convolution has output channels.
     """
 
     conv1: Tensor
@@ -101,8 +124,36 @@ class BottleneckStats(NamedTuple):
     shortcut: ShortcutStats
 
 
-Block: TypeAlias = BasicBlock | Bottleneck
-BlockStats: TypeAlias = BasicBlockStats | BottleneckStats
+class BottleneckV1(NamedTuple):
+    """The paper's own bottleneck: the stride in the first 1x1."""
+
+    conv1: Tensor
+    norm1: Norm | FrozenNorm
+    conv2: Tensor
+    norm2: Norm | FrozenNorm
+    conv3: Tensor
+    norm3: Norm | FrozenNorm
+    shortcut: Shortcut
+
+
+class BottleneckV1Stats(NamedTuple):
+    norm1: NormStats
+    norm2: NormStats
+    norm3: NormStats
+    shortcut: ShortcutStats
+
+
+Block: TypeAlias = BasicBlock | Bottleneck | BottleneckV1
+BlockStats: TypeAlias = BasicBlockStats | BottleneckStats | BottleneckV1Stats
+
+
+class DilatedStage(NamedTuple):
+    """Blocks that double the dilation of what follows instead of striding; else a bare tuple."""
+
+    blocks: tuple[Block, ...]
+
+
+Stage: TypeAlias = tuple[Block, ...] | DilatedStage
 
 
 class Stem7x7(NamedTuple):
@@ -116,6 +167,38 @@ class Stem7x7Stats(NamedTuple):
     norm: NormStats
 
 
+class DeepStem(NamedTuple):
+    """ResNet-D's: three 3x3 convolutions, the first of stride 2, and the same pooling."""
+
+    conv1: Tensor
+    norm1: Norm | FrozenNorm
+    conv2: Tensor
+    norm2: Norm | FrozenNorm
+    conv3: Tensor
+    norm3: Norm | FrozenNorm
+
+
+class DeepStemStats(NamedTuple):
+    norm1: NormStats
+    norm2: NormStats
+    norm3: NormStats
+
+
+class Stem3x3(NamedTuple):
+    """The paper's for CIFAR: one 3x3 convolution of stride 1 and its norm, without pooling."""
+
+    conv: Tensor
+    norm: Norm | FrozenNorm
+
+
+class Stem3x3Stats(NamedTuple):
+    norm: NormStats
+
+
+Stem: TypeAlias = Stem7x7 | DeepStem | Stem3x3
+StemStats: TypeAlias = Stem7x7Stats | DeepStemStats | Stem3x3Stats
+
+
 class Head(NamedTuple):
     """The classifier: weight `[k c]`, bias `[k]`."""
 
@@ -126,15 +209,15 @@ class Head(NamedTuple):
 class Weights(NamedTuple):
     """Everything that is trained: what gradients, optimizers and weight decay see."""
 
-    stem: Stem7x7
-    stages: tuple[tuple[Block, ...], ...]
+    stem: Stem
+    stages: tuple[Stage, ...]
     head: Head
 
 
 class Stats(NamedTuple):
     """Everything that training carries along: the running moments of every norm."""
 
-    stem: Stem7x7Stats
+    stem: StemStats
     stages: tuple[tuple[BlockStats, ...], ...]
 
 
@@ -145,10 +228,10 @@ class Params(NamedTuple):
     stats: Stats
 
 
-STEMS: tuple[type, ...] = (Stem7x7,)
-BLOCKS: tuple[type, ...] = (BasicBlock, Bottleneck)
+STEMS: tuple[type, ...] = (Stem7x7, DeepStem, Stem3x3)
+BLOCKS: tuple[type, ...] = (BasicBlock, Bottleneck, BottleneckV1)
 NORMS: tuple[type, ...] = (Norm, FrozenNorm)
-SHORTCUTS: tuple[type, ...] = (Identity, Projection)
+SHORTCUTS: tuple[type, ...] = (Identity, Projection, PooledProjection, ZeroPad, NoShortcut)
 
 NODES: Mapping[str, tuple[type, ...]] = {
     "norm": NORMS,
@@ -161,10 +244,16 @@ NODES: Mapping[str, tuple[type, ...]] = {
 
 STATS_OF: Mapping[type, Any] = {
     Stem7x7: Stem7x7Stats,
+    DeepStem: DeepStemStats,
+    Stem3x3: Stem3x3Stats,
     BasicBlock: BasicBlockStats,
     Bottleneck: BottleneckStats,
+    BottleneckV1: BottleneckV1Stats,
     Identity: Identity,
     Projection: ProjectionStats,
+    PooledProjection: PooledProjectionStats,
+    ZeroPad: ZeroPad,
+    NoShortcut: NoShortcut,
     Norm: NormStats,
     FrozenNorm: NormStats,
     Head: tuple,
