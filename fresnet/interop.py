@@ -1,81 +1,114 @@
-"""Parameters from and to state dicts: torchvision's names appear here alone."""
+"""Parameters from and to state dicts: the names of other libraries appear here alone.
+
+A state dict is read in steps: unwrapped, its names brought to torchvision's, its architecture read
+off them, and every entry held against what that architecture expects.
+"""
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import TypeGuard
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.check import DTYPES, check_params
+from fresnet.check import DTYPES, check_params, first_conv
 from fresnet.errors import FresnetError, describe
 from fresnet.init import init
 from fresnet.specs import Spec
-from fresnet.types import BasicBlock, Bottleneck, Params
+from fresnet.types import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckV1,
+    DeepStem,
+    DilatedStage,
+    NoShortcut,
+    Params,
+    PooledProjection,
+    Projection,
+    Stem3x3,
+    Stem7x7,
+    ZeroPad,
+)
+
+LAYOUTS = ("torchvision", "timm", "huggingface")
 
 
-def from_state_dict(mapping: Mapping[str, Tensor]) -> Params:
-    """The network in a torchvision state dict; depths, width and classes are read off the entries.
+def from_state_dict(mapping: Mapping[str, Any], *, stride_in_1x1: bool = False) -> Params:
+    """The network in a state dict of torchvision, of timm or of Hugging Face.
 
-    Tensors are copied, convolutions into channels last. Weights take the dtype of
-    `conv1.weight`, statistics the same but never narrower than float32; an entry that this dtype
-    cannot hold exactly is refused. The counters `num_batches_tracked` may be
-    there or not and are dropped: no BatchNorm with a fixed momentum reads them.
+    For Hugging Face that is `ResNetForImageClassification`. Whose names they are is found out,
+    also behind a prefix (`module.`, `model.`, `_orig_mod.`) and inside a checkpoint's
+    `state_dict`, `model` or `model_state`; so are depths, widths, groups, classes, stem and
+    shortcuts. Tensors are copied, convolutions into channels last. Weights take the dtype of
+    the first convolution, statistics the same but never narrower than float32, and float16
+    becomes float32; an entry that this dtype cannot hold exactly is refused. A convolution's
+    bias is absorbed into the running mean after it. The counters `num_batches_tracked` are
+    dropped: no BatchNorm with a fixed momentum reads them.
 
     Args:
-      mapping: torchvision's names to tensors, as `model.state_dict()` gives them.
+      mapping: names to tensors, as `model.state_dict()` gives them.
+      stride_in_1x1: whether bottlenecks stride in their first convolution, as the paper's and
+        Hugging Face's with `downsample_in_bottleneck` do. Names do not tell.
     Returns:
       `Params(weights, stats)`.
     Raises:
       FresnetError: naming the entries that are missing, unexpected, misshapen or of another dtype
         or device than the rest, with what was expected and what was found.
     """
-    if not isinstance(mapping, Mapping):
-        raise FresnetError(
-            "from_state_dict expects a mapping of names to tensors, as model.state_dict() gives; "
-            f"got {describe(mapping)}"
-        )
-    strange = [name for name in mapping if not isinstance(name, str)]
-    if strange:
-        raise FresnetError(f"from_state_dict expects names to be strings; got {strange[0]!r}")
-    template = _template(mapping)
+    layout, given = _canonical(_unwrapped(mapping))
+    given = {name: value for name, value in given.items() if not _is_counter(name)}
+    stem = given.get("conv1.weight", given.get("conv1.0.weight"))
+    template = _template(given, stem, stride_in_1x1)
     expected = dict(zip(_names(template), tree.leaves(template), strict=True))
-    given = {name: value for name, value in mapping.items() if not _is_counter(name)}
-    faults = list(_faults(expected, given))
+    biases = {name: given.pop(name) for name in list(given) if _is_conv_bias(name, expected)}
+    faults = list(_faults(expected, given, stem, layout))
+    faults += _bias_faults(biases, expected, layout)
     if faults:
         shown = "\n  ".join(faults[:10])
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise FresnetError(
             f"from_state_dict found {_architecture(template)}, but:\n  {shown}{more}"
         )
-    return tree.unflatten(
-        template, [_copy(given[name], leaf.dtype) for name, leaf in expected.items()]
-    )
+    leaves = {name: _copy(given[name], leaf.dtype) for name, leaf in expected.items()}
+    for name, bias in biases.items():
+        mean = _mean_after(name)
+        leaves[mean] = leaves[mean] - bias.detach().to(leaves[mean].dtype)
+    return tree.unflatten(template, list(leaves.values()))
 
 
-def to_state_dict(params: Params) -> dict[str, Tensor]:
-    """The network under torchvision's names, in torchvision's order, as its modules load it.
+def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tensor]:
+    """The network under another library's names, in its order, as its modules load it.
 
-    Tensors are contiguous copies. Each norm gets a counter `num_batches_tracked` of 0. Which norms
-    are frozen is not written.
+    Tensors are contiguous copies. Each norm gets a counter `num_batches_tracked` of 0. What names
+    cannot say is not written: which norms are frozen, which stages dilated, and whether bottlenecks
+    stride in their first convolution.
 
     >>> import fresnet
-    >>> len(fresnet.to_state_dict(fresnet.init(0, fresnet.RESNET50, device="meta")))
+    >>> params = fresnet.init(0, fresnet.RESNET50, device="meta")
+    >>> len(fresnet.to_state_dict(params))
     320
+    >>> next(iter(fresnet.to_state_dict(params, "huggingface")))
+    'resnet.embedder.embedder.convolution.weight'
 
     Args:
       params: the network.
+      layout: whose names, "torchvision", "timm" or "huggingface".
     Returns:
       Names to tensors, for `load_state_dict(strict=True)`.
     Raises:
-      FresnetError: if the tree is not a network.
+      FresnetError: if params is not a network, or one that the layout's library does not have.
     """
     check_params("to_state_dict", params)
+    if layout not in LAYOUTS:
+        raise FresnetError(f"to_state_dict expects layout to be one of {LAYOUTS}; got {layout!r}")
+    foreign = _foreign_to(layout, params)
+    if foreign:
+        raise FresnetError(f"to_state_dict expects a network that {layout} has; got {foreign}")
     named = dict(zip(_names(params), tree.leaves(params), strict=True))
     modules = dict.fromkeys(name.rpartition(".")[0] for name in named)
     state: dict[str, Tensor] = {}
-    device = params.weights.stem.conv.device
+    device = first_conv(params.weights).device
     for module in modules:
         for name in (f"{module}.{leaf}" for leaf in _LEAVES.values()):
             if name in named:
@@ -83,97 +116,253 @@ def to_state_dict(params: Params) -> dict[str, Tensor]:
                 state[name] = value.clone(memory_format=torch.contiguous_format)
         if f"{module}.running_var" in state:
             state[f"{module}.num_batches_tracked"] = torch.tensor(0, device=device)
-    return state
+    return {_name_in(layout, name): value for name, value in state.items()}
 
+
+# Names: a leaf's torchvision name is a function of its path; timm's extend them.
 
 _LEAVES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_DEEP_STEM = {"conv1": "conv1.0", "norm1": "conv1.1", "conv2": "conv1.3", "norm2": "conv1.4"}
+_DEEP_STEM |= {"conv3": "conv1.6", "norm3": "bn1"}
 
 
 def _names(params: Params) -> list[str]:
-    """torchvision's name of each leaf, in the order of `tree.leaves`."""
-    return [_name(path) for path in tree.paths(params)]
+    """The canonical name of each leaf, in the order of `tree.leaves`."""
+    pooled = _has(params, PooledProjection)
+    return [_name(path, pooled=pooled) for path in tree.paths(params)]
 
 
-def _name(path: tree.Path) -> str:
-    match path[1:]:
-        case ["stem", *node]:
-            return _node_name(node, conv="conv1", norm="bn1")
-        case ["stages", int(stage), block, "shortcut", *node]:
-            prefix = f"layer{stage + 1}.{block}.downsample"
-            return _node_name(node, conv=f"{prefix}.0", norm=f"{prefix}.1")
+def _name(path: tree.Path, *, pooled: bool = False) -> str:
+    match [step for step in path[1:] if step != "blocks"]:
+        case ["stem", ("conv" | "norm") as field, *leaf]:
+            return _leaf_name({"conv": "conv1", "norm": "bn1"}[field], leaf)
+        case ["stem", str(field), *leaf]:
+            return _leaf_name(_DEEP_STEM[field], leaf)
+        case ["stages", int(stage), block, "shortcut", str(field), *leaf]:
+            place = ("conv", "norm").index(field) + pooled
+            return _leaf_name(f"layer{stage + 1}.{block}.downsample.{place}", leaf)
         case ["stages", int(stage), block, str(field), *leaf]:
-            prefix, number = f"layer{stage + 1}.{block}", field[-1]
-            return _node_name(
-                [field[:-1], *leaf], conv=f"{prefix}.conv{number}", norm=f"{prefix}.bn{number}"
-            )
+            module = field.replace("norm", "bn")
+            return _leaf_name(f"layer{stage + 1}.{block}.{module}", leaf)
         case ["head", leaf]:
             return f"fc.{leaf}"
-    raise FresnetError(f"torchvision has no name for {path}")
+    raise FresnetError(f"no library has a name for {path}")
 
 
-def _node_name(node: list[str | int], *, conv: str, norm: str) -> str:
-    match node:
-        case ["conv"]:
-            return f"{conv}.weight"
-        case ["norm", str(leaf)]:
-            return f"{norm}.{_LEAVES[leaf]}"
-    raise FresnetError(f"torchvision has no name for {node}")
+def _leaf_name(module: str, leaf: list[Any]) -> str:
+    return f"{module}.{_LEAVES[leaf[0]] if leaf else 'weight'}"
 
 
-def _template(mapping: Mapping[str, Tensor]) -> Params:
-    """The network that the names describe, on meta: every shape, no values."""
-    blocks = [m for name in mapping if (m := re.match(r"layer([1-9]\d?)\.(\d{1,3})\.", name))]
-    if not blocks:
-        names = ", ".join(map(str, list(mapping)[:3])) or "none"
-        raise FresnetError(
-            "from_state_dict expects torchvision's names (conv1.weight, layer1.0.conv1.weight, "
-            f"..., fc.bias); got {len(mapping)} entries: {names}"
-        )
-    stages = range(1, 1 + max(int(match[1]) for match in blocks))
-    spec = Spec(
-        block=Bottleneck if any(".conv3." in name for name in mapping) else BasicBlock,
-        depths=tuple(
-            1 + max((int(match[2]) for match in blocks if int(match[1]) == stage), default=0)
-            for stage in stages
+_HF_WORD: Mapping[str, str] = {"conv": "convolution", "bn": "normalization"}
+_OUR_WORD: Mapping[str, str] = {theirs: ours for ours, theirs in _HF_WORD.items()}
+_SHORTCUT = ("convolution", "normalization")
+
+
+class _Rule(NamedTuple):
+    """Hugging Face's name to torchvision's, and back."""
+
+    theirs: str
+    to_ours: Callable[[re.Match[str]], str]
+    ours: str
+    to_theirs: Callable[[re.Match[str]], str]
+
+
+_PLACE = r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\."
+_RULES = (
+    _Rule(
+        r"resnet\.embedder\.embedder\.(convolution|normalization)\.",
+        lambda m: {"convolution": "conv1.", "normalization": "bn1."}[m[1]],
+        r"(conv|bn)1\.(?=\D)",
+        lambda m: f"resnet.embedder.embedder.{_HF_WORD[m[1]]}.",
+    ),
+    _Rule(
+        _PLACE + r"layer\.(\d+)\.(convolution|normalization)\.",
+        lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{_OUR_WORD[m[4]]}{int(m[3]) + 1}.",
+        r"layer(\d+)\.(\d+)\.(conv|bn)(\d)\.",
+        lambda m: (
+            f"resnet.encoder.stages.{int(m[1]) - 1}.layers.{m[2]}"
+            f".layer.{int(m[4]) - 1}.{_HF_WORD[m[3]]}."
         ),
-        width=_size(mapping, ("conv1.weight", 0), ("bn1.weight", 0), default=64),
+    ),
+    _Rule(
+        _PLACE + r"shortcut\.(convolution|normalization)\.",
+        lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.{_SHORTCUT.index(m[3])}.",
+        r"layer(\d+)\.(\d+)\.downsample\.([01])\.",
+        lambda m: (
+            f"resnet.encoder.stages.{int(m[1]) - 1}.layers.{m[2]}.shortcut.{_SHORTCUT[int(m[3])]}."
+        ),
+    ),
+    _Rule(r"classifier\.1\.", lambda m: "fc.", r"fc\.", lambda m: "classifier.1."),
+)
+
+
+def _name_in(layout: str, name: str) -> str:
+    """The canonical name in a layout's own words."""
+    if layout == "huggingface":
+        for rule in _RULES:
+            if match := re.match(rule.ours, name):
+                return rule.to_theirs(match) + name[match.end() :]
+    return name
+
+
+def _canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The layout found, and its entries under canonical names; unknown ones keep theirs."""
+    if not any(name.startswith("resnet.") for name in mapping):
+        return "torchvision", dict(mapping)
+    canonical = {}
+    for name, value in mapping.items():
+        for rule in _RULES:
+            if match := re.match(rule.theirs, name):
+                name = rule.to_ours(match) + name[match.end() :]
+                break
+        canonical[name] = value
+    return "huggingface", canonical
+
+
+def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries themselves, without a training script's wrapper and prefixes."""
+    if not isinstance(mapping, Mapping):
+        raise FresnetError(
+            "from_state_dict expects a mapping of names to tensors, as model.state_dict() gives; "
+            f"got {describe(mapping)}"
+        )
+    for wrapper in ("state_dict", "model", "model_state"):
+        if isinstance(mapping.get(wrapper), Mapping):
+            return _unwrapped(mapping[wrapper])
+    strange = [name for name in mapping if not isinstance(name, str)]
+    if strange:
+        raise FresnetError(f"from_state_dict expects names to be strings; got {strange[0]!r}")
+    for prefix in ("module.", "model.", "_orig_mod."):
+        if mapping and all(name.startswith(prefix) for name in mapping):
+            return _unwrapped({name.removeprefix(prefix): mapping[name] for name in mapping})
+    return mapping
+
+
+# What the names and shapes say of the architecture.
+
+
+def _template(given: Mapping[str, Any], stem: Any, stride_in_1x1: bool) -> Params:
+    """The network that the entries describe, on meta: every shape, no values."""
+    pattern = r"layer([1-9]\d?)\.(\d{1,3})\."
+    blocks = [match for name in given if (match := re.match(pattern, name))]
+    if not blocks:
+        names = ", ".join(map(str, list(given)[:3])) or "none"
+        raise FresnetError(
+            "from_state_dict expects the names of torchvision, timm or Hugging Face "
+            f"(conv1.weight, layer1.0.conv1.weight, ..., fc.bias); "
+            f"got {len(given)} entries: {names}"
+        )
+    depths = tuple(
+        1 + max((int(match[2]) for match in blocks if int(match[1]) == stage), default=0)
+        for stage in range(1, 1 + max(int(match[1]) for match in blocks))
     )
-    stem = mapping.get("conv1.weight")
-    dtype = stem.dtype if _is_float(stem) else torch.float32
+    width = _size(given, ("bn1.weight", 0), ("conv1.weight", 0), default=64)
+    bottleneck = any(".conv3." in name for name in given)
+    grouping = {}
+    if bottleneck:
+        inner = _size(given, ("layer1.0.bn1.weight", 0), default=width)
+        per_group = _size(given, ("layer1.0.conv2.weight", 1), default=inner)
+        if inner % per_group == 0 and per_group * 64 % width == 0:
+            grouping = {"groups": inner // per_group, "group_width": per_group * 64 // width}
+    spec = Spec(
+        (BottleneckV1 if stride_in_1x1 else Bottleneck) if bottleneck else BasicBlock,
+        depths,
+        width,
+        stem=_stem_type(given, stem),
+        shortcut=_shortcut_type(given),
+        **grouping,
+    )
     return init(
         0,
         spec,
-        num_classes=_size(mapping, ("fc.weight", 0), ("fc.bias", 0), default=1000),
-        in_channels=_size(mapping, ("conv1.weight", 1), default=3),
-        dtype=dtype,
+        num_classes=_size(given, ("fc.weight", 0), ("fc.bias", 0), default=1000),
+        in_channels=stem.shape[1] if _is_float(stem) and stem.ndim > 1 and stem.shape[1] else 3,
+        dtype=_widened(stem.dtype) if _is_float(stem) else torch.float32,
         device="meta",
     )
 
 
-def _faults(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[str]:
+def _stem_type(given: Mapping[str, Any], stem: Any) -> type:
+    if "conv1.0.weight" in given:
+        return DeepStem
+    return Stem3x3 if _is_float(stem) and stem.shape[2:] == (3, 3) else Stem7x7
+
+
+def _shortcut_type(given: Mapping[str, Any]) -> type:
+    places = {match[1] for name in given if (match := re.search(r"\.downsample\.(\d)\.", name))}
+    return PooledProjection if "2" in places else Projection
+
+
+def _faults(
+    expected: Mapping[str, Tensor], given: Mapping[str, Any], stem: Any, layout: str
+) -> Iterator[str]:
     for name, leaf in expected.items():
         if name not in given:
-            yield f"{name} is missing: expected {tuple(leaf.shape)}"
+            yield f"{_name_in(layout, name)} is missing: expected {tuple(leaf.shape)}"
     for name, value in given.items():
         if name not in expected:
-            yield f"{name} is unexpected: got {describe(value)}"
-    stem = given.get("conv1.weight")
+            yield f"{_name_in(layout, name)} is unexpected: got {describe(value)}"
     device = stem.device if _is_float(stem) else None
     for name in (name for name in expected if name in given):
-        value, leaf = given[name], expected[name]
+        value, leaf, theirs = given[name], expected[name], _name_in(layout, name)
         if not _is_float(value) or value.shape != leaf.shape:
-            yield f"{name}: expected float {tuple(leaf.shape)}, got {describe(value)}"
+            yield f"{theirs}: expected float {tuple(leaf.shape)}, got {describe(value)}"
         elif torch.promote_types(value.dtype, leaf.dtype) != leaf.dtype:
-            yield f"{name}: expected {leaf.dtype}, to go with conv1.weight, got {value.dtype}"
+            yield f"{theirs}: expected {leaf.dtype}, to go with the stem, got {value.dtype}"
         elif device is not None and value.device != device:
-            yield f"{name}: expected on {device}, to go with conv1.weight, got {value.device}"
+            yield f"{theirs}: expected on {device}, to go with the stem, got {value.device}"
+
+
+def _bias_faults(
+    biases: Mapping[str, Any], expected: Mapping[str, Tensor], layout: str
+) -> Iterator[str]:
+    for name, bias in biases.items():
+        shape = expected[_mean_after(name)].shape
+        if not _is_float(bias) or bias.shape != shape:
+            yield f"{_name_in(layout, name)}: expected float {tuple(shape)}, got {describe(bias)}"
+
+
+def _is_conv_bias(name: str, expected: Mapping[str, Tensor]) -> bool:
+    weight = expected.get(f"{name.removesuffix('.bias')}.weight")
+    return name.endswith(".bias") and weight is not None and weight.ndim == 4
+
+
+def _mean_after(bias: str) -> str:
+    """The running mean of the norm that follows the convolution with this bias."""
+    module = bias.removesuffix(".bias")
+    if module == "conv1.6":
+        return "bn1.running_mean"
+    if match := re.fullmatch(r"(.*\.)(\d)", module):  # in a sequence: the next place
+        return f"{match[1]}{int(match[2]) + 1}.running_mean"
+    return re.sub(r"conv(\d)$", r"bn\1", module) + ".running_mean"
+
+
+def _foreign_to(layout: str, params: Params) -> str:
+    """A node that the layout's networks do not have; empty if there is none."""
+    own: dict[str, tuple[type, ...]] = {
+        "torchvision": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
+        "timm": (NoShortcut, ZeroPad, Stem3x3),
+        "huggingface": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
+    }
+    return next((kind.__name__ for kind in own[layout] if _has(params, kind)), "")
+
+
+def _has(params: Params, kind: type) -> bool:
+    """Whether the stem or a block's shortcut is of this type."""
+    stages = (
+        stage.blocks if isinstance(stage, DilatedStage) else stage
+        for stage in params.weights.stages
+    )
+    return isinstance(params.weights.stem, kind) or any(
+        isinstance(block.shortcut, kind) for blocks in stages for block in blocks
+    )
 
 
 def _architecture(params: Params) -> str:
     stages = params.weights.stages
     depths = ", ".join(str(len(blocks)) for blocks in stages)
     classes = params.weights.head.weight.shape[0]
-    width = params.weights.stem.conv.shape[0]
+    width = params.weights.stem[-1][0].shape[0]
     return (
         f"a ResNet of {type(stages[0][0]).__name__} blocks ({depths}), "
         f"width {width}, {classes} classes"
@@ -191,13 +380,18 @@ def _copy(value: Tensor, dtype: torch.dtype) -> Tensor:
     return copy.contiguous(memory_format=layout)
 
 
-def _size(mapping: Mapping[str, Tensor], *places: tuple[str, int], default: int) -> int:
+def _size(mapping: Mapping[str, Any], *places: tuple[str, int], default: int) -> int:
     """A size read off the first of these entries' dimensions that is there."""
     for name, dim in places:
         value = mapping.get(name)
         if _is_float(value) and value.ndim > dim and value.shape[dim] > 0:
             return value.shape[dim]
     return default
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    """Files are stored in float16, networks do not run in it."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _is_float(value: object) -> TypeGuard[Tensor]:
