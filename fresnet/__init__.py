@@ -11,7 +11,7 @@ from fresnet.init import init
 from fresnet.interop import from_state_dict, to_state_dict
 from fresnet.net import features, forward, forward_moments, forward_train
 from fresnet.per_sample import per_sample_grads
-from fresnet.regimes import freeze, recalibrate
+from fresnet.regimes import dilate, freeze, recalibrate
 from fresnet.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
 from fresnet.types import Params
 
@@ -27,6 +27,7 @@ __all__ = [
     "FresnetError",
     "Params",
     "Spec",
+    "dilate",
     "features",
     "forward",
     "forward_moments",
