@@ -268,8 +268,8 @@ def _template(given: Mapping[str, Any], stem: Any, stride_in_1x1: bool) -> Param
         (BottleneckV1 if stride_in_1x1 else Bottleneck) if bottleneck else BasicBlock,
         depths,
         width,
-        stem=_stem_type(given, stem),
-        shortcut=_shortcut_type(given),
+        stem=(stem_type := _stem_type(given, stem)),
+        shortcut=_shortcut_type(given, stem_type),
         **grouping,
     )
     return init(
@@ -288,8 +288,10 @@ def _stem_type(given: Mapping[str, Any], stem: Any) -> type:
     return Stem3x3 if _is_float(stem) and stem.shape[2:] == (3, 3) else Stem7x7
 
 
-def _shortcut_type(given: Mapping[str, Any]) -> type:
+def _shortcut_type(given: Mapping[str, Any], stem_type: type) -> type:
     places = {match[1] for name in given if (match := re.search(r"\.downsample\.(\d)\.", name))}
+    if stem_type is Stem3x3 and not places:
+        return ZeroPad
     return PooledProjection if "2" in places else Projection
 
 

@@ -38,8 +38,8 @@ class Spec:
         (Xie et al. 2017, arXiv:1611.05431).
       group_width: the channels of a group for each 64 of the stage's.
     Raises:
-      FresnetError: if a type is none of `fresnet.types`, if a number is not positive, or if a
-        basic block is to be grouped or widened.
+      FresnetError: if a type is none of `fresnet.types`, if a number is not positive, if a basic
+        block is to be grouped or widened, or if that leaves a convolution without channels.
     """
 
     block: type = Bottleneck
@@ -56,15 +56,19 @@ class Spec:
             if getattr(self, field) not in kinds:
                 names = " or ".join(kind.__name__ for kind in kinds)
                 raise FresnetError(f"Spec expects {field} {names}; got {getattr(self, field)!r}")
-        depths = self.depths if isinstance(self.depths, tuple) else (self.depths,)
-        sizes = (*depths, self.width, self.groups, self.group_width)
-        if len(depths) < 1 or not all(type(size) is int and size > 0 for size in sizes):
+        sizes = (self.width, self.groups, self.group_width)
+        fits = isinstance(self.depths, tuple) and len(self.depths) > 0
+        if not fits or not all(type(size) is int and size > 0 for size in (*sizes, *self.depths)):
             raise FresnetError(
                 "Spec expects depths to be a tuple of positive integers, and width, groups and "
                 f"group_width to be positive integers; got {self}"
             )
         if self.block is BasicBlock and (self.groups, self.group_width) != (1, 64):
             raise FresnetError(f"Spec expects groups and group_width of bottlenecks; got {self}")
+        if self.inner_width(0) < 1:
+            raise FresnetError(f"Spec expects at least one channel in each group; got {self}")
+        if self.stem is DeepStem and self.width < 2:
+            raise FresnetError(f"Spec expects a deep stem to put out at least two channels: {self}")
 
     def inner_width(self, stage: int) -> int:
         """The channels between the convolutions of a block in this stage, counted from 0."""

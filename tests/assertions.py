@@ -27,6 +27,14 @@ def assert_all_close(
         assert_close(actual[name], value, relative, name)
 
 
+def assert_trees_close(actual: Any, expected: Any, relative: float) -> None:
+    """Trees of one structure, and each leaf close in its own norm."""
+    names = tree.paths(expected)
+    assert tree.paths(actual) == names
+    for name, a, b in zip(names, tree.leaves(actual), tree.leaves(expected), strict=True):
+        assert_close(a, b, relative, str(name))
+
+
 def assert_same(actual: Any, expected: Any) -> None:
     """Trees or tensors of one structure and equal to the bit."""
     names = tree.paths(expected)

@@ -1,7 +1,8 @@
 """torchvision's ResNets: the truth that most tests compare with."""
 
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,14 +24,22 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fresnet
 
+Module = TypeVar("Module", bound=nn.Module)
+
+PAPERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+GROUPED = ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
+WIDE = ("wide_resnet50_2", "wide_resnet101_2")
+TORCHVISION = (*PAPERS, *GROUPED, *WIDE)
+"""The members that torchvision has."""
+
 every_member = pytest.mark.parametrize(
     "name",
     [
         pytest.param(name, marks=[] if name in ("resnet18", "resnet50") else [pytest.mark.slow])
-        for name in fresnet.SPECS
+        for name in PAPERS
     ],
 )
-"""The five networks, one of each kind of block in the development loop."""
+"""The paper's five for ImageNet, one of each kind of block in the development loop."""
 
 
 def module(
@@ -44,9 +53,81 @@ def module(
     block = {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}[spec.block.__name__]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = ResNet(block, list(spec.depths), num_classes=num_classes, **kwargs)
+        model = ResNet(
+            block,
+            list(spec.depths),
+            num_classes=num_classes,
+            groups=spec.groups,
+            width_per_group=spec.group_width,
+            **kwargs,
+        )
+    return perturbed(model, seed, dtype)
+
+
+def v1(model: ResNet) -> ResNet:
+    """torchvision's network with the stride of its bottlenecks moved to their first convolution."""
+    for layer in model.modules():
+        if isinstance(layer, Bottleneck):
+            layer.conv1.stride, layer.conv2.stride = layer.conv2.stride, (1, 1)
+    return model
+
+
+class Cifar(ResNet):
+    """The paper's Sec. 4.2 out of torchvision's blocks: option "A", option "B" or "plain"."""
+
+    def __init__(self, depths: Sequence[int], option: str, width: int, num_classes: int) -> None:
+        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        del self.layer1, self.layer2, self.layer3, self.layer4
+        self.stages, channels = [], width
+        for stage, depth in enumerate(depths):
+            blocks = []
+            for i in range(depth):
+                stride, wider = (2 if stage > 0 and i == 0 else 1), width << stage
+                shortcut = None
+                if stride == 2:
+                    projection = (
+                        nn.Conv2d(channels, wider, 1, 2, bias=False),
+                        nn.BatchNorm2d(wider),
+                    )
+                    shortcut = nn.Sequential(*projection) if option == "B" else OptionA()
+                kind = PlainBlock if option == "plain" else BasicBlock
+                blocks.append(kind(channels, wider, stride, shortcut))
+                channels = wider
+            self.stages.append(nn.Sequential(*blocks))
+            self.add_module(f"layer{stage + 1}", self.stages[-1])
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        for stage in self.stages:
+            x = stage(x)
+        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return logits
+
+
+class OptionA(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        """Every second place, and as many channels again of zeros."""
+        x = nn.functional.max_pool2d(x, 1, 2)
+        return torch.cat([x, torch.zeros_like(x)], 1)
+
+
+class PlainBlock(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        relu: Tensor = self.relu(y)
+        return relu
+
+
+def perturbed(model: Module, seed: int, dtype: torch.dtype = torch.float64) -> Module:
+    """The same with its norms far from where they start, channels last."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
         model.apply(_perturb)
-    return model.to(dtype).to(memory_format=torch.channels_last)
+    return model.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _perturb(layer: nn.Module) -> None:
@@ -69,12 +150,27 @@ def activations(model: ResNet, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(outputs)
 
 
-def params(model: ResNet) -> fresnet.Params:
+def params(model: nn.Module) -> fresnet.Params:
     return fresnet.from_state_dict(model.state_dict())
 
 
-def gradients(model: ResNet) -> dict[str, Tensor]:
+def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-__all__ = ["ResNet", "activations", "every_member", "gradients", "module", "params", "torchvision"]
+__all__ = [
+    "GROUPED",
+    "PAPERS",
+    "TORCHVISION",
+    "WIDE",
+    "Cifar",
+    "ResNet",
+    "activations",
+    "every_member",
+    "gradients",
+    "module",
+    "params",
+    "perturbed",
+    "torchvision",
+    "v1",
+]

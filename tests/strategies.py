@@ -7,7 +7,16 @@ from torch import Tensor
 
 import fresnet
 from fresnet import Spec
-from fresnet.types import BasicBlock, Bottleneck
+from fresnet.types import (
+    BLOCKS,
+    SHORTCUTS,
+    STEMS,
+    BasicBlock,
+    Bottleneck,
+    Identity,
+    PooledProjection,
+    Stem3x3,
+)
 
 
 def examples(count: int) -> settings:
@@ -55,29 +64,51 @@ def labels(x: Tensor, classes: int) -> Tensor:
     return torch.arange(len(x)) * 7 % classes
 
 
-small_specs = st.builds(
-    Spec,
-    block=st.sampled_from([BasicBlock, Bottleneck]),
-    depths=st.tuples(*[st.integers(1, 2)] * 4),
-)
-"""Architectures that torchvision has too, at its width of 64."""
-
-tiny_specs = st.builds(
-    Spec,
-    block=st.sampled_from([BasicBlock, Bottleneck]),
-    depths=st.lists(st.integers(1, 2), min_size=1, max_size=4).map(tuple),
-    width=st.integers(1, 6),
-)
-"""Architectures of any number of stages and few channels, for laws that need no reference."""
+groupings = st.sampled_from([(1, 64), (2, 32), (4, 32), (32, 4), (1, 128)])
+"""Groups of a bottleneck, and channels of each for 64 of its stage's: plain, ResNeXt, wide."""
 
 
 @st.composite
-def tiny_params(draw: st.DrawFn) -> fresnet.Params:
-    """Networks of `tiny_specs` in float64, every leaf away from where `init` puts it."""
-    generator = torch.Generator().manual_seed(draw(seeds))
-    params = fresnet.init(
-        generator, draw(tiny_specs), num_classes=draw(class_counts), dtype=torch.float64
+def small_specs(draw: st.DrawFn, block: type | None = None) -> Spec:
+    """Architectures that torchvision has too: its stem, its width, its shortcuts."""
+    block = block or draw(st.sampled_from([BasicBlock, Bottleneck]))
+    groups, group_width = draw(groupings) if block is Bottleneck else (1, 64)
+    depths = draw(st.tuples(*[st.integers(1, 2)] * 4))
+    return Spec(block, depths, groups=groups, group_width=group_width)
+
+
+@st.composite
+def tiny_specs(draw: st.DrawFn) -> Spec:
+    """Architectures of every node type and any number of stages, but few channels.
+
+    For laws that need no reference.
+    """
+    block, width = draw(st.sampled_from(BLOCKS)), 2 * draw(st.integers(1, 3))
+    fits = groupings.filter(lambda grouping: grouping[1] * width % 64 == 0)
+    groups, group_width = (1, 64) if block is BasicBlock else draw(fits)
+    return Spec(
+        block,
+        tuple(draw(st.lists(st.integers(1, 2), min_size=1, max_size=4))),
+        width,
+        stem=draw(st.sampled_from(STEMS)),
+        shortcut=draw(st.sampled_from([kind for kind in SHORTCUTS if kind is not Identity])),
+        groups=groups,
+        group_width=group_width,
     )
+
+
+@st.composite
+def tiny_params(draw: st.DrawFn, dilated: bool = True) -> fresnet.Params:
+    """Networks of `tiny_specs` in float64, every leaf away from where `init` puts it.
+
+    Now and then with stages that dilate instead of striding.
+    """
+    generator = torch.Generator().manual_seed(draw(seeds))
+    spec = draw(tiny_specs())
+    params = fresnet.init(generator, spec, num_classes=draw(class_counts), dtype=torch.float64)
+    if dilated and spec.shortcut is not PooledProjection and draw(st.booleans()):
+        strides = [(1 if spec.stem is Stem3x3 else 4) << stage for stage in range(len(spec.depths))]
+        params = fresnet.dilate(params, output_stride=draw(st.sampled_from(strides)))
     return fresnet.Params(
         weights=fresnet.tree.map(
             lambda w: w + 0.1 * torch.randn(w.shape, generator=generator, dtype=w.dtype),

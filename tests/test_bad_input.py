@@ -10,7 +10,16 @@ import torch
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.types import BasicBlock, Bottleneck, Identity, Norm, NormStats, Projection
+from fresnet.types import (
+    BasicBlock,
+    Bottleneck,
+    DeepStem,
+    Identity,
+    Norm,
+    NormStats,
+    PooledProjection,
+    Projection,
+)
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4), num_classes=5)
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -73,15 +82,17 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a shortcut as a block": (
         with_stages(weights=with_block(lambda b: b.shortcut)),
-        "expects weights.stages[1][0] to be BasicBlock or Bottleneck; got a Projection",
+        "expects weights.stages[1][0] to be BasicBlock or Bottleneck or BottleneckV1; "
+        "got a Projection",
     ),
     "a block as a shortcut": (
         with_stages(weights=with_block(lambda b: b._replace(shortcut=b))),
-        "expects weights.stages[1][0].shortcut to be Identity or Projection; got a Bottleneck",
+        "expects weights.stages[1][0].shortcut to be Identity or Projection or "
+        "PooledProjection or ZeroPad or NoShortcut; got a Bottleneck",
     ),
     "a projection as a stem": (
         PARAMS._replace(weights=w._replace(stem=Projection(*w.stem))),  # type: ignore[arg-type]
-        "expects weights.stem to be Stem7x7; got a Projection",
+        "expects weights.stem to be Stem7x7 or DeepStem or Stem3x3; got a Projection",
     ),
     "a norm that is missing": (
         with_stages(weights=with_block(lambda b: b._replace(norm2=()))),
@@ -115,7 +126,7 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a block that is None": (
         with_stages(weights=with_block(lambda _: None)),
-        "expects weights.stages[1][0] to be BasicBlock or Bottleneck; got None",
+        "expects weights.stages[1][0] to be BasicBlock or Bottleneck or BottleneckV1; got None",
     ),
     "stats of another block": (
         with_stages(stats=with_block(lambda b: b.shortcut)),
@@ -135,7 +146,7 @@ TREES: dict[str, tuple[Any, str]] = {
     "a float64 leaf": (
         with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2.double()))),
         "expects weights.stages[1][0].conv2 to be torch.float32 on cpu, "
-        "to go with weights.stem.conv; got torch.float64 on cpu",
+        "to go with the stem; got torch.float64 on cpu",
     ),
     "float64 stats": (
         PARAMS._replace(stats=tree.map(torch.Tensor.double, s)),
@@ -144,15 +155,16 @@ TREES: dict[str, tuple[Any, str]] = {
     "a leaf on another device": (
         with_stages(stats=with_block(lambda b: tree.map(lambda t: t.to("meta"), b))),
         "expects stats.stages[1][0].norm1.mean to be torch.float32 on cpu, to go with "
-        "weights.stem.conv; got torch.float32 on meta",
+        "the stem; got torch.float32 on meta",
     ),
     "an integer stem": (
         PARAMS._replace(weights=w._replace(stem=w.stem._replace(conv=w.stem.conv.int()))),
-        "expects weights.stem.conv to be a float tensor [o c k k]; got int32 (4, 3, 7, 7)",
+        "expects the stem's first convolution to be a float tensor [o c k k]; "
+        "got int32 (4, 3, 7, 7)",
     ),
     "no stem": (
         PARAMS._replace(weights=w._replace(stem=None)),  # type: ignore[arg-type]
-        "expects weights.stem.conv to be a float tensor [o c k k]; got None",
+        "expects the stem's first convolution to be a float tensor [o c k k]; got None",
     ),
     "a norm of one channel beside many": (
         Params(
@@ -220,9 +232,45 @@ def test_momentum(momentum: Any, got: str) -> None:
         fresnet.forward_train(PARAMS, X, momentum=momentum)
 
 
-@pytest.mark.parametrize("arguments", [((),), ((1, 0),), ((2, 2), 0), ([2, 2],), ((2, 1.5),)])
-def test_spec(arguments: Any) -> None:
-    with pytest.raises(FresnetError, match="Spec expects depths to be a tuple of positive int"):
-        Spec(BasicBlock, *arguments)
-    with pytest.raises(FresnetError, match="Spec expects block BasicBlock or Bottleneck"):
-        Spec(Norm, (1,))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            (
+                {"block": BasicBlock, "depths": depths},
+                "Spec expects depths to be a tuple of positive",
+            )
+            for depths in ((), (1, 0), [2, 2], (2, 1.5), 3)
+        ),
+        ({"width": 0}, "width, groups and group_width to be positive integers"),
+        ({"groups": -1}, "width, groups and group_width to be positive integers"),
+        ({"block": Norm}, "Spec expects block BasicBlock or Bottleneck or BottleneckV1; got"),
+        ({"stem": Norm}, "Spec expects stem Stem7x7 or DeepStem or Stem3x3; got"),
+        ({"shortcut": Identity}, "Projection or PooledProjection or ZeroPad or NoShortcut; got"),
+        ({"block": BasicBlock, "groups": 2}, "Spec expects groups and group_width of bottlenecks"),
+        ({"group_width": 1, "width": 32}, "Spec expects at least one channel in each group"),
+        ({"stem": DeepStem, "width": 1}, "Spec expects a deep stem to put out at least two"),
+    ],
+)
+def test_spec(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        Spec(**arguments)
+
+
+RESNET8 = fresnet.init(0, Spec(BasicBlock, (1, 1), width=2), num_classes=2)
+POOLED = fresnet.init(0, Spec(Bottleneck, (1, 1), width=2, shortcut=PooledProjection))
+
+
+@pytest.mark.parametrize(
+    ("params", "output_stride", "message"),
+    [
+        ((), 8, "dilate expects Params(weights, stats); got a tuple"),
+        (RESNET8, 2, "dilate expects output_stride to be one of [4, 8]; got 2"),
+        (RESNET8, 16, "dilate expects output_stride to be one of [4, 8]; got 16"),
+        (RESNET8, None, "dilate expects output_stride to be one of [4, 8]; got None"),
+        (POOLED, 4, "dilate expects shortcuts without pooling; got PooledProjection"),
+    ],
+)
+def test_dilate(params: Any, output_stride: Any, message: str) -> None:
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        fresnet.dilate(params, output_stride=output_stride)

@@ -24,7 +24,7 @@ def test_forward_equals_torchvision(name: str, x: Tensor, seed: int, classes: in
 
 
 @examples(40)
-@given(x=images(), seed=seeds, classes=class_counts, spec=small_specs)
+@given(x=images(), seed=seeds, classes=class_counts, spec=small_specs())
 def test_forward_of_any_depths_equals_torchvision(
     x: Tensor, seed: int, classes: int, spec: fresnet.Spec
 ) -> None:
@@ -56,7 +56,7 @@ def test_features_equal_torchvisions_stages(name: str, x: Tensor, seed: int) -> 
 
 
 @examples(10)
-@given(x=images(), seed=seeds, spec=small_specs)
+@given(x=images(), seed=seeds, spec=small_specs())
 def test_gradients_through_forward_equal_torchvision(
     x: Tensor, seed: int, spec: fresnet.Spec
 ) -> None:

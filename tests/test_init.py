@@ -43,7 +43,7 @@ def test_counts_of_resnet50_with_ten_classes() -> None:
 
 
 @examples(30)
-@given(seed=seeds, spec=tiny_specs, classes=st.integers(1, 9), channels=st.integers(1, 5))
+@given(seed=seeds, spec=tiny_specs(), classes=st.integers(1, 9), channels=st.integers(1, 5))
 def test_the_seed_determines_every_bit(seed: int, spec: Spec, classes: int, channels: int) -> None:
     def build(generator: torch.Generator | int) -> fresnet.Params:
         return fresnet.init(generator, spec, num_classes=classes, in_channels=channels)

@@ -174,7 +174,7 @@ def test_vmap_over_the_wrong_axis_is_told() -> None:
     x = torch.zeros(5, 3, 16, 16)
     with pytest.raises(FresnetError, match=re.escape("expects x [b 3 h w]; got (5, 16, 16)")):
         vmap(fresnet.forward, (None, 1))(params, x)
-    unstacked = re.escape("expects weights.stem.conv to be a float tensor [o c k k]")
+    unstacked = re.escape("expects the stem's first convolution to be a float tensor")
     with pytest.raises(FresnetError, match=unstacked):
         vmap(fresnet.forward, (0, None))(params, x)
     with pytest.raises(FresnetError, match=re.escape("(a stack of networks? use vmap)")):

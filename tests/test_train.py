@@ -56,7 +56,7 @@ def test_one_step_equals_torchvision(name: str, x: Tensor, seed: int, classes: i
 
 
 @examples(15)
-@given(x=training_images(), seed=seeds, classes=class_counts, spec=small_specs)
+@given(x=training_images(), seed=seeds, classes=class_counts, spec=small_specs())
 def test_one_step_of_any_depths_equals_torchvision(
     x: Tensor, seed: int, classes: int, spec: fresnet.Spec
 ) -> None:
@@ -68,7 +68,7 @@ def test_one_step_of_any_depths_equals_torchvision(
 @given(
     batches=st.lists(training_images(), min_size=2, max_size=4),
     seed=seeds,
-    spec=small_specs,
+    spec=small_specs(),
     momentum=st.floats(0, 1),
 )
 def test_statistics_after_several_steps_equal_torchvision(
@@ -112,7 +112,7 @@ def check_ten_steps_of_sgd(model: reference.ResNet, x: Tensor) -> None:
 
 @pytest.mark.slow
 @examples(3)
-@given(x=training_images(), seed=seeds, spec=small_specs)
+@given(x=training_images(), seed=seeds, spec=small_specs())
 def test_ten_steps_of_sgd_equal_torch_optim(x: Tensor, seed: int, spec: fresnet.Spec) -> None:
     check_ten_steps_of_sgd(reference.module(spec, seed), x)
 
