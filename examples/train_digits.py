@@ -27,6 +27,7 @@ from tqdm import tqdm
 import fresnet
 from fresnet import Params, tree
 
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BATCH, PEAK_RATE, MOMENTUM, WEIGHT_DECAY, SMOOTHING = 64, 0.05, 0.9, 5e-4, 0.1
 
 
@@ -108,7 +109,7 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--arch", choices=fresnet.SPECS, default="resnet50", help="the network")
+    option("--arch", choices=ARCHITECTURES, default="resnet50", help="the network")
     option("--epochs", type=int, default=12, help="passes over the 1,437 training digits")
     option("--seed", type=int, default=0, help="random seed")
     option("--out", type=Path, default=Path("runs/digits"), help="output folder")

@@ -78,7 +78,7 @@ def from_state_dict(mapping: Mapping[str, Any], *, stride_in_1x1: bool = False) 
 
 
 def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tensor]:
-    """The network under another library's names, in its order, as its modules load it.
+    """The network under another library's names, as its modules load it.
 
     Tensors are contiguous copies. Each norm gets a counter `num_batches_tracked` of 0. What names
     cannot say is not written: which norms are frozen, which stages dilated, and whether bottlenecks

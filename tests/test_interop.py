@@ -6,22 +6,61 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+import timm
 import torch
-from assertions import assert_same
+import transformers
+from assertions import assert_close, assert_same, assert_trees_close, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import examples, seeds, small_specs, tiny_params
+from strategies import examples, seeds, small_specs, tiny_params, training_images
 from torch import Tensor
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.types import BasicBlock, Bottleneck
+from fresnet.types import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckV1,
+    DeepStem,
+    NoShortcut,
+    PooledProjection,
+    Stem3x3,
+    ZeroPad,
+)
 
 
-@examples(30)
-@given(params=tiny_params())
-def test_round_trip_of_params_is_exact(params: Params) -> None:
-    assert_same(fresnet.from_state_dict(fresnet.to_state_dict(params)), params)
+def has(params: Params, kinds: tuple[type, ...]) -> bool:
+    """Whether some stem, block or shortcut is of one of these types."""
+    stages = [getattr(stage, "blocks", stage) for stage in params.weights.stages]
+    blocks = [block for stage in stages for block in stage]
+    nodes = (params.weights.stem, *blocks, *(block.shortcut for block in blocks))
+    return any(isinstance(node, kinds) for node in nodes)
+
+
+FOREIGN = {
+    "torchvision": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
+    "timm": (NoShortcut, ZeroPad, Stem3x3),
+    "huggingface": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
+}
+
+
+@pytest.mark.parametrize("layout", FOREIGN)
+@examples(40)
+@given(params=tiny_params(dilated=False))
+def test_round_trip_of_params_is_exact_or_refused(layout: str, params: Params) -> None:
+    if has(params, FOREIGN[layout]):
+        with pytest.raises(FresnetError, match=f"expects a network that {layout} has; got"):
+            fresnet.to_state_dict(params, layout)
+        return
+    with unmutated(params):
+        state = fresnet.to_state_dict(params, layout)
+    memory = {leaf.untyped_storage().data_ptr() for leaf in tree.leaves(params)}
+    assert memory.isdisjoint(value.untyped_storage().data_ptr() for value in state.values())
+    with unmutated(state):
+        back = fresnet.from_state_dict(state, stride_in_1x1=has(params, (BottleneckV1,)))
+    assert_same(back, params)
+    memory |= {value.untyped_storage().data_ptr() for value in state.values()}
+    assert memory.isdisjoint(leaf.untyped_storage().data_ptr() for leaf in tree.leaves(back))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -44,7 +83,7 @@ def test_round_trip_of_a_state_dict_is_exact(
     assert_same(state, model.state_dict())
 
 
-@pytest.mark.parametrize("name", fresnet.SPECS)
+@pytest.mark.parametrize("name", [*reference.PAPERS, "resnext50_32x4d", "wide_resnet50_2"])
 def test_torchvision_loads_what_is_exported(name: str) -> None:
     params = fresnet.init(0, fresnet.SPECS[name])
     model = reference.torchvision.models.get_model(name)
@@ -74,6 +113,196 @@ def test_counters_may_be_missing_and_half_precision_statistics_are_widened() -> 
     assert {leaf.dtype for leaf in tree.leaves(params.weights)} == {torch.bfloat16}
     assert {leaf.dtype for leaf in tree.leaves(params.stats)} == {torch.float32}
     assert torch.equal(params.stats.stem.norm.mean, bare["bn1.running_mean"].float())
+
+
+def check_forward(model: torch.nn.Module, params: Params, x: Tensor) -> None:
+    def logits(output: Any) -> Tensor:
+        result: Tensor = getattr(output, "logits", output)
+        return result
+
+    with torch.no_grad():
+        assert_close(fresnet.forward(params, x), logits(model.eval()(x)), 1e-12, "evaluation")
+        assert_close(fresnet.forward_train(params, x)[0], logits(model.train()(x)), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet26d",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("resnet34d", "resnet50", "resnet50d", "resnext50_32x4d", "wide_resnet50_2")
+        ),
+    ],
+)
+def test_timms_networks_run_as_they_did_and_go_back(name: str) -> None:
+    model = reference.perturbed(timm.create_model(name, num_classes=7), seed=0)
+    state = model.state_dict()
+    x = torch.randn(2, 3, 71, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    params = fresnet.from_state_dict(state)
+    back = fresnet.to_state_dict(params, "timm")
+    assert list(back) == list(state)
+    assert_same(back, state)
+    model.load_state_dict(back, strict=True)
+    check_forward(model, params, x)
+
+
+@examples(20)
+@given(
+    x=training_images(),
+    seed=seeds,
+    depths=st.lists(st.integers(1, 2), min_size=1, max_size=4),
+    layer_type=st.sampled_from(["basic", "bottleneck"]),
+    in_bottleneck=st.booleans(),
+    width=st.sampled_from([4, 64]),
+    classes=st.integers(1, 9),
+)
+def test_hugging_faces_networks_run_as_they_did_and_go_back(
+    x: Tensor,
+    seed: int,
+    depths: list[int],
+    layer_type: str,
+    in_bottleneck: bool,
+    width: int,
+    classes: int,
+) -> None:
+    expansion = 4 if layer_type == "bottleneck" else 1
+    config = transformers.ResNetConfig(
+        embedding_size=width,
+        hidden_sizes=[expansion * width << stage for stage in range(len(depths))],
+        depths=depths,
+        layer_type=layer_type,
+        downsample_in_bottleneck=in_bottleneck,
+        num_labels=classes,
+    )
+    model = reference.perturbed(transformers.ResNetForImageClassification(config), seed)
+    state = model.state_dict()
+    params = fresnet.from_state_dict(state, stride_in_1x1=in_bottleneck)
+    back = fresnet.to_state_dict(params, "huggingface")
+    assert back.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(back[name], value), name
+    model.load_state_dict(back, strict=True)
+    check_forward(model, params, x)
+
+
+@examples(20)
+@given(
+    layout=st.sampled_from(["torchvision", "huggingface"]),
+    wrappers=st.lists(
+        st.sampled_from(["state_dict", "model", "model_state", "module.", "model.", "_orig_mod."]),
+        max_size=4,
+    ),
+)
+def test_wrappers_and_prefixes_of_training_scripts_are_taken_off(
+    layout: str, wrappers: list[str]
+) -> None:
+    params = fresnet.init(0, Spec(BasicBlock, (1, 1), width=4), num_classes=3)
+    mapping: dict[str, Any] = fresnet.to_state_dict(params, layout)
+    for wrapper in wrappers:
+        if not wrapper.endswith("."):
+            mapping = {"epoch": 3, wrapper: mapping, "optimizer": {"state": {}}}
+        elif "epoch" not in mapping:
+            mapping = {f"{wrapper}{name}": value for name, value in mapping.items()}
+    assert_same(fresnet.from_state_dict(mapping), params)
+
+
+def test_entries_are_named_as_they_came() -> None:
+    params = fresnet.init(0, Spec(BasicBlock, (1, 1), width=4), num_classes=3)
+    state = fresnet.to_state_dict(params, "huggingface")
+    name = "resnet.encoder.stages.1.layers.0.shortcut.convolution.weight"
+    del state[name]
+    with pytest.raises(FresnetError, match=re.escape(f"{name} is missing: expected (8, 4, 1, 1)")):
+        fresnet.from_state_dict(state)
+
+
+@examples(20)
+@given(params=tiny_params(dilated=False))
+def test_float16_is_storage_alone(params: Params) -> None:
+    """Loaded as float32, to the bit."""
+    if has(params, FOREIGN["timm"]):
+        return
+    half = {
+        n: v.half() if v.dtype.is_floating_point else v
+        for n, v in fresnet.to_state_dict(params, "timm").items()
+    }
+    single = {n: v.float() if v.dtype == torch.float16 else v for n, v in half.items()}
+    assert_same(fresnet.from_state_dict(half), fresnet.from_state_dict(single))
+    loaded = fresnet.from_state_dict(half)
+    assert {leaf.dtype for leaf in tree.leaves(loaded)} == {torch.float32}
+
+
+def give_biases(model: torch.nn.Module, seed: int) -> None:
+    """A bias to every convolution, as implementations from scratch often have it."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            bias = torch.randn(layer.out_channels, generator=generator, dtype=torch.float64)
+            layer.bias = torch.nn.Parameter(bias)
+
+
+@examples(8)
+@given(x=training_images(), seed=seeds, spec=small_specs())
+def test_biases_of_convolutions_are_absorbed_into_the_running_means(
+    x: Tensor, seed: int, spec: Spec
+) -> None:
+    """In evaluation, in training, and in the statistics that training leaves."""
+    model = reference.module(spec, seed)
+    give_biases(model, seed)
+    params = reference.params(model)
+    _, stats = fresnet.forward_train(params, x)
+    check_forward(model, params, x)
+    assert_trees_close(stats, reference.params(model).stats, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["resnet26d", "resnet18"])
+def test_biases_of_timms_networks_too(name: str) -> None:
+    model = reference.perturbed(timm.create_model(name, num_classes=7), seed=0)
+    give_biases(model, 0)
+    x = torch.randn(2, 3, 40, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    check_forward(model, fresnet.from_state_dict(model.state_dict()), x)
+
+
+def test_a_misshapen_bias_is_named() -> None:
+    state = fresnet.to_state_dict(fresnet.init(0, Spec(BasicBlock, (1,), width=4)))
+    message = "layer1.0.conv2.bias: expected float (4,), got float32 (3,)"
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        fresnet.from_state_dict({**state, "layer1.0.conv2.bias": torch.zeros(3)})
+
+
+def test_the_paper_and_its_successors_share_names() -> None:
+    """So where bottlenecks stride is for the caller to say."""
+    params = fresnet.init(0, Spec(BottleneckV1, (1, 1), width=4))
+    state = fresnet.to_state_dict(params)
+    assert_same(fresnet.from_state_dict(state, stride_in_1x1=True), params)
+    block = fresnet.from_state_dict(state).weights.stages[0]
+    assert type(block[0]) is Bottleneck  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "unexpected"),
+    [
+        ("seresnet18", "layer1.0.se.fc1.weight is unexpected"),
+        ("resnetv2_50", "expects the names of torchvision, timm or Hugging Face"),
+        ("resnet50_gn", "layer1.0.bn1.running_mean is missing"),
+        ("resnet26t", "conv1.0.weight: expected float (32, 3, 3, 3), got float32 (24, 3, 3, 3)"),
+    ],
+)
+def test_other_architectures_are_refused_by_what_tells_them_apart(
+    name: str, unexpected: str
+) -> None:
+    with torch.device("meta"):
+        state = timm.create_model(name).state_dict()
+    with pytest.raises(FresnetError) as caught:
+        fresnet.from_state_dict(state)
+    assert unexpected in str(caught.value)
+
+
+def test_a_layout_of_no_library_is_refused() -> None:
+    params = fresnet.init(0, Spec(BasicBlock, (1,), width=4))
+    with pytest.raises(FresnetError, match=r"layout to be one of \('torchvision', .*; got 'keras'"):
+        fresnet.to_state_dict(params, "keras")
 
 
 def with_entry(value: object) -> dict[str, Any]:
