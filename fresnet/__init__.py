@@ -7,6 +7,7 @@ logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 
 from fresnet import moments, tree
 from fresnet.errors import FresnetError
+from fresnet.files import load, save
 from fresnet.init import init
 from fresnet.interop import from_state_dict, to_state_dict
 from fresnet.net import features, forward, forward_moments, forward_train
@@ -35,9 +36,11 @@ __all__ = [
     "freeze",
     "from_state_dict",
     "init",
+    "load",
     "moments",
     "per_sample_grads",
     "recalibrate",
+    "save",
     "to_state_dict",
     "tree",
 ]

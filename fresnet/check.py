@@ -17,12 +17,12 @@ from fresnet.types import (
     NODES,
     STATS_OF,
     STEMS,
-    DilatedStage,
     Head,
     NormStats,
     Params,
     Stats,
     Weights,
+    blocks_of,
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -123,8 +123,7 @@ def check_params(caller: str, params: Params) -> None:
     walk.same_length("stages", weights.stages, stats.stages)
     for i, (blocks, blocks_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
         where = f"stages[{i}]"
-        if type(blocks) is DilatedStage:
-            blocks = blocks.blocks
+        blocks = blocks_of(blocks)
         walk.same_length(where, blocks, blocks_stats)
         for j, (block, block_stats) in enumerate(zip(blocks, blocks_stats, strict=True)):
             walk.node(f"{where}[{j}]", block, block_stats, BLOCKS)

@@ -15,6 +15,7 @@ from fresnet.types import (
     BasicBlock,
     Block,
     DeepStem,
+    FrozenNorm,
     Head,
     Identity,
     Norm,
@@ -27,6 +28,7 @@ from fresnet.types import (
     Stem7x7,
     Weights,
     ZeroPad,
+    blocks_of,
 )
 
 
@@ -83,11 +85,17 @@ def init(
     device = generator.device if device is None else torch.device(device)
     draw = _Draw(generator, dtype, device)
     weights = _weights(draw, spec, num_classes, in_channels, 0.0 if zero_init_residual else 1.0)
-    stats = Stats(
+    return Params(weights, fresh_stats(weights))
+
+
+def fresh_stats(weights: Weights) -> Stats:
+    """The statistics beside these weights, every mean 0 and every var 1."""
+    return Stats(
         stem=_fresh_stats(weights.stem),
-        stages=tuple(tuple(_fresh_stats(block) for block in blocks) for blocks in weights.stages),
+        stages=tuple(
+            tuple(_fresh_stats(block) for block in blocks_of(stage)) for stage in weights.stages
+        ),
     )
-    return Params(weights, stats)
 
 
 @dataclass(frozen=True)
@@ -187,13 +195,12 @@ def _shortcut(draw: _Draw, spec: Spec, channels: int, out_channels: int, strides
     return shortcut
 
 
-def _fresh_stats(weights: Any) -> Any:
-    """The statistics that stand beside this node, every mean 0 and every var 1."""
-    if isinstance(weights, Norm):
-        dtype = stats_dtype(weights.scale.dtype)
+def _fresh_stats(node: Any) -> Any:
+    if isinstance(node, Norm | FrozenNorm):
+        dtype = stats_dtype(node.scale.dtype)
         return NormStats(
-            mean=torch.zeros_like(weights.scale, dtype=dtype),
-            var=torch.ones_like(weights.scale, dtype=dtype),
+            mean=torch.zeros_like(node.scale, dtype=dtype),
+            var=torch.ones_like(node.scale, dtype=dtype),
         )
-    stats = STATS_OF[type(weights)]
-    return stats(*(_fresh_stats(getattr(weights, field)) for field in stats._fields))
+    stats = STATS_OF[type(node)]
+    return stats(*(_fresh_stats(getattr(node, field)) for field in stats._fields))

@@ -21,7 +21,6 @@ from fresnet.types import (
     Bottleneck,
     BottleneckV1,
     DeepStem,
-    DilatedStage,
     NoShortcut,
     Params,
     PooledProjection,
@@ -29,6 +28,7 @@ from fresnet.types import (
     Stem3x3,
     Stem7x7,
     ZeroPad,
+    blocks_of,
 )
 
 LAYOUTS = ("torchvision", "timm", "huggingface")
@@ -39,12 +39,12 @@ def from_state_dict(mapping: Mapping[str, Any], *, stride_in_1x1: bool = False) 
 
     For Hugging Face that is `ResNetForImageClassification`. Whose names they are is found out,
     also behind a prefix (`module.`, `model.`, `_orig_mod.`) and inside a checkpoint's
-    `state_dict`, `model` or `model_state`; so are depths, widths, groups, classes, stem and
-    shortcuts. Tensors are copied, convolutions into channels last. Weights take the dtype of
-    the first convolution, statistics the same but never narrower than float32, and float16
-    becomes float32; an entry that this dtype cannot hold exactly is refused. A convolution's
-    bias is absorbed into the running mean after it. The counters `num_batches_tracked` are
-    dropped: no BatchNorm with a fixed momentum reads them.
+    `state_dict`, `model_state_dict`, `model_state` or `model`; so are depths, widths, groups,
+    classes, stem and shortcuts. Tensors are copied, convolutions into channels last. Weights
+    take the dtype of the first convolution, statistics the same but never narrower than float32,
+    and float16 becomes float32; an entry that this dtype cannot hold exactly is refused. A
+    convolution's bias is absorbed into the running mean after it. The counters
+    `num_batches_tracked` are dropped: no BatchNorm with a fixed momentum reads them.
 
     Args:
       mapping: names to tensors, as `model.state_dict()` gives them.
@@ -57,24 +57,7 @@ def from_state_dict(mapping: Mapping[str, Any], *, stride_in_1x1: bool = False) 
         or device than the rest, with what was expected and what was found.
     """
     layout, given = _canonical(_unwrapped(mapping))
-    given = {name: value for name, value in given.items() if not _is_counter(name)}
-    stem = given.get("conv1.weight", given.get("conv1.0.weight"))
-    template = _template(given, stem, stride_in_1x1)
-    expected = dict(zip(_names(template), tree.leaves(template), strict=True))
-    biases = {name: given.pop(name) for name in list(given) if _is_conv_bias(name, expected)}
-    faults = list(_faults(expected, given, stem, layout))
-    faults += _bias_faults(biases, expected, layout)
-    if faults:
-        shown = "\n  ".join(faults[:10])
-        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise FresnetError(
-            f"from_state_dict found {_architecture(template)}, but:\n  {shown}{more}"
-        )
-    leaves = {name: _copy(given[name], leaf.dtype) for name, leaf in expected.items()}
-    for name, bias in biases.items():
-        mean = _mean_after(name)
-        leaves[mean] = leaves[mean] - bias.detach().to(leaves[mean].dtype)
-    return tree.unflatten(template, list(leaves.values()))
+    return assemble("from_state_dict", _template(given, stride_in_1x1), given, layout)
 
 
 def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tensor]:
@@ -105,18 +88,44 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     foreign = _foreign_to(layout, params)
     if foreign:
         raise FresnetError(f"to_state_dict expects a network that {layout} has; got {foreign}")
-    named = dict(zip(_names(params), tree.leaves(params), strict=True))
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in named)
+    return {_name_in(layout, name): value for name, value in named(params).items()}
+
+
+def named(params: Params) -> dict[str, Tensor]:
+    """Every network under torchvision's names, or timm's where only that has a name for a node."""
+    leaves = dict(zip(names(params), tree.leaves(params), strict=True))
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in leaves)
     state: dict[str, Tensor] = {}
     device = first_conv(params.weights).device
     for module in modules:
         for name in (f"{module}.{leaf}" for leaf in _LEAVES.values()):
-            if name in named:
-                value = named[name].detach()
+            if name in leaves:
+                value = leaves[name].detach()
                 state[name] = value.clone(memory_format=torch.contiguous_format)
         if f"{module}.running_var" in state:
             state[f"{module}.num_batches_tracked"] = torch.tensor(0, device=device)
-    return {_name_in(layout, name): value for name, value in state.items()}
+    return state
+
+
+def assemble(caller: str, template: Params, given: Mapping[str, Any], layout: str) -> Params:
+    """The template's nodes around copies of the entries of its names.
+
+    Raises:
+      FresnetError: naming the entries that do not fit.
+    """
+    given = {name: value for name, value in given.items() if not _is_counter(name)}
+    expected = dict(zip(names(template), tree.leaves(template), strict=True))
+    biases = {name: given.pop(name) for name in list(given) if _is_conv_bias(name, expected)}
+    faults = [*_faults(expected, given, layout), *_bias_faults(biases, expected, layout)]
+    if faults:
+        shown = "\n  ".join(faults[:10])
+        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise FresnetError(f"{caller} found {_architecture(template)}, but:\n  {shown}{more}")
+    leaves = {name: _copy(given[name], leaf.dtype) for name, leaf in expected.items()}
+    for name, bias in biases.items():
+        mean = _mean_after(name)
+        leaves[mean] = leaves[mean] - bias.detach().to(leaves[mean].dtype)
+    return tree.unflatten(template, list(leaves.values()))
 
 
 # Names: a leaf's torchvision name is a function of its path; timm's extend them.
@@ -126,7 +135,7 @@ _DEEP_STEM = {"conv1": "conv1.0", "norm1": "conv1.1", "conv2": "conv1.3", "norm2
 _DEEP_STEM |= {"conv3": "conv1.6", "norm3": "bn1"}
 
 
-def _names(params: Params) -> list[str]:
+def names(params: Params) -> list[str]:
     """The canonical name of each leaf, in the order of `tree.leaves`."""
     pooled = _has(params, PooledProjection)
     return [_name(path, pooled=pooled) for path in tree.paths(params)]
@@ -226,7 +235,7 @@ def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
             "from_state_dict expects a mapping of names to tensors, as model.state_dict() gives; "
             f"got {describe(mapping)}"
         )
-    for wrapper in ("state_dict", "model", "model_state"):
+    for wrapper in ("state_dict", "model_state_dict", "model_state", "model"):
         if isinstance(mapping.get(wrapper), Mapping):
             return _unwrapped(mapping[wrapper])
     strange = [name for name in mapping if not isinstance(name, str)]
@@ -241,8 +250,9 @@ def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
 # What the names and shapes say of the architecture.
 
 
-def _template(given: Mapping[str, Any], stem: Any, stride_in_1x1: bool) -> Params:
+def _template(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
     """The network that the entries describe, on meta: every shape, no values."""
+    stem = given.get("conv1.weight", given.get("conv1.0.weight"))
     pattern = r"layer([1-9]\d?)\.(\d{1,3})\."
     blocks = [match for name in given if (match := re.match(pattern, name))]
     if not blocks:
@@ -295,9 +305,8 @@ def _shortcut_type(given: Mapping[str, Any], stem_type: type) -> type:
     return PooledProjection if "2" in places else Projection
 
 
-def _faults(
-    expected: Mapping[str, Tensor], given: Mapping[str, Any], stem: Any, layout: str
-) -> Iterator[str]:
+def _faults(expected: Mapping[str, Tensor], given: Mapping[str, Any], layout: str) -> Iterator[str]:
+    stem = given.get(next(iter(expected)))
     for name, leaf in expected.items():
         if name not in given:
             yield f"{_name_in(layout, name)} is missing: expected {tuple(leaf.shape)}"
@@ -351,17 +360,15 @@ def _foreign_to(layout: str, params: Params) -> str:
 
 def _has(params: Params, kind: type) -> bool:
     """Whether the stem or a block's shortcut is of this type."""
-    stages = (
-        stage.blocks if isinstance(stage, DilatedStage) else stage
-        for stage in params.weights.stages
-    )
     return isinstance(params.weights.stem, kind) or any(
-        isinstance(block.shortcut, kind) for blocks in stages for block in blocks
+        isinstance(block.shortcut, kind)
+        for stage in params.weights.stages
+        for block in blocks_of(stage)
     )
 
 
 def _architecture(params: Params) -> str:
-    stages = params.weights.stages
+    stages = [blocks_of(stage) for stage in params.weights.stages]
     depths = ", ".join(str(len(blocks)) for blocks in stages)
     classes = params.weights.head.weight.shape[0]
     width = params.weights.stem[-1][0].shape[0]

@@ -19,6 +19,7 @@ from fresnet.types import (
     PooledProjection,
     Stats,
     Stem3x3,
+    blocks_of,
 )
 
 
@@ -96,7 +97,7 @@ def dilate(params: Params, *, output_stride: int) -> Params:
         )
     stages = []
     for stage, stride in zip(weights.stages, strides, strict=True):
-        blocks = stage.blocks if isinstance(stage, DilatedStage) else stage
+        blocks = blocks_of(stage)
         dilated = stride > output_stride
         if dilated and isinstance(blocks[0].shortcut, PooledProjection):
             raise FresnetError("dilate expects shortcuts without pooling; got PooledProjection")

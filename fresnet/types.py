@@ -156,6 +156,10 @@ class DilatedStage(NamedTuple):
 Stage: TypeAlias = tuple[Block, ...] | DilatedStage
 
 
+def blocks_of(stage: Stage) -> tuple[Block, ...]:
+    return stage.blocks if isinstance(stage, DilatedStage) else stage
+
+
 class Stem7x7(NamedTuple):
     """A 7x7 convolution of stride 2 and its norm; a 3x3 max pooling of stride 2 follows."""
 
@@ -209,16 +213,16 @@ class Head(NamedTuple):
 class Weights(NamedTuple):
     """Everything that is trained: what gradients, optimizers and weight decay see."""
 
-    stem: Stem
-    stages: tuple[Stage, ...]
+    stem: Any  # Stem: not said, so that whoever knows which may take its fields
+    stages: tuple[Any, ...]  # Stage
     head: Head
 
 
 class Stats(NamedTuple):
     """Everything that training carries along: the running moments of every norm."""
 
-    stem: StemStats
-    stages: tuple[tuple[BlockStats, ...], ...]
+    stem: Any  # StemStats
+    stages: tuple[tuple[Any, ...], ...]  # BlockStats
 
 
 class Params(NamedTuple):

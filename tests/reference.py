@@ -72,14 +72,14 @@ def v1(model: ResNet) -> ResNet:
     return model
 
 
-class Cifar(ResNet):
+class Cifar(ResNet):  # type: ignore[misc]
     """The paper's Sec. 4.2 out of torchvision's blocks: option "A", option "B" or "plain"."""
 
     def __init__(self, depths: Sequence[int], option: str, width: int, num_classes: int) -> None:
         super().__init__(BasicBlock, [1, 1, 1, 1], num_classes)
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        self.maxpool = nn.Identity()
         del self.layer1, self.layer2, self.layer3, self.layer4
         self.stages, channels = [], width
         for stage, depth in enumerate(depths):
@@ -115,7 +115,7 @@ class OptionA(nn.Module):
         return torch.cat([x, torch.zeros_like(x)], 1)
 
 
-class PlainBlock(BasicBlock):
+class PlainBlock(BasicBlock):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         relu: Tensor = self.relu(y)
@@ -127,7 +127,8 @@ def perturbed(model: Module, seed: int, dtype: torch.dtype = torch.float64) -> M
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.apply(_perturb)
-    return model.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def _perturb(layer: nn.Module) -> None:

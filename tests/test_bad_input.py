@@ -91,7 +91,7 @@ TREES: dict[str, tuple[Any, str]] = {
         "PooledProjection or ZeroPad or NoShortcut; got a Bottleneck",
     ),
     "a projection as a stem": (
-        PARAMS._replace(weights=w._replace(stem=Projection(*w.stem))),  # type: ignore[arg-type]
+        PARAMS._replace(weights=w._replace(stem=Projection(*w.stem))),
         "expects weights.stem to be Stem7x7 or DeepStem or Stem3x3; got a Projection",
     ),
     "a norm that is missing": (
@@ -163,7 +163,7 @@ TREES: dict[str, tuple[Any, str]] = {
         "got int32 (4, 3, 7, 7)",
     ),
     "no stem": (
-        PARAMS._replace(weights=w._replace(stem=None)),  # type: ignore[arg-type]
+        PARAMS._replace(weights=w._replace(stem=None)),
         "expects the stem's first convolution to be a float tensor [o c k k]; got None",
     ),
     "a norm of one channel beside many": (

@@ -82,7 +82,7 @@ def test_v1_strides_in_the_first_convolution(x: Tensor, seed: int, spec: Spec) -
     depths=st.tuples(*[st.integers(1, 2)] * 4),
     block=st.sampled_from([timm.models.resnet.BasicBlock, timm.models.resnet.Bottleneck]),
 )
-def test_resnet_d_equals_timm(x: Tensor, seed: int, depths: tuple[int, ...], block: type) -> None:
+def test_resnet_d_equals_timm(x: Tensor, seed: int, depths: tuple[int, ...], block: Any) -> None:
     model = timm.models.resnet.ResNet(
         block, depths, 10, stem_width=32, stem_type="deep", avg_down=True
     )

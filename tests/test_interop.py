@@ -174,7 +174,7 @@ def test_hugging_faces_networks_run_as_they_did_and_go_back(
         depths=depths,
         layer_type=layer_type,
         downsample_in_bottleneck=in_bottleneck,
-        num_labels=classes,
+        num_labels=classes,  # type: ignore[call-arg]
     )
     model = reference.perturbed(transformers.ResNetForImageClassification(config), seed)
     state = model.state_dict()
@@ -277,7 +277,7 @@ def test_the_paper_and_its_successors_share_names() -> None:
     state = fresnet.to_state_dict(params)
     assert_same(fresnet.from_state_dict(state, stride_in_1x1=True), params)
     block = fresnet.from_state_dict(state).weights.stages[0]
-    assert type(block[0]) is Bottleneck  # type: ignore[index]
+    assert type(block[0]) is Bottleneck
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,8 @@ def test_bfloat16_keeps_float32_statistics_under_every_transform() -> None:
         logits, stats = fresnet.forward_train(params, x, momentum=1.0)
         assert logits.dtype == torch.bfloat16
         assert {leaf.dtype for leaf in tree.leaves(stats)} == {torch.float32}
-        return stats.stem.norm.mean
+        mean: Tensor = stats.stem.norm.mean
+        return mean
 
     def through_grad(weights: Weights) -> tuple[Tensor, Tensor]:
         logits, stats = fresnet.forward_train(Params(weights, BFLOAT16.stats), x, momentum=1.0)

@@ -1,0 +1,373 @@
+"""Files: exact round trips, other libraries' checkpoints, and nothing but clean errors else."""
+
+import json
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import safetensors.torch
+import timm
+import torch
+import transformers
+from assertions import assert_same, unmutated
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples, tiny_params
+
+import fresnet
+from fresnet import FresnetError, Params, Spec, tree
+from fresnet.types import Bottleneck, BottleneckV1, NoShortcut
+
+PARAMS = fresnet.init(0, Spec(Bottleneck, (1, 2), 4, groups=2, group_width=32), num_classes=3)
+STATE = fresnet.to_state_dict(PARAMS)
+
+
+def refusal(path: Path | str, **options: Any) -> str:
+    """What `load` says of this file, in one line and for the file's own reason."""
+    with pytest.raises(FresnetError) as caught:
+        fresnet.load(path, **options)
+    message = str(caught.value)
+    assert message.startswith(f"cannot load {path}: ")
+    return message.removeprefix(f"cannot load {path}: ")
+
+
+@examples(40)
+@given(
+    params=tiny_params(),
+    frozen=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_every_network_comes_back_to_the_bit(
+    tmp_path_factory: pytest.TempPathFactory, params: Params, frozen: bool, dtype: torch.dtype
+) -> None:
+    path = tmp_path_factory.mktemp("files") / "network.safetensors"
+    wide = torch.promote_types(dtype, torch.float32)
+    params = Params(
+        tree.map(lambda w: w.to(dtype), params.weights),
+        tree.map(lambda s: s.to(wide), params.stats),
+    )
+    if frozen:
+        params = fresnet.freeze(params, lambda path: path[-1] == "norm1")
+    with unmutated(params):
+        fresnet.save(params, path)
+    loaded = fresnet.load(path)
+    assert_same(loaded, params)
+    tree.map(torch.equal, loaded, params)  # refuses other node types, those without leaves too
+    assert [found.name for found in path.parent.iterdir()] == ["network.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_what_is_loaded_is_laid_out_as_what_was_saved(name: str, tmp_path: Path) -> None:
+    params = fresnet.init(0, fresnet.SPECS[name])
+    fresnet.save(params, tmp_path / "a")
+    loaded = fresnet.load(tmp_path / "a")
+    strides = [[leaf.stride() for leaf in tree.leaves(p)] for p in (loaded, params)]
+    assert strides[0] == strides[1]
+
+
+def test_torchvision_and_timm_read_what_is_saved(tmp_path: Path) -> None:
+    path = tmp_path / "network.safetensors"
+    params = fresnet.init(0, fresnet.RESNET18, num_classes=5)
+    fresnet.save(params, path)
+    model = reference.torchvision.models.resnet18(num_classes=5)
+    model.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    assert_same(reference.params(model), params)
+    params = fresnet.init(0, fresnet.SPECS["resnet26d"], num_classes=5)
+    fresnet.save(params, path)
+    model = timm.create_model("resnet26d", num_classes=5, checkpoint_path=str(path))
+    assert_same(reference.params(model), params)
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "huggingface"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_checkpoints_of_others_are_read(
+    layout: str, suffix: str, wrapped: bool, tmp_path: Path
+) -> None:
+    params = fresnet.init(0, Spec(BottleneckV1, (1, 2), width=4), num_classes=3)
+    state, path = fresnet.to_state_dict(params, layout), tmp_path / f"checkpoint.{suffix}"
+    if suffix == "safetensors":
+        safetensors.torch.save_file(state, path)
+    elif wrapped:
+        prefixed = {f"module.{name}": value for name, value in state.items()}
+        torch.save({"epoch": 3, "state_dict": prefixed, "optimizer": {"lr": 0.1}}, path)
+    else:
+        torch.save(state, path)
+    assert_same(fresnet.load(path, stride_in_1x1=True), params)
+    assert_same(fresnet.load(str(path)).stats.stem, params.stats.stem)
+
+
+HUB = """
+import torch, fresnet, sys
+params = fresnet.load(sys.argv[1])
+print(type(params.weights.stages[0][0]).__name__)
+print(fresnet.forward(params, torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).tolist())
+"""
+
+
+def from_hub(cache: Path, repository: str) -> tuple[int, list[str], str]:
+    """`load` of a repository in a process that knows no network, only this cache."""
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, repository],
+        env={**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_bottleneck", [False, True])
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_repository_of_hugging_face_is_read_from_its_cache(
+    in_bottleneck: bool, safe: bool, tmp_path: Path
+) -> None:
+    """Its configuration says where bottlenecks stride."""
+    config = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[32, 64],
+        depths=[1, 1],
+        downsample_in_bottleneck=in_bottleneck,
+    )
+    model = transformers.ResNetForImageClassification(config).eval()
+    folder = tmp_path / "models--someone--some-resnet"
+    snapshot = folder / "snapshots" / "0123abcd"
+    model.save_pretrained(snapshot)
+    if not safe:
+        (snapshot / "model.safetensors").unlink()
+        torch.save(model.state_dict(), snapshot / "pytorch_model.bin")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123abcd")
+    code, printed, err = from_hub(tmp_path, "someone/some-resnet")
+    assert code == 0, err
+    assert printed[0] == ("BottleneckV1" if in_bottleneck else "Bottleneck")
+    with torch.no_grad():
+        logits = model(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).logits
+    assert torch.allclose(torch.tensor(json.loads(printed[1])), logits, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_repository_that_is_not_to_be_had_is_named(tmp_path: Path) -> None:
+    code, _, err = from_hub(tmp_path, "someone/nothing")
+    assert code == 1
+    expected = (
+        "cannot load someone/nothing: there is no such file, and no such repository to be had"
+    )
+    assert expected in err.splitlines()[-1]
+
+
+class Harmful:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.victim,)
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    path, victim = tmp_path / "a.pth", tmp_path / "victim"
+    for dump in (lambda x: torch.save(x, path), lambda x: path.write_bytes(pickle.dumps(x))):
+        dump({"model": Harmful(victim)})
+        assert "neither safetensors nor what torch.load reads with weights_only" in refusal(path)
+        assert not victim.exists()
+
+
+def saved(path: Path, **changed: Any) -> Path:
+    safetensors.torch.save_file({**STATE, **changed}, path)
+    return path
+
+
+BAD = {
+    "missing": (lambda path: None, "No such file or directory"),
+    "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
+    "a folder": (lambda path: path.mkdir(), "Is a directory"),
+    "a text": (lambda path: path.write_text("no weights here"), "neither safetensors nor"),
+    "another architecture": (
+        lambda path: torch.save(timm.create_model("seresnet18").state_dict(), path),
+        "layer1.0.se.fc1.weight is unexpected",
+    ),
+    "no state dict": (lambda path: torch.save([1, 2], path), "expects a mapping of names"),
+    "a tensor": (lambda path: torch.save(torch.ones(3), path), "expects a mapping of names"),
+    "not a number": (
+        lambda path: saved(path, **{"layer2.0.bn1.weight": torch.full((8,), torch.nan)}),
+        "layer2.0.bn1.weight holds values that are not finite",
+    ),
+    "infinite": (
+        lambda path: saved(path, **{"bn1.running_mean": torch.full((4,), torch.inf)}),
+        "bn1.running_mean holds values that are not finite",
+    ),
+    "a negative variance": (
+        lambda path: saved(path, **{"bn1.running_var": -torch.ones(4)}),
+        "bn1.running_var holds negative variances",
+    ),
+    "misshapen": (
+        lambda path: saved(path, **{"fc.bias": torch.ones(4)}),
+        "fc.bias: expected float (3,), got float32 (4,)",
+    ),
+    "too long": (
+        lambda path: saved(path).open("ab").write(b"more"),
+        "not a safetensors file: Error while deserializing header",
+    ),
+    "truncated": (
+        lambda path: path.write_bytes(saved(path).read_bytes()[:-10]),
+        "not a safetensors file: Error while deserializing header",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_a_file_that_holds_no_network_is_refused_by_name_and_reason(
+    name: str, tmp_path: Path
+) -> None:
+    make, reason = BAD[name]
+    make(tmp_path / "file")
+    assert reason in refusal(tmp_path / "file")
+
+
+def test_a_changed_value_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    fresnet.save(PARAMS, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    assert refusal(path) == "its checksum is not that of its content: the file is damaged"
+
+
+def metadata(structure: Any) -> dict[str, str]:
+    """Of a file whose checksum is right, whatever its structure."""
+    text = structure if isinstance(structure, str) else json.dumps(structure)
+    return {"fresnet": text, "crc32": fresnet.files._checksum(text, STATE)}
+
+
+WHOLE = fresnet.files._structure(PARAMS.weights)
+
+
+@pytest.mark.parametrize(
+    ("structure", "reason"),
+    [
+        ("{", "its metadata describe no network: Expecting property name"),
+        ("[" * 100_000, "its metadata describe no network: maximum recursion"),
+        ([], "its metadata describe no network"),
+        (["print", 0], "its metadata describe no network: 'print'"),
+        (["Weights", 0], "its metadata describe no network"),
+        (WHOLE[:2], "its metadata describe no network"),
+        ([*WHOLE[:2], ["tuple", WHOLE[2][2], WHOLE[2][1]], WHOLE[3]], "layer1.1.conv1.weight"),
+    ],
+)
+def test_metadata_that_describe_no_network_are_refused(
+    structure: Any, reason: str, tmp_path: Path
+) -> None:
+    safetensors.torch.save_file(STATE, tmp_path / "a", metadata(structure))
+    assert reason in refusal(tmp_path / "a")
+
+
+def test_a_failed_save_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "network.safetensors"
+    fresnet.save(PARAMS, path)
+    before = path.read_bytes()
+
+    def full(state: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(FresnetError, match=f"save cannot write {path}: No space left on device"):
+        fresnet.save(PARAMS, path)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before
+    assert_same(fresnet.load(path), PARAMS)
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FresnetError, match="save expects Params"):
+        fresnet.save(STATE, tmp_path / "a")  # type: ignore[arg-type]
+    on_meta = fresnet.init(0, fresnet.RESNET18, device="meta")
+    with pytest.raises(FresnetError, match="save expects a network with values; got one on meta"):
+        fresnet.save(on_meta, tmp_path / "a")
+    with pytest.raises(FresnetError, match=r"save cannot write .*/no/a: No such file"):
+        fresnet.save(PARAMS, tmp_path / "no" / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_safetensors_its_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(FresnetError, match=re.escape("pip install 'fresnet[io]'")):
+        fresnet.save(PARAMS, tmp_path / "a")
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """The content with one to three injuries."""
+    for _ in range(chance.randint(1, 3)):
+        # Half of them at the start, where headers are.
+        end = len(content) if chance.random() < 0.5 else min(len(content), 3000)
+        start, length = chance.randrange(max(1, end)), chance.choice([1, 1, 2, 8, 64, 1000])
+        noise = chance.randbytes(length)
+        content = chance.choice(
+            [
+                content[:start],
+                content + noise,
+                content[:start] + content[start + length :],
+                content[:start] + noise + content[start:],
+                content[:start] + noise + content[start + length :],
+                content[:start] + bytes(length) + content[start + length :],
+                content[:start] + content[start : start + length] * 2 + content[start + length :],
+                content[:start]
+                + bytes([content[start] ^ 1 << chance.randrange(8)])
+                + content[start + 1 :]
+                if start < len(content)
+                else content,
+            ]
+        )
+    return content
+
+
+def sources(folder: Path) -> dict[str, Path]:
+    """A file of each kind. Those of `save` and zipped ones carry checksums."""
+    paths = {name: folder / name for name in ("save", "zipped", "safetensors", "pickled")}
+    fresnet.save(PARAMS, paths["save"])
+    torch.save(STATE, paths["zipped"])
+    safetensors.torch.save_file(STATE, paths["safetensors"])
+    torch.save(STATE, paths["pickled"], _use_new_zipfile_serialization=False)
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["save", "zipped", "safetensors", "pickled"])
+def test_a_damaged_file_ends_in_a_clean_error_or_a_network(kind: str, tmp_path: Path) -> None:
+    """600 injuries a kind; where there is a checksum, in a clean error or the network itself."""
+    content, path = sources(tmp_path)[kind].read_bytes(), tmp_path / "damaged"
+    chance, loads = random.Random(0), []
+    for _ in range(600):
+        path.write_bytes(damaged(content, chance))
+        with suppress(FresnetError):
+            loads.append(fresnet.load(path))
+    assert len(loads) < 500
+    for loaded in loads:
+        if kind in ("save", "zipped"):
+            assert_same(loaded, PARAMS)
+        else:
+            shapes = [[leaf.shape for leaf in tree.leaves(p)] for p in (loaded, PARAMS)]
+            assert shapes[0] == shapes[1]
+
+
+def test_plain_networks_are_saved_too(tmp_path: Path) -> None:
+    params = fresnet.init(0, fresnet.SPECS["plain20"], num_classes=10)
+    with pytest.raises(FresnetError, match="expects a network that torchvision has; got NoShort"):
+        fresnet.to_state_dict(params)
+    fresnet.save(params, tmp_path / "a")
+    block: Any = fresnet.load(tmp_path / "a").weights.stages[0][0]
+    assert type(block.shortcut) is NoShortcut
