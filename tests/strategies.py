@@ -1,8 +1,12 @@
 """Every Hypothesis strategy of the suite."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 import fresnet
@@ -119,3 +123,31 @@ def tiny_params(draw: st.DrawFn, dilated: bool = True) -> fresnet.Params:
             params.stats,
         ),
     )
+
+
+@st.composite
+def pixels(draw: st.DrawFn, *channels: int) -> np.ndarray:
+    """uint8 noise `[h w *channels]`: tiny, long and thin, or larger than a network's input."""
+    short = draw(st.integers(1, 40) | st.integers(150, 300))
+    size = (short, draw(st.integers(short, min(64 * short, 500))))
+    rng = np.random.default_rng(draw(seeds))
+    return rng.integers(0, 256, (*draw(st.sampled_from([size, size[::-1]])), *channels), np.uint8)
+
+
+@st.composite
+def pil_images(draw: st.DrawFn) -> Image.Image:
+    """Images of every mode that files come in, but for 16-bit grey."""
+    mode = draw(st.sampled_from(["RGB", "L", "1", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr"]))
+    noise = draw(pixels(len(Image.new(mode, (1, 1)).getbands())))
+    size = (noise.shape[1], noise.shape[0])
+    if mode == "1":
+        return Image.frombytes("L", size, noise.tobytes()).convert(mode)
+    image = Image.frombytes(mode, size, noise.tobytes())
+    if mode in ("P", "PA"):
+        image.putpalette(np.random.default_rng(draw(seeds)).bytes(768))
+    transparent: dict[str, list[Any]]
+    transparent = {"P": [None, 7, bytes(range(256))], "L": [None, 7], "RGB": [None, (1, 2, 3)]}
+    colour = draw(st.sampled_from(transparent.get(mode, [None])))
+    if colour is not None:
+        image.info["transparency"] = colour
+    return image

@@ -1,0 +1,333 @@
+"""Preprocessing equals that of the libraries whose weights it serves, and refuses the rest."""
+
+import re
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from assertions import assert_same
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+from reference import torchvision
+from strategies import examples, pil_images, pixels
+from torch import Tensor
+
+from fresnet import FresnetError
+from fresnet.preprocess import PRESETS, preprocess
+
+RNG = np.random.default_rng(0)
+PHOTO = RNG.integers(0, 256, (31, 47, 3), np.uint8)
+
+Reference = Callable[[Image.Image], Tensor]
+
+
+def of_torchvision(weights: str) -> Reference:
+    reference: Reference = torchvision.models.get_weight(weights).transforms()
+    return reference
+
+
+def of_timm(name: str, **kwargs: Any) -> Reference:
+    timm, data = pytest.importorskip("timm"), pytest.importorskip("timm.data")
+    weights = timm.get_pretrained_cfg(name).to_dict()
+    reference: Reference = data.create_transform(
+        **data.resolve_data_config(pretrained_cfg=weights, **kwargs)
+    )
+    return reference
+
+
+def of_hugging_face() -> Reference:
+    """The published configuration of microsoft/resnet-50."""
+    convnext = pytest.importorskip("transformers.models.convnext.image_processing_pil_convnext")
+    processor = convnext.ConvNextImageProcessorPil(
+        crop_pct=0.875,
+        do_normalize=True,
+        do_resize=True,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+        resample=3,
+        size=224,
+    )
+    return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+REFERENCES: dict[str, Callable[[], Reference]] = {
+    "imagenet-v1": lambda: of_torchvision("ResNet50_Weights.IMAGENET1K_V1"),
+    "imagenet-v2": lambda: of_torchvision("ResNet50_Weights.IMAGENET1K_V2"),
+    "timm": lambda: of_timm("resnet50.ram_in1k"),
+    "timm-a1": lambda: of_timm("resnet50"),
+    "timm-a1-288": lambda: of_timm("resnet50.a1_in1k", use_test_size=True),
+    "huggingface": of_hugging_face,
+}
+
+every_preset = pytest.mark.parametrize("preset", PRESETS)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Palette images with Transparency")
+        return image.convert("RGB")
+
+
+@every_preset
+def test_every_mode_and_size_as_the_libraries_do(preset: str) -> None:
+    reference = REFERENCES[preset]()
+
+    @examples(25)
+    @given(pil_images())
+    @example(Image.fromarray(PHOTO[:1]))
+    @example(Image.fromarray(PHOTO[:, :1]))
+    def compare(image: Image.Image) -> None:
+        assert_same(preprocess([image], preset)[0], reference(rgb(image)))
+
+    compare()
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_one_preset_for_all_depths(depth: int) -> None:
+    image = Image.fromarray(PHOTO)
+    for version in (1, 2) if depth >= 50 else (1,):
+        reference = of_torchvision(f"ResNet{depth}_Weights.IMAGENET1K_V{version}")
+        assert_same(preprocess([image], f"imagenet-v{version}")[0], reference(image))
+
+
+@examples(15)
+@given(st.data())
+def test_arrays_are_images(data: st.DataObject) -> None:
+    array = data.draw(pixels(data.draw(st.sampled_from([1, 3, 4]))))
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[array.shape[2]]
+    image = Image.frombytes(mode, (array.shape[1], array.shape[0]), array.tobytes())
+    expected = preprocess([image])
+    assert_same(preprocess([array]), expected)
+    assert_same(preprocess([np.asfortranarray(array)[::-1][::-1]]), expected)
+    if mode == "L":
+        assert_same(preprocess([array[..., 0]]), expected)
+
+
+def test_a_mixed_batch(tmp_path: Path) -> None:
+    small, path = Image.fromarray(PHOTO[:9, :5]), tmp_path / "photo.png"
+    Image.fromarray(PHOTO).save(path)
+    x = preprocess((str(path), small, PHOTO[..., 0], path))
+    assert x.shape == (4, 3, 224, 224)
+    assert x.dtype == torch.float32
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    alone = [preprocess([image]) for image in (PHOTO, small, PHOTO[..., 0], PHOTO)]
+    assert_same(x, torch.cat(alone))
+
+
+def test_defaults_of_torch_do_not_matter() -> None:
+    expected = preprocess([PHOTO])
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert_same(preprocess([PHOTO]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_alpha_is_dropped() -> None:
+    hidden_red = np.full((3, 3, 4), (255, 0, 0, 0), np.uint8)
+    assert_same(preprocess([hidden_red]), preprocess([hidden_red[..., :3]]))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_16_bit_grey(mode: str, saved: bool, tmp_path: Path) -> None:
+    levels = np.arange(65536).reshape(256, 256)
+    dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "=i4"}[mode]
+    image = Image.frombytes(mode, (256, 256), levels.astype(dtype).tobytes())
+    if saved:
+        image.save(path := tmp_path / "grey.tiff")
+    nearest = ((levels * 255 + 32895) >> 16).astype(np.uint8)  # as the PNG specification rounds
+    assert_same(preprocess([path if saved else image]), preprocess([nearest]))
+
+
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored),
+}
+"""By EXIF's definition of where the stored image's first row and column are seen."""
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["png", "jpeg"])
+def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{suffix}"
+    Image.fromarray(PHOTO).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = preprocess([UPRIGHT[orientation](np.asarray(image))])
+        assert_same(preprocess([image]), expected)
+    assert_same(preprocess([path]), expected)
+
+
+@examples(15)
+@given(pil_images(), pixels(3))
+def test_inputs_stay_as_they_are(image: Image.Image, array: np.ndarray) -> None:
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image_before, array_before, palette = image.copy(), array.copy(), image.getpalette("RGBA")
+    preprocess([image, array])
+    assert image == image_before  # its pixels, palette and info
+    assert image.getpalette("RGBA") == palette
+    assert np.array_equal(array, array_before)
+    assert exif[0x0112] == 6
+
+
+def refused(images: Any, message: str, **kwargs: Any) -> None:
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        preprocess(images, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (PHOTO, "a sequence of images; got uint8 (31, 47, 3) (one image? [image])"),
+        (Image.fromarray(PHOTO), "a sequence of images; got a Image (one image? [image])"),
+        ("photo.png", "a sequence of images; got a str (one image? [image])"),
+        (Path("photo.png"), "(one image? [image])"),
+        (None, "a sequence of images; got None"),
+        ((), "at least one image; got none"),
+        ([PHOTO, 3], "images[1]: expected a PIL image, uint8 array or path; got a int"),
+        ([torch.zeros(3, 4, 4)], "images[0]: expected a PIL image, uint8 array or path; got float"),
+        (
+            [PHOTO[..., :2]],
+            "uint8 [h w] or [h w c], c of 1, 3 or 4; got uint8 (31, 47, 2)",
+        ),
+        ([PHOTO[None]], "images[0]: expected uint8 [h w] or [h w c]"),
+        ([PHOTO[0, :, 0]], "got uint8 (47,)"),
+        ([PHOTO / 255], "got float64 (31, 47, 3) (floats from 0 to 1? (255 * array).round()"),
+        ([PHOTO.astype(int)], "got int64 (31, 47, 3)"),
+        ([PHOTO.transpose(2, 0, 1)], "(3, 31, 47) (channels first? array.transpose(1, 2, 0))"),
+        ([PHOTO[:0]], "images[0]: an image of 47x0 is empty"),
+        ([PHOTO[:, :0, 0]], "images[0]: an image of 0x31 is empty"),
+        ([Image.new("RGB", (0, 4))], "images[0]: an image of 0x4 is empty"),
+        ([Image.new("F", (4, 4))], "images[0]: floats have no fixed range"),
+        ([Image.new("I", (4, 4), 65536)], "expected grey of 0 to 65535; got 65536 to 65536"),
+        ([Image.new("I", (4, 4), -1)], "expected grey of 0 to 65535; got -1 to -1"),
+        ([Image.new("La", (4, 4))], "images[0]: conversion from La"),
+    ],
+)
+def test_bad_images(images: Any, message: str) -> None:
+    refused(images, message)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("imagenet-v3", "unknown preset 'imagenet-v3'; did you mean 'imagenet-v2'?"),
+        ("hugging-face", "unknown preset 'hugging-face'; did you mean 'huggingface'?"),
+        ("?", "unknown preset '?'; there are imagenet-v1, imagenet-v2, timm, "),
+        (["timm"], "unknown preset ['timm']; did you mean 'timm'?"),
+    ],
+)
+def test_bad_presets(preset: Any, message: str) -> None:
+    refused([PHOTO], message, preset=preset)
+
+
+SUFFIXES = ["png", "jpeg", "gif", "tiff", "webp", "bmp"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_truncated_files(suffix: str, tmp_path: Path) -> None:
+    """Wherever the file ends: in a header, in the palette, in the pixels."""
+    Image.fromarray(PHOTO).save(path := tmp_path / f"photo.{suffix}")
+    whole = path.read_bytes()
+    for length in (0, 1, 9, 40, len(whole) // 3, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        refused([PHOTO, path], f"preprocess cannot read images[1], {path}: ")
+
+
+@examples(60)
+@given(st.sampled_from(SUFFIXES), st.data())
+def test_corrupted_files(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, data: st.DataObject
+) -> None:
+    """Read after all, or refused: nothing else is raised."""
+    path = tmp_path_factory.getbasetemp() / f"corrupted.{suffix}"
+    Image.fromarray(PHOTO).save(path)
+    content = bytearray(path.read_bytes())
+    places = st.integers(0, min(len(content), 200) - 1)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(places)] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)  # a header's nonsense may be large
+            preprocess([path])
+    except FresnetError as error:
+        assert str(error).startswith(f"preprocess cannot read images[0], {path}: ")  # noqa: PT017
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    (text := tmp_path / "text.png").write_text("not an image")
+    missing = tmp_path / "missing.png"
+    refused([missing], f"images[0], {missing}: No such file or directory")
+    refused([PHOTO, str(tmp_path)], f"images[1], {tmp_path}: Is a directory")
+    refused([text], f"images[0], {text}: cannot identify image file")
+    refused(["\0"], "embedded null byte")
+
+
+def test_closed_images(tmp_path: Path) -> None:
+    Image.fromarray(PHOTO).save(path := tmp_path / "photo.png")
+    with Image.open(path) as image:
+        pass
+    refused([image], "preprocess cannot read images[0]: ")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says how large it is and no more."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + body + struct.pack(">I", 0) + b"IDAT"
+
+
+@pytest.mark.parametrize("action", ["error", "ignore"])
+@pytest.mark.parametrize("side", [10_000, 100_000])
+def test_huge_files(action: Any, side: int, tmp_path: Path) -> None:
+    """Refused where Pillow only warns, and where it raises."""
+    (path := tmp_path / "bomb.png").write_bytes(png_header(side, side))
+    with warnings.catch_warnings():
+        warnings.simplefilter(action, Image.DecompressionBombWarning)
+        refused([path], f"images[0], {path}: ")
+        if action == "ignore" and side == 10_000:
+            refused([path], "it is 10000x10000, more pixels than PIL.Image.MAX_IMAGE_PIXELS")
+
+
+def test_limit_is_pillows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Image.fromarray(PHOTO).save(path := tmp_path / "photo.png")
+    for limit, message in ((31 * 47 - 1, "exceeds limit"), (256 * 388 - 1, "resized to 388x256")):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        refused([path], message)
+    for enough in (256 * 388, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", enough)
+        preprocess([path])
+
+
+def test_long_and_thin_images() -> None:
+    refused([np.zeros((1, 1400), np.uint8)], "it would be resized to 358400x256, more pixels")
+
+
+def test_pillow_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    refused([PHOTO], "preprocess needs Pillow: pip install 'fresnet[io]'")
+
+
+def test_pillow_is_imported_at_the_first_call() -> None:
+    program = "import sys, fresnet.preprocess; sys.exit('PIL' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
