@@ -95,11 +95,13 @@ def write(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
+        mode = temporary.stat().st_mode  # as new files get it; safetensors would narrow it
         if path.suffix in (".pth", ".pt", ".bin"):
             torch.save(dict(state), temporary)
         else:
             save_file = _safetensors("save_file")
             save_file(dict(state), temporary, {"format": "pt", **(metadata or {})})
+        temporary.chmod(mode)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

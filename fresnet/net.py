@@ -53,7 +53,9 @@ from fresnet.types import (
     Stem7x7,
     Stem7x7Stats,
     StemStats,
+    Weights,
     ZeroPad,
+    blocks_of,
 )
 
 
@@ -77,7 +79,7 @@ def forward(params: Params, x: Tensor) -> Tensor:
     """
     check_call("forward", params, x)
     activations, _ = _network(params, x, inference_norm)
-    return _head(params.weights.head, activations[-1])
+    return run_head(params.weights.head, activations[-1])
 
 
 def forward_train(
@@ -146,7 +148,7 @@ def _forward_moments(
     check_call(caller, params, x)
     check_group(caller, group)
     activations, moments = _network(params, x, partial(training_norm, group=group))
-    return _head(params.weights.head, activations[-1]), moments
+    return run_head(params.weights.head, activations[-1]), moments
 
 
 def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
@@ -183,41 +185,37 @@ class Grid(NamedTuple):
     dilation_after: int
 
 
+def plan(weights: Weights) -> list[list[tuple[Block, Grid]]]:
+    """Each stage's blocks with their grids: from the second stage on, the first block strides."""
+    stages, stride, dilation = [], 1, 1
+    for stage in weights.stages:
+        if isinstance(stage, DilatedStage):
+            first = Grid(1, dilation, dilation * stride)
+        else:
+            first = Grid(stride, dilation, dilation)
+        stride, dilation = 2, first.dilation_after
+        blocks = blocks_of(stage)
+        grids = [first] + [Grid(1, dilation, dilation)] * (len(blocks) - 1)
+        stages.append(list(zip(blocks, grids, strict=True)))
+    return stages
+
+
 def _network(params: Params, x: Tensor, norm: NormFunction) -> tuple[tuple[Tensor, ...], Stats]:
     """Stem and stages: their outputs, and a tree of what the norm returned."""
     weights, stats = params
-    x, stem_stats = _stem(weights.stem, stats.stem, x, norm)
+    x, stem_stats = run_stem(weights.stem, stats.stem, x, norm)
     activations, stages_stats = [x], []
-    stride, dilation = 1, 1
-    for stage, stage_stats in zip(weights.stages, stats.stages, strict=True):
-        if isinstance(stage, DilatedStage):
-            blocks, grid = stage.blocks, Grid(1, dilation, dilation * stride)
-        else:
-            blocks, grid = stage, Grid(stride, dilation, dilation)
-        x, new_stats = _stage(blocks, stage_stats, x, grid, norm)
+    for blocks, blocks_stats in zip(plan(weights), stats.stages, strict=True):
+        stage_stats = []
+        for (block, grid), block_stats in zip(blocks, blocks_stats, strict=True):
+            x, new_stats = RUN_BLOCK[type(block)](block, block_stats, x, grid, norm)
+            stage_stats.append(new_stats)
         activations.append(x)
-        stages_stats.append(new_stats)
-        stride, dilation = 2, grid.dilation_after
+        stages_stats.append(tuple(stage_stats))
     return tuple(activations), Stats(stem_stats, tuple(stages_stats))
 
 
-def _stage(
-    blocks: tuple[Block, ...],
-    blocks_stats: tuple[BlockStats, ...],
-    x: Tensor,
-    grid: Grid,
-    norm: NormFunction,
-) -> tuple[Tensor, tuple[BlockStats, ...]]:
-    """Blocks in a row; the first strides."""
-    stage_stats = []
-    for block, block_stats in zip(blocks, blocks_stats, strict=True):
-        x, new_stats = RUN_BLOCK[type(block)](block, block_stats, x, grid, norm)
-        stage_stats.append(new_stats)
-        grid = Grid(1, grid.dilation_after, grid.dilation_after)
-    return x, tuple(stage_stats)
-
-
-def _stem(w: Stem, s: Any, x: Tensor, norm: NormFunction) -> tuple[Tensor, StemStats]:
+def run_stem(w: Stem, s: Any, x: Tensor, norm: NormFunction) -> tuple[Tensor, StemStats]:
     match w:
         case Stem7x7():
             y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride=2))
@@ -294,5 +292,5 @@ def _shortcut(
             return y, s
 
 
-def _head(w: Head, x: Tensor) -> Tensor:
+def run_head(w: Head, x: Tensor) -> Tensor:
     return linear(global_average_pool(x), w.weight, w.bias)

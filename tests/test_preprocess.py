@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
+import timm.data
 import torch
 from assertions import assert_same
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from reference import torchvision
 from strategies import examples, pil_images, pixels
 from torch import Tensor
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from fresnet import FresnetError
 from fresnet.preprocess import PRESETS, preprocess
@@ -31,23 +33,21 @@ Reference = Callable[[Image.Image], Tensor]
 
 
 def of_torchvision(weights: str) -> Reference:
-    reference: Reference = torchvision.models.get_weight(weights).transforms()
-    return reference
+    transforms: Reference = reference.torchvision.models.get_weight(weights).transforms()
+    return transforms
 
 
 def of_timm(name: str, **kwargs: Any) -> Reference:
-    timm, data = pytest.importorskip("timm"), pytest.importorskip("timm.data")
-    weights = timm.get_pretrained_cfg(name).to_dict()
-    reference: Reference = data.create_transform(
-        **data.resolve_data_config(pretrained_cfg=weights, **kwargs)
+    weights = timm.create_model(name).pretrained_cfg
+    reference: Reference = timm.data.create_transform(
+        **timm.data.resolve_data_config(pretrained_cfg=weights, **kwargs)
     )
     return reference
 
 
 def of_hugging_face() -> Reference:
     """The published configuration of microsoft/resnet-50."""
-    convnext = pytest.importorskip("transformers.models.convnext.image_processing_pil_convnext")
-    processor = convnext.ConvNextImageProcessorPil(
+    processor = ConvNextImageProcessorPil(
         crop_pct=0.875,
         do_normalize=True,
         do_resize=True,

@@ -1,0 +1,179 @@
+"""`python -m fresnet`: look at networks, classify images, convert checkpoints."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fresnet import forward, init, load, preprocess, save, summary, to_state_dict
+from fresnet.errors import FresnetError
+from fresnet.files import write
+from fresnet.interop import LAYOUTS
+from fresnet.preprocess import PRESETS
+from fresnet.specs import SPECS
+from fresnet.types import Params
+
+EXAMPLES = {
+    "summary": """examples:
+  python -m fresnet summary resnet50
+  python -m fresnet summary resnet20 --image-size 32 --classes 10
+  python -m fresnet summary checkpoint.pth --markdown""",
+    "predict": """examples:
+  python -m fresnet predict cat.jpg dog.png --weights resnet50.safetensors
+  python -m fresnet predict cat.jpg --weights timm/resnet50.a1_in1k \\
+      --preset timm-a1 --labels imagenet_classes.txt --top 3 --json""",
+    "convert": """examples:
+  python -m fresnet convert checkpoint.pth resnet50.safetensors
+  python -m fresnet convert microsoft/resnet-50 resnet50.pth --layout timm""",
+}
+WEIGHTS = "a checkpoint (.safetensors, .pth), or owner/name at Hugging Face"
+BATCH = 16
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if it succeeded, 1 if what it was given is refused, 2 if misspelt."""
+    args = _parser().parse_args(arguments)
+    try:
+        print(args.run(args))
+    except FresnetError as error:
+        print(f"fresnet {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fresnet",
+        description=__doc__.partition(": ")[2].capitalize(),
+        epilog="exit status: 0 done, 1 refused (the reason is on stderr), 2 misspelt command",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, description: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=description,
+            description=f"{description.capitalize()}.",
+            epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("summary", _summary, "the layers, parameters and multiply-adds of a network")
+    sub.add_argument("network", help=f"such as resnet50; or {WEIGHTS}")
+    sub.add_argument("--image-size", type=int, default=224, metavar="N", help="default 224")
+    sub.add_argument(
+        "--classes", type=int, default=1000, metavar="N", help="of a name; default 1000"
+    )
+    sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
+
+    sub = command("predict", _predict, "the most probable classes of images")
+    sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
+    sub.add_argument("--weights", required=True, metavar="FILE", help=WEIGHTS)
+    sub.add_argument("--labels", type=Path, metavar="FILE", help="a label for each class, by line")
+    sub.add_argument("--top", type=int, metavar="N", help="how many; default 5, or all")
+    sub.add_argument(
+        "--preset",
+        default="imagenet-v1",
+        help=f"how images are prepared: {', '.join(PRESETS)}; default imagenet-v1",
+    )
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    _add_stride(sub)
+
+    sub = command("convert", _convert, "a checkpoint under another library's names")
+    sub.add_argument("source", metavar="IN", help=WEIGHTS)
+    sub.add_argument("target", metavar="OUT", type=Path, help="a .safetensors, .pth, .pt or .bin")
+    sub.add_argument("--layout", choices=LAYOUTS, default="torchvision", help="default torchvision")
+    _add_stride(sub)
+    return parser
+
+
+def _add_stride(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stride-in-1x1",
+        action="store_true",
+        help="bottlenecks stride in their first convolution, as in the paper",
+    )
+
+
+def _summary(args: argparse.Namespace) -> str:
+    table = summary(_network(args.network, args.classes), args.image_size)
+    return table.markdown() if args.markdown else str(table)
+
+
+def _network(name: str, classes: int) -> Params:
+    """A member of the family, without values, or a checkpoint."""
+    if name in SPECS:
+        return init(0, SPECS[name], num_classes=classes, device="meta")
+    if Path(name).exists() or "/" in name or "." in name:
+        return load(name)
+    near = get_close_matches(name, SPECS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(SPECS)}"
+    raise FresnetError(f"unknown network {name!r}; {hint}")
+
+
+def _predict(args: argparse.Namespace) -> str:
+    params = load(args.weights, stride_in_1x1=args.stride_in_1x1)
+    classes = len(params.weights.head.bias)
+    labels = _labels(args.labels, classes)
+    top = min(5, classes) if args.top is None else args.top
+    if not 1 <= top <= classes:
+        raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")
+    found = []
+    for image, probabilities in zip(
+        args.images, _probabilities(params, args.images, args.preset), strict=True
+    ):
+        predictions = [
+            {"class": index, "label": labels[index], "probability": probability}
+            for probability, index in zip(*map(Tensor.tolist, probabilities.topk(top)), strict=True)
+        ]
+        found.append({"image": image, "predictions": predictions})
+    return json.dumps(found, indent=2) if args.json else "\n\n".join(map(_table, found))
+
+
+def _probabilities(params: Params, images: Sequence[str], preset: str) -> Iterator[Tensor]:
+    stem = params.weights.stem[0]
+    for start in range(0, len(images), BATCH):
+        x = preprocess(images[start : start + BATCH], preset)
+        with torch.no_grad():
+            yield from forward(params, x.to(stem.dtype)).float().softmax(1)
+
+
+def _table(found: dict[str, Any]) -> str:
+    rows = (f"  {p['probability']:7.2%}  {p['label']}" for p in found["predictions"])
+    return "\n".join([found["image"], *rows])
+
+
+def _labels(path: Path | None, classes: int) -> list[str]:
+    if path is None:
+        return [f"class {index}" for index in range(classes)]
+    try:
+        labels = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FresnetError(f"cannot read labels {path}: {reason}") from error
+    if len(labels) != classes:
+        raise FresnetError(f"{path} has {len(labels)} labels; the network has {classes} classes")
+    return labels
+
+
+def _convert(args: argparse.Namespace) -> str:
+    if args.target.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        raise FresnetError(f"OUT expects a .safetensors, .pth, .pt or .bin; got {args.target}")
+    params = load(args.source, stride_in_1x1=args.stride_in_1x1)
+    if (args.layout, args.target.suffix) == ("torchvision", ".safetensors"):
+        save(params, args.target)
+    else:
+        write("convert", to_state_dict(params, args.layout), args.target)
+    return f"wrote {args.target}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

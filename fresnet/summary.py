@@ -1,0 +1,218 @@
+"""The layer table of a network."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import groupby
+from textwrap import wrap
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fresnet import tree
+from fresnet.check import check_params
+from fresnet.errors import FresnetError
+from fresnet.net import RUN_BLOCK, Grid, plan, run_head, run_stem
+from fresnet.norm import inference_norm
+from fresnet.types import (
+    DeepStem,
+    Head,
+    Identity,
+    NoShortcut,
+    Params,
+    PooledProjection,
+    Projection,
+    Stem3x3,
+    Stem7x7,
+    ZeroPad,
+)
+
+
+class Row(NamedTuple):
+    """A layer, or several blocks in a row that are alike.
+
+    `parameters` are those of one block, `multiply_adds` those of its convolutions, or of the head,
+    for one image.
+    """
+
+    layer: str
+    output: tuple[int, ...]  # [c h w]; the head's [k]
+    blocks: int
+    parameters: int
+    multiply_adds: int
+    description: str
+
+
+class Summary(NamedTuple):
+    """The layers of a network, first to last. `str` makes a table of them, 80 columns wide."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.blocks * row.parameters for row in self.rows)
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(row.blocks * row.multiply_adds for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = self._cells("MACs (M)", lambda n: f"{n / 1e6:,.1f}")
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
+        margin = sum(widths) + 2 * len(widths)
+        lines = []
+        for *left, description in cells:
+            first, *rest = _wrap(description, max(20, 80 - margin))
+            pad = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+            columns = [f(cell, width) for f, cell, width in zip(pad, left, widths, strict=True)]
+            lines.append("  ".join([*columns, first]).rstrip())
+            lines += [" " * margin + line for line in rest]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    def markdown(self) -> str:
+        """The table in Markdown, multiply-adds to the last one."""
+        header, *rows = (
+            f"| {' | '.join(cells)} |" for cells in self._cells("multiply-adds", "{:,}".format)
+        )
+        return "\n".join([header, "| --- | --- | ---: | ---: | ---: | --- |", *rows])
+
+    def _cells(self, unit: str, multiply_adds: Callable[[int], str]) -> list[list[str]]:
+        header = ["layer", "output", "blocks", "parameters", unit, "each block"]
+        rows = [
+            [
+                row.layer,
+                "x".join(map(str, row.output)),
+                str(row.blocks),
+                f"{row.parameters:,}",
+                multiply_adds(row.multiply_adds),
+                row.description,
+            ]
+            for row in self.rows
+        ]
+        total = ["total", "", "", f"{self.parameters:,}", multiply_adds(self.multiply_adds), ""]
+        return [header, *rows, total]
+
+
+def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
+    """What a network consists of, and what it makes of one image.
+
+    Blocks of a stage that are alike share a row; parameters and multiply-adds are of each.
+
+    >>> import fresnet
+    >>> params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=10, device="meta")
+    >>> print(fresnet.summary(params, image_size=32))
+    layer       output    blocks  parameters  MACs (M)  each block
+    --------------------------------------------------------------------------
+    Stem3x3     16x32x32       1         464       0.4  3x3 16
+    BasicBlock  16x32x32       3       4,672       4.7  3x3 16, 3x3 16
+    BasicBlock  32x16x16       1      13,952       3.5  3x3 32, 3x3 32
+                                                        stride 2, zero padding
+    BasicBlock  32x16x16       2      18,560       4.7  3x3 32, 3x3 32
+    BasicBlock  64x8x8         1      55,552       3.5  3x3 64, 3x3 64
+                                                        stride 2, zero padding
+    BasicBlock  64x8x8         2      73,984       4.7  3x3 64, 3x3 64
+    Head        10             1         650       0.0  average pool, 64 to 10
+    --------------------------------------------------------------------------
+    total                            269,722      40.6
+
+    Args:
+      params: the network, on any device.
+      image_size: the side of a square, or height and width, in pixels.
+    Returns:
+      A `Summary`.
+    Raises:
+      FresnetError: if params is not a network, or if image_size is not such a size.
+    """
+    check_params("summary", params)
+    size: Any = (image_size, image_size) if type(image_size) is int else image_size
+    if not _is_size(size):
+        raise FresnetError(
+            f"summary expects image_size to be a positive integer or two; got {image_size!r}"
+        )
+    weights, stats = tree.map(lambda leaf: leaf.to("meta"), params)
+    x = weights.stem[0].new_empty((1, weights.stem[0].shape[1], *size))
+    run: Callable[[], tuple[Tensor, Any]]
+    run = partial(run_stem, weights.stem, stats.stem, x, inference_norm)
+    x, row = _measure(weights.stem, run, _describe_stem(weights.stem))
+    rows = [row]
+    for blocks, blocks_stats in zip(plan(weights), stats.stages, strict=True):
+        stage_rows = []
+        for (block, grid), block_stats in zip(blocks, blocks_stats, strict=True):
+            run = partial(RUN_BLOCK[type(block)], block, block_stats, x, grid, inference_norm)
+            x, row = _measure(block, run, _describe_block(block, grid))
+            stage_rows.append(row)
+        rows += [row._replace(blocks=len(list(alike))) for row, alike in groupby(stage_rows)]
+    k, c = weights.head.weight.shape
+    run = partial(_run_head, weights.head, x)
+    _, row = _measure(weights.head, run, f"average pool, {c} to {k}")
+    return Summary((*rows, row))
+
+
+def _run_head(head: Head, x: Tensor) -> tuple[Tensor, tuple[()]]:
+    return run_head(head, x), ()
+
+
+def _measure(
+    node: Any, run: Callable[[], tuple[Tensor, Any]], description: str
+) -> tuple[Tensor, Row]:
+    """The layer's output and its row."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y, _ = run()
+    parameters = sum(leaf.numel() for leaf in tree.leaves(node))
+    multiply_adds = counter.get_total_flops() // 2
+    name, output = type(node).__name__, tuple(y.shape[1:])
+    return y, Row(name, output, 1, parameters, multiply_adds, description)
+
+
+STEMS: Mapping[type, str] = {
+    Stem7x7: "stride 2; 3x3 max pool, stride 2",
+    DeepStem: "the first stride 2; 3x3 max pool, stride 2",
+    Stem3x3: "",
+}
+SHORTCUTS: Mapping[type, str] = {
+    Identity: "",
+    Projection: "projection",
+    PooledProjection: "pooled projection",
+    ZeroPad: "zero padding",
+    NoShortcut: "no shortcut",
+}
+
+
+def _describe_stem(stem: Any) -> str:
+    return ", ".join(filter(None, [_convolutions(stem), STEMS[type(stem)]]))
+
+
+def _describe_block(block: Any, grid: Grid) -> str:
+    notes = [
+        "stride 2" if grid.stride == 2 else "",
+        f"dilation {grid.dilation_after}" if grid.dilation_after > 1 else "",
+        SHORTCUTS[type(block.shortcut)],
+    ]
+    return "; ".join(filter(None, [_convolutions(block), ", ".join(filter(None, notes))]))
+
+
+def _convolutions(node: Any) -> str:
+    """Such as "1x1 64, 3x3 64, 1x1 256"."""
+    found, channels = [], None
+    for field in node._fields:
+        if field.startswith("conv"):
+            o, c, k, _ = getattr(node, field).shape
+            groups = 1 if channels is None else channels // c
+            found.append(f"{k}x{k} {o}" + (f" in {groups} groups" if groups > 1 else ""))
+            channels = o
+    return ", ".join(found)
+
+
+def _wrap(description: str, width: int) -> list[str]:
+    """In lines, none of which ends between a kernel and its channels."""
+    parts = re.sub(r"(\dx\d) ", r"\1_", description).split("; ")
+    return [line.replace("_", " ") for part in parts for line in wrap(part, width) or [""]]
+
+
+def _is_size(size: Any) -> bool:
+    return (
+        isinstance(size, tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    )

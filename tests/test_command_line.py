@@ -1,0 +1,161 @@
+"""`python -m fresnet` as scripts and people call it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from assertions import assert_same
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import fresnet
+from fresnet import Spec
+from fresnet.__main__ import main
+from fresnet.types import BottleneckV1
+
+PARAMS = fresnet.init(0, Spec(BottleneckV1, (1, 1), width=8), num_classes=4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two photographs, weights and labels, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, photo in zip(("china.png", "flower.jpg"), load_sample_images().images, strict=True):
+        Image.fromarray(photo).save(name)
+    fresnet.save(PARAMS, "net.safetensors")
+    Path("labels.txt").write_text("temple\nflower\ntench\ngoldfish\n")
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code: Any
+    try:
+        code = main(arguments)
+    except SystemExit as left:  # argparse
+        code = left.code
+    return code, *capsys.readouterr()
+
+
+def test_summary(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    code, out, _ = call(capsys, "summary", "resnet20", "--image-size", "32", "--classes", "10")
+    params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=10, device="meta")
+    assert (code, out) == (0, f"{fresnet.summary(params, 32)}\n")
+    code, out, _ = call(capsys, "summary", "net.safetensors", "--markdown")
+    assert (code, out) == (0, f"{fresnet.summary(PARAMS).markdown()}\n")
+
+
+def test_predict(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    images, net = ("china.png", "flower.jpg"), ("--weights", "net.safetensors")
+    probabilities = fresnet.forward(PARAMS, fresnet.preprocess(images, "timm")).softmax(1)
+    code, out, _ = call(capsys, "predict", *images, *net, "--preset", "timm", "--top=4", "--json")
+    assert code == 0
+    found: Any = json.loads(out)
+    assert [entry["image"] for entry in found] == list(images)
+    for entry, row in zip(found, probabilities, strict=True):
+        shown = [(p["class"], p["probability"]) for p in entry["predictions"]]
+        assert [index for index, _ in shown] == row.argsort(descending=True).tolist()
+        for index, probability in shown:
+            assert probability == pytest.approx(row[index].item())
+            assert entry["predictions"][0]["label"] == f"class {shown[0][0]}"
+    labels = ("--labels", "labels.txt", "--top", "2", "--preset", "timm")
+    code, out, _ = call(capsys, "predict", *images, *net, *labels)
+    best = probabilities[0].argmax()
+    name = ["temple", "flower", "tench", "goldfish"][best]
+    lines = out.splitlines()
+    assert lines[:2] == ["china.png", f"  {probabilities[0, best]:7.2%}  {name}"]
+    assert lines[3:5] == ["", "flower.jpg"]
+    assert len(lines) == 7
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
+@pytest.mark.parametrize("layout", ["torchvision", "timm", "huggingface"])
+def test_convert(
+    capsys: pytest.CaptureFixture[str], folder: Path, layout: str, suffix: str
+) -> None:
+    target = f"out{suffix}"
+    code, out, _ = call(capsys, "convert", "net.safetensors", target, "--layout", layout)
+    assert (code, out) == (0, f"wrote {target}\n")
+    assert_same(fresnet.load(target, stride_in_1x1=True), PARAMS)
+    assert (folder / target).stat().st_mode == (folder / "labels.txt").stat().st_mode
+    code, _, _ = call(capsys, "convert", target, "back.safetensors", "--stride-in-1x1")
+    assert code == 0
+    assert_same(fresnet.load("back.safetensors"), PARAMS)
+    assert torch.equal(
+        fresnet.forward(PARAMS, torch.ones(1, 3, 32, 32)),
+        fresnet.forward(fresnet.load("back.safetensors"), torch.ones(1, 3, 32, 32)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("summary resnet51", "unknown network 'resnet51'; did you mean 'resnet"),
+        ("summary vgg", "unknown network 'vgg'; there are resnet18, "),
+        ("summary no.pth", "cannot load no.pth: No such file or directory"),
+        ("summary resnet18 --image-size 0", "expects image_size to be a positive integer"),
+        ("summary resnet18 --classes 0", "expects num_classes and in_channels to be positive"),
+        ("predict no.png --weights net.safetensors", "no.png: No such file or directory"),
+        ("predict labels.txt --weights net.safetensors", "labels.txt: cannot identify image"),
+        ("predict china.png --weights labels.txt", "cannot load labels.txt: neither safetensors"),
+        ("predict china.png --weights net.safetensors --top 9", "--top expects 1 to 4, the number"),
+        ("predict china.png --weights net.safetensors --labels no", "cannot read labels no: No s"),
+        ("predict china.png --weights net.safetensors --labels few", "few has 1 labels; the netwo"),
+        ("predict china.png --weights net.safetensors --labels flower.jpg", "cannot read labels f"),
+        ("predict china.png --weights net.safetensors --preset tim", "did you mean 'timm'?"),
+        ("convert net.safetensors out.onnx", "OUT expects a .safetensors, .pth, .pt or .bin; got"),
+        ("convert plain.safetensors out.pth", "expects a network that torchvision has; got NoShor"),
+        ("convert net.safetensors no/out.pth", "convert cannot write no/out.pth: No such file or"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing_behind(
+    capsys: pytest.CaptureFixture[str], folder: Path, arguments: str, reason: str
+) -> None:
+    (folder / "few").write_text("one label")
+    fresnet.save(fresnet.init(0, fresnet.SPECS["plain20"]), folder / "plain.safetensors")
+    before = {path.name for path in folder.iterdir()}
+    code, out, err = call(capsys, *arguments.split())
+    assert code == 1
+    assert out == ""
+    assert err.startswith(f"fresnet {arguments.split()[0]}: ")
+    assert reason in err
+    assert len(err.splitlines()) == 1
+    assert {path.name for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("arguments", ["", "predict", "train", "summary resnet18 --image-size big"])
+def test_misspelt_commands_exit_with_2(capsys: pytest.CaptureFixture[str], arguments: str) -> None:
+    code, out, err = call(capsys, *arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: python -m fresnet")
+
+
+@pytest.mark.parametrize("command", [[], ["summary"], ["predict"], ["convert"]])
+def test_help_has_examples_and_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = call(capsys, *command, "--help")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert f"python -m fresnet {command[0]}" in out if command else "exit status" in out
+
+
+@pytest.mark.slow
+def test_as_a_process(folder: Path) -> None:
+    """Its exit status, and no traceback of what it refuses."""
+    Image.fromarray(np.zeros((2, 3), np.uint8)).save("grey.png")
+    (folder / "half.png").write_bytes((folder / "china.png").read_bytes()[:1000])
+    for image, status in (("grey.png", 0), ("half.png", 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "fresnet", "predict", image, "--weights", "net.safetensors"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(done.stdout.splitlines()) == (0 if status else 5)
