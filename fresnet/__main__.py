@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it succeeded, 1 if what it was given is refused, 2 if misspelt."""
     args = _parser().parse_args(arguments)
     try:
-        print(args.run(args))
+        print(args.run(args), flush=True)
+    except BrokenPipeError:  # as of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except FresnetError as error:
         print(f"fresnet {args.command}: {error}", file=sys.stderr)
         return 1
