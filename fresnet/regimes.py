@@ -27,7 +27,7 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     """Norms that go by their running statistics in training too: all, or some.
 
     Their statistics stay as they are; their scale and bias are weights as before, with gradients.
-    A state dict does not tell which norms are frozen: freeze again after loading.
+    A state dict does not tell which norms are frozen, a file of `save` does.
 
     >>> import fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)

@@ -16,7 +16,10 @@ def blocks(document: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: d.name)
-def test_python_blocks_run_in_order(document: Path) -> None:
+def test_python_blocks_run_in_order(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in blocks(document):
         exec(compile(block, document.name, "exec"), namespace)
