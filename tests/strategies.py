@@ -39,7 +39,7 @@ def examples(count: int) -> settings:
 
 seeds = st.integers(0, 2**32 - 1)
 class_counts = st.integers(1, 40)
-sides = st.integers(1, 75)
+sides = st.integers(1, 67)
 batch_sizes = st.integers(1, 4)
 
 
@@ -61,7 +61,7 @@ def images(
 
 def training_images(dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Tensor]:
     """Batches with several values per channel at every norm, as training needs."""
-    return images(batch=st.integers(2, 5), side=st.integers(33, 75), dtype=dtype)
+    return images(batch=st.integers(2, 4), side=st.integers(33, 57), dtype=dtype)
 
 
 def labels(x: Tensor, classes: int) -> Tensor:

@@ -21,7 +21,7 @@ import fresnet
 from fresnet import tree
 
 FOLDER = Path(train_digits.__file__).parent
-QUICK = ("--arch", "resnet50", "--epochs", "1")
+QUICK = ("--arch", "resnet18", "--epochs", "1")
 
 
 def start(name: str, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -81,12 +81,12 @@ def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_p
     assert_same(checkpoint(broken)["velocity"], checkpoint(straight)["velocity"])
     assert checkpoint(broken)["history"] == checkpoint(straight)["history"]
 
-    model = reference.torchvision.models.resnet50(num_classes=10)
+    model = reference.torchvision.models.resnet18(num_classes=10)
     model.load_state_dict(checkpoint(broken)["model"], strict=True)
 
     code, _, err = run("train_digits.py", "--arch", "resnet34", "--out", broken, "--resume")
     assert code == 1
-    assert "was started with --arch resnet50, not resnet34" in err
+    assert "was started with --arch resnet18, not resnet34" in err
     (broken / "checkpoint.pt").write_bytes(b"broken")
     code, _, err = run("train_digits.py", *QUICK, "--out", broken, "--resume")
     assert code == 1

@@ -68,13 +68,15 @@ def test_their_deeper_forms_equal_torchvision_in_forward(name: str) -> None:
         assert_same(fresnet.forward(reference.params(model), x), model(x))
 
 
-@examples(10)
+@pytest.mark.slow
+@examples(6)
 @given(x=training_images(), seed=seeds, spec=small_specs(block=Bottleneck))
 def test_v1_strides_in_the_first_convolution(x: Tensor, seed: int, spec: Spec) -> None:
     model = reference.v1(reference.module(spec, seed))
     check(model, partial(fresnet.from_state_dict, stride_in_1x1=True), x)
 
 
+@pytest.mark.slow
 @examples(8)
 @given(
     x=training_images(),
@@ -169,7 +171,8 @@ def test_every_member_is_what_its_name_says(name: str) -> None:
     assert isinstance(weights.stem, Stem3x3) == cifar
 
 
-@examples(8)
+@pytest.mark.slow
+@examples(5)
 @given(
     x=training_images(),
     seed=seeds,

@@ -48,7 +48,7 @@ def check_one_step(model: reference.ResNet, x: Tensor, y: Tensor) -> None:
 
 
 @reference.every_member
-@examples(3)
+@examples(2)
 @given(x=training_images(), seed=seeds, classes=class_counts)
 def test_one_step_equals_torchvision(name: str, x: Tensor, seed: int, classes: int) -> None:
     model = reference.module(fresnet.SPECS[name], seed, classes).train()
