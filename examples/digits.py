@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits as images that a ResNet takes, shared by the examples.
 
-1,797 real scans of 8x8 pixels (Alpaydin & Kaynak 1998, UCI), enlarged to 32x32, of which 360 are
-held out for testing.
+1,797 real scans of 8x8 pixels (Alpaydin & Kaynak 1998, UCI), enlarged to 32x32 unless an example
+asks for another size, of which 360 are held out for testing.
 """
 
 import argparse
@@ -21,17 +21,17 @@ TEST_SIZE = 360
 
 
 class Digits(NamedTuple):
-    """Images `[n 3 32 32]`, normalised; labels `[n]`."""
+    """Images `[n 3 size size]`, normalised; labels `[n]`."""
 
     images: Tensor
     labels: Tensor
 
 
-def load() -> tuple[Digits, Digits]:
+def load(size: int = 32) -> tuple[Digits, Digits]:
     """The training and the test digits; the same split at every call."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-    images = interpolate(images, size=(32, 32), mode="bilinear")
+    images = interpolate(images, size=(size, size), mode="bilinear")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = order[:TEST_SIZE], order[TEST_SIZE:]
     images = (images - images[train].mean()) / images[train].std()
@@ -44,8 +44,11 @@ def small(digits: Digits) -> Digits:
     return Digits(digits.images[:, :, ::2, ::2].double(), digits.labels)
 
 
-def arguments() -> argparse.Namespace:
-    """--seed and --out of an example; the first line of its docstring is the help."""
+def arguments(full: str | None = None) -> argparse.Namespace:
+    """--seed and --out of an example, and --full with this help if it has a longer run.
+
+    The first line of the example's docstring is the help of the whole.
+    """
     example = sys.modules["__main__"]
     parser = argparse.ArgumentParser(
         description=str(example.__doc__).splitlines()[0],
@@ -54,6 +57,8 @@ def arguments() -> argparse.Namespace:
     folder = Path("runs") / Path(str(example.__file__)).stem
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--out", type=Path, default=folder, help="output folder")
+    if full is not None:
+        parser.add_argument("--full", action="store_true", help=full)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     return args

@@ -1,0 +1,141 @@
+"""How gradients and responses vary with depth: plain and residual networks, and the paper's Fig. 7.
+
+    python examples/gradient_flow.py
+
+Draws the norm of the loss's gradient by each 3x3 convolution before and after a short training,
+and the standard deviation of each such layer's responses, its outputs after BatchNorm and before
+ReLU or addition (He et al. 2015, arXiv:1512.03385, Fig. 7), which follows from scale, bias and the
+moments that `forward_moments` returns.
+
+Measured on 2 CPU cores, PyTorch 2.13, in a minute (seed 0): at initialisation the gradient grows
+934-fold from the last layer of a plain network of 56 back to the first, as BatchNorm makes it
+(Yang et al. 2019, arXiv:1902.08129), and 4-fold in the residual one. The first steps throw the
+plain network's early weights so far (the first layer's norm grows from 2.4 to 140) that their
+gradients, which go as 1 / norm, are the least of all afterwards.
+Its early responses grow to 3.3 while all of the residual networks' stay within 2% of 1, as they
+began: so short a training does not show the smaller responses of the paper's Fig. 7.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from digits import Digits, arguments, load
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.func import grad
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import fresnet
+from fresnet import Params, tree
+from fresnet.norm import EPS
+from fresnet.types import Moments, Norm
+
+BATCH, SAMPLE, RATE, MOMENTUM, WEIGHT_DECAY = 128, 512, 0.02, 0.9, 1e-4
+
+
+def loss_fn(weights: Any, stats: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+    logits, stats = fresnet.forward_train(Params(weights, stats), x)
+    return cross_entropy(logits, y), stats
+
+
+def train_step(params: Params, velocity: Any, x: Tensor, y: Tensor) -> tuple[Params, Any]:
+    """One step of SGD with momentum and weight decay."""
+    grads, stats = grad(loss_fn, has_aux=True)(*params, x, y)
+    velocity = tree.map(
+        lambda v, g, w: MOMENTUM * v + g + WEIGHT_DECAY * w, velocity, grads, params.weights
+    )
+    return Params(tree.map(lambda w, v: w - RATE * v, params.weights, velocity), stats), velocity
+
+
+def train(name: str, digits: Digits, seed: int, steps: int) -> tuple[Params, Params]:
+    """The network of this name before and after training."""
+    generator = torch.Generator().manual_seed(seed)
+    first = params = fresnet.init(generator, fresnet.SPECS[name], num_classes=10)
+    velocity = tree.map(torch.zeros_like, params.weights)
+    for _ in tqdm(range(steps), desc=f"{name:8}", unit=" steps"):
+        chosen = torch.randperm(len(digits.labels), generator=generator)[:BATCH]
+        batch = digits.images[chosen], digits.labels[chosen]
+        params, velocity = train_step(params, velocity, *batch)
+    return first, params
+
+
+def gradient_norms(params: Params, digits: Digits) -> Tensor:
+    """The norm of the loss's gradient by each 3x3 convolution, in order `[layers]`."""
+    grads, _ = grad(loss_fn, has_aux=True)(*params, *digits)
+    return torch.stack([g.norm() for g in tree.leaves(grads) if g.shape[-2:] == (3, 3)])
+
+
+def norms(network: Any) -> list[Any]:
+    """What stands at each 3x3 layer's norm, in order, in weights or in moments."""
+    blocks = [block for stage in network.stages for block in stage]
+    return [network.stem.norm, *(norm for block in blocks for norm in (block.norm1, block.norm2))]
+
+
+def response_std(norm: Norm, moments: Moments) -> Tensor:
+    """The standard deviation of a layer's responses: all the values that its norm puts out.
+
+    In channel c they have mean bias[c] and variance scale[c]^2 var[c] / (var[c] + eps), so the
+    variance of all is the mean of these variances plus the variance of these means.
+    """
+    var = moments.m2 / moments.n
+    within = norm.scale**2 * var / (var + EPS)
+    return (within.mean() + norm.bias.var(correction=0)).sqrt()
+
+
+def response_stds(params: Params, x: Tensor) -> Tensor:
+    """That of every 3x3 layer, in order `[layers]`: after BatchNorm, before ReLU and addition."""
+    _, moments = fresnet.forward_moments(params, x)
+    pairs = zip(norms(params.weights), norms(moments), strict=True)
+    return torch.stack([response_std(*pair) for pair in pairs])
+
+
+def draw(measured: dict[str, list[Tensor]], steps: int, path: Path) -> None:
+    """Gradients above, responses below; from light to dark, the deeper."""
+    shades = torch.linspace(0.45, 0.9, len(measured) // 2)
+    colors = [color for shade_map in ("Oranges", "Blues") for color in colormaps[shade_map](shades)]
+    titles = (
+        "gradient by the weights of each layer, at initialisation",
+        f"the same after {steps} steps",
+        f"responses of each layer after {steps} steps",
+        "the same, sorted by magnitude",
+    )
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    panels = figure.subplots(2, 2, sharey="row").flat
+    for i, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        for color, (name, curves) in zip(colors, measured.items(), strict=True):
+            length = len(curves[i])
+            above = 3 - length / 1000  # A short curve is not hidden by a long one.
+            axes.plot(range(1, length + 1), curves[i], color=color, label=name, zorder=above)
+        axes.set(title=title, xlabel="rank" if i == 3 else "layer")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="norm of the gradient", yscale="log")
+    figure.axes[2].set(ylabel="standard deviation")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    args = arguments(full="20, 56 and 110 layers and ten times the steps")
+    torch.set_num_threads(1)  # On images this small a second thread gains nothing.
+    depths, steps = ((20, 56, 110), 600) if args.full else ((20, 56), 60)
+    digits, _ = load(size=8)
+    sample = Digits(digits.images[:SAMPLE], digits.labels[:SAMPLE])
+    measured = {}
+    print(f"          first layer's gradient / the last's   std of responses after {steps} steps")
+    print(f"          at initialisation   after {steps} steps    smallest    mean    largest")
+    for name in [f"{kind}{depth}" for kind in ("plain", "resnet") for depth in depths]:
+        first, trained = train(name, digits, args.seed, steps)
+        before, after = (gradient_norms(params, sample) for params in (first, trained))
+        std = response_stds(trained, sample.images)
+        measured[name] = [before, after, std, std.sort(descending=True).values]
+        ratios = f"{before[0] / before[-1]:17.1f}{after[0] / after[-1]:17.2f}"
+        print(f"{name:10}{ratios}{std.min():12.2f}{std.mean():8.2f}{std.max():11.2f}")
+    draw(measured, steps, args.out / "gradient_flow.png")
+    print(f"wrote gradient_flow.png to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
