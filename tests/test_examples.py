@@ -9,16 +9,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gradient_flow
 import pytest
 import reference
 import torch
 import train_digits
-from assertions import assert_same
+from assertions import assert_close, assert_same
 from digits import load
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import conv2d, cross_entropy, relu
 
 import fresnet
 from fresnet import tree
+from fresnet.types import Identity, Projection, ZeroPad
 
 FOLDER = Path(train_digits.__file__).parent
 QUICK = ("--arch", "resnet18", "--epochs", "1")
@@ -159,13 +161,24 @@ def test_the_main_job_reaches_97_percent(tmp_path: Path) -> None:
 
 
 CLAIMS = {
-    "per_sample_grads.py": (r"of the 100 most suspected, (\d+) are", 40, 100),
-    "ensemble.py": (r"ensemble: ([\d.]+)%", 95, 100),
-    "hessian.py": (r"eigenvalue 1: .* = (\S+)", 0, 1e-10),
-    "ntk.py": (r"by products: (\S+) apart", 0, 1e-12),
-    "meta_lr.py": (r"finite difference: (\S+) apart", 0, 1e-5),
+    "per_sample_grads.py": ((r"of the 100 most suspected, (\d+) are", 40, 100),),
+    "ensemble.py": ((r"ensemble: ([\d.]+)%", 95, 100),),
+    "hessian.py": ((r"eigenvalue 1: .* = (\S+)", 0, 1e-10),),
+    "ntk.py": ((r"by products: (\S+) apart", 0, 1e-12),),
+    "meta_lr.py": ((r"finite difference: (\S+) apart", 0, 1e-5),),
+    "degradation.py": (
+        (r"plain, from 20 to 56 layers: training loss (\S+)", 0.5, 3),
+        (r"residual, from 20 to 56 layers: training loss (\S+)", -0.1, 0.1),
+        (r"plain20 +\S+ +(\S+)%", 0, 10),
+        (r"resnet56 +\S+ +(\S+)%", 0, 10),
+    ),
+    "gradient_flow.py": (
+        (r"plain56 +(\S+)", 100, 10_000),
+        (r"resnet56 +(\S+)", 1, 20),
+        (r"resnet56 .* (\S+)\n", 0.9, 1.1),
+    ),
 }
-"""Of each other example, a figure that it prints and between which bounds it lies."""
+"""Of each other example, figures that it prints and between which bounds they lie."""
 
 
 @pytest.mark.slow
@@ -173,11 +186,55 @@ CLAIMS = {
 def test_the_others_find_what_they_look_for(name: str, tmp_path: Path) -> None:
     code, out, err = run(name, "--out", tmp_path)
     assert code == 0, err
-    pattern, low, high = CLAIMS[name]
-    figure = re.search(pattern, out)
-    assert figure is not None, out
-    assert low <= float(figure[1]) <= high
+    for pattern, low, high in CLAIMS[name]:
+        figure = re.search(pattern, out)
+        assert figure is not None, out
+        assert low <= float(figure[1]) <= high, out
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
+
+
+@pytest.mark.parametrize("name", ["plain20", "resnet20", "resnet20b"])
+def test_response_stds_are_those_of_the_responses(name: str) -> None:
+    """The activations themselves, of networks whose scales, biases and variances are uneven."""
+    generator = torch.Generator().manual_seed(0)
+    params = fresnet.init(generator, fresnet.SPECS[name], num_classes=10, dtype=torch.float64)
+    weights = tree.map(
+        lambda w: w + 0.5 * torch.randn(w.shape, dtype=w.dtype, generator=generator), params.weights
+    )
+    # Dark images: variances that eps counts beside.
+    x = 1e-3 * torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=generator)
+    stds = gradient_flow.response_stds(fresnet.Params(weights, params.stats), x)
+    direct = torch.stack([y.std(correction=0) for y in responses(weights, x)])
+    assert len(stds) == 19
+    assert_close(stds, direct, relative=1e-12)
+
+
+def responses(weights: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """What each 3x3 layer of a basic network for CIFAR puts out, batch normalised."""
+
+    def layer(x: torch.Tensor, conv: torch.Tensor, norm: Any, stride: int = 1) -> torch.Tensor:
+        y = conv2d(x, conv, stride=stride, padding=conv.shape[-1] // 2)
+        var, mean = torch.var_mean(y, (0, 2, 3), correction=0, keepdim=True)
+        scale, bias = (v[:, None, None] for v in norm)
+        return torch.add(bias, (y - mean) / torch.sqrt(var + 1e-5) * scale)
+
+    seen = [layer(x, weights.stem.conv, weights.stem.norm)]
+    x = relu(seen[0])
+    for i, stage in enumerate(weights.stages):
+        for j, w in enumerate(stage):
+            stride = 2 if i > 0 and j == 0 else 1
+            inner = layer(x, w.conv1, w.norm1, stride)
+            y = layer(relu(inner), w.conv2, w.norm2)
+            seen += [inner, y]
+            match w.shortcut:
+                case Identity():
+                    y = y + x
+                case ZeroPad():
+                    y = y + torch.cat([x[:, :, ::2, ::2], 0 * x[:, :, ::2, ::2]], dim=1)
+                case Projection():
+                    y = y + layer(x, *w.shortcut, stride)
+            x = relu(y)
+    return seen
 
 
 def test_every_example_is_run() -> None:
