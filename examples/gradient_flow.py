@@ -112,7 +112,7 @@ def draw(measured: dict[str, list[Tensor]], steps: int, path: Path) -> None:
         axes.set(title=title, xlabel="rank" if i == 3 else "layer")
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="norm of the gradient", yscale="log")
-    figure.axes[2].set(ylabel="standard deviation")
+    figure.axes[2].set(ylabel="standard deviation", yscale="log")
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)
 
