@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.interop import _name
+from fresnet.interop import names
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
@@ -149,8 +149,8 @@ def named(result: Any) -> dict[str, Tensor]:
         return {"logits": result}
     if isinstance(result, dict):
         return result
-    names = [_name(("weights", *path)) for path in tree.paths(result)]
-    return dict(zip(names, tree.leaves(result), strict=True))
+    listed = names(Params(result, stats=()))  # type: ignore[arg-type]
+    return dict(zip(listed, tree.leaves(result), strict=True))
 
 
 def peak_memory(run: Callable[[], Any]) -> float:

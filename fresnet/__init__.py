@@ -12,7 +12,7 @@ from fresnet.init import init
 from fresnet.interop import from_state_dict, to_state_dict
 from fresnet.net import features, forward, forward_moments, forward_train
 from fresnet.per_sample import per_sample_grads
-from fresnet.preprocess import preprocess
+from fresnet.preprocess import PRESETS, preprocess
 from fresnet.regimes import dilate, freeze, recalibrate
 from fresnet.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
 from fresnet.summary import summary
@@ -21,6 +21,7 @@ from fresnet.types import Params
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "RESNET18",
     "RESNET34",
     "RESNET50",

@@ -1,6 +1,7 @@
 """`python -m fresnet`: look at networks, classify images, convert checkpoints."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fresnet import forward, init, load, preprocess, save, summary, to_state_dict
-from fresnet.errors import FresnetError
-from fresnet.files import write
-from fresnet.interop import LAYOUTS
+from fresnet.errors import FresnetError, reason
+from fresnet.files import write_pickle, write_safetensors
+from fresnet.interop import LAYOUTS, untold
 from fresnet.preprocess import PRESETS
 from fresnet.specs import SPECS
 from fresnet.types import Params
@@ -39,6 +40,9 @@ BATCH = 16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it succeeded, 1 if what it was given is refused, 2 if misspelt."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may be anything
     args = _parser().parse_args(arguments)
     try:
         print(args.run(args), flush=True)
@@ -73,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("network", help=f"such as resnet50; or {WEIGHTS}")
     sub.add_argument("--image-size", type=int, default=224, metavar="N", help="default 224")
     sub.add_argument(
-        "--classes", type=int, default=1000, metavar="N", help="of a name; default 1000"
+        "--classes", type=int, default=1000, metavar="N", help="if not a file; default 1000"
     )
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    _add_stride(sub)
 
     sub = command("predict", _predict, "the most probable classes of images")
     sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
@@ -107,16 +112,17 @@ def _add_stride(parser: argparse.ArgumentParser) -> None:
 
 
 def _summary(args: argparse.Namespace) -> str:
-    table = summary(_network(args.network, args.classes), args.image_size)
+    table = summary(_network(args), args.image_size)
     return table.markdown() if args.markdown else str(table)
 
 
-def _network(name: str, classes: int) -> Params:
+def _network(args: argparse.Namespace) -> Params:
     """A member of the family, without values, or a checkpoint."""
+    name = args.network
     if name in SPECS:
-        return init(0, SPECS[name], num_classes=classes, device="meta")
+        return init(0, SPECS[name], num_classes=args.classes, device="meta")
     if Path(name).exists() or "/" in name or "." in name:
-        return load(name)
+        return load(name, stride_in_1x1=args.stride_in_1x1)
     near = get_close_matches(name, SPECS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(SPECS)}"
     raise FresnetError(f"unknown network {name!r}; {hint}")
@@ -146,7 +152,10 @@ def _probabilities(params: Params, images: Sequence[str], preset: str) -> Iterat
     for start in range(0, len(images), BATCH):
         x = preprocess(images[start : start + BATCH], preset)
         with torch.no_grad():
-            yield from forward(params, x.to(stem.dtype)).float().softmax(1)
+            logits = forward(params, x.to(stem.dtype)).float()
+        if not logits.isfinite().all():
+            raise FresnetError("the network's logits are not finite: these weights overflow")
+        yield from logits.softmax(1)
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -158,10 +167,9 @@ def _labels(path: Path | None, classes: int) -> list[str]:
     if path is None:
         return [f"class {index}" for index in range(classes)]
     try:
-        labels = path.read_text("utf-8").splitlines()
+        labels = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FresnetError(f"cannot read labels {path}: {reason}") from error
+        raise FresnetError(f"cannot read labels {path}: {reason(error)}") from error
     if len(labels) != classes:
         raise FresnetError(f"{path} has {len(labels)} labels; the network has {classes} classes")
     return labels
@@ -171,11 +179,15 @@ def _convert(args: argparse.Namespace) -> str:
     if args.target.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         raise FresnetError(f"OUT expects a .safetensors, .pth, .pt or .bin; got {args.target}")
     params = load(args.source, stride_in_1x1=args.stride_in_1x1)
-    if (args.layout, args.target.suffix) == ("torchvision", ".safetensors"):
-        save(params, args.target)
+    if args.target.suffix != ".safetensors":
+        write_pickle("convert", to_state_dict(params, args.layout), args.target)
+    elif args.layout != "torchvision":
+        write_safetensors("convert", to_state_dict(params, args.layout), args.target)
     else:
-        write("convert", to_state_dict(params, args.layout), args.target)
-    return f"wrote {args.target}"
+        save(params, args.target)
+        return f"wrote {args.target}"
+    lost = untold(params)
+    return f"wrote {args.target}" + (f"; its names do not tell {', '.join(lost)}" if lost else "")
 
 
 if __name__ == "__main__":

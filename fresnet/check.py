@@ -50,7 +50,8 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
     stem = first_conv(params.weights)
     expected = f"{caller} expects x [b {stem.shape[1]} h w]"
     if x.ndim != 4 or x.shape[1] != stem.shape[1]:
-        hint = " (one image? x[None])" if x.shape[:1] == stem.shape[1:2] else ""
+        one = x.ndim == 3 and x.shape[0] == stem.shape[1]
+        hint = " (one image? x[None])" if one else ""
         raise FresnetError(f"{expected}; got {tuple(x.shape)}{hint}")
     if 0 in x.shape:
         raise FresnetError(f"{expected} with at least one image and pixel; got {tuple(x.shape)}")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -17,5 +18,17 @@ def describe(value: Any) -> str:
     ('float32 (2, 3)', 'int64 ()', 'a list', 'None')
     """
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        layout = "" if value.layout is torch.strided else f"{value.layout} "
+        return f"{layout}{value.dtype} {tuple(value.shape)}".replace("torch.", "")
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def reason(error: Exception) -> str:
+    r"""The first line of what an exception says, for the end of a message.
+
+    >>> reason(OSError(2, "No such file")), reason(KeyError()), reason(ValueError("a\nb"))
+    ('No such file', 'KeyError', 'a')
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

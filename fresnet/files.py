@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import secrets
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.check import check_params, first_conv
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, reason
+from fresnet.hub import download, is_repository
 from fresnet.init import fresh_stats
 from fresnet.interop import assemble, from_state_dict, named, names
 from fresnet.net import forward
@@ -29,11 +32,15 @@ from fresnet.types import (
     Weights,
 )
 
-TYPES = (*STEMS, *BLOCKS, *NORMS, *SHORTCUTS, DilatedStage, Head, Weights, tuple)
+TYPES = {
+    kind.__name__: kind
+    for kind in (*STEMS, *BLOCKS, *NORMS, *SHORTCUTS, DilatedStage, Head, Weights)
+}
+"""What the metadata of a file may name."""
 
 
 def save(params: Params, path: str | os.PathLike[str]) -> None:
-    """Write a network to a safetensors file under torchvision's names.
+    """Write a network to a safetensors file under torchvision's names, whatever the file's name.
 
     torchvision and timm read it, if the network is one of theirs. The types of the nodes stand in
     the file's metadata, so that `load` gives back every network as it was, to the bit: frozen
@@ -44,22 +51,28 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
       params: the network.
       path: where to; what is there is replaced.
     Raises:
-      FresnetError: if params is not a network with values, or if the file cannot be written.
+      FresnetError: if params is not a network, if values are such as `load` refuses, or if the
+        file cannot be written.
     """
     check_params("save", params)
     if first_conv(params.weights).is_meta:
         raise FresnetError("save expects a network with values; got one on meta")
+    try:
+        _check_values(params)
+        _check_shapes(params)
+    except FresnetError as error:
+        raise FresnetError(f"save expects a network that load takes; {error}") from error
     state, structure = named(params), json.dumps(_structure(params.weights))
     metadata = {"fresnet": structure, "crc32": _checksum(structure, state)}
-    write("save", state, Path(path), metadata)
+    write_safetensors("save", state, path, metadata)
 
 
 def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params:
     """The network in a file, on the CPU.
 
-    The file may be one of `save`, any safetensors or `torch.save` file whose state dict
-    `from_state_dict` takes, or, where there is no such file, the id of a repository of Hugging
-    Face, such as "timm/resnet50.a1_in1k", whose weights are downloaded or taken from its cache.
+    The file may be one of `save`, or any safetensors or `torch.save` file whose state dict
+    `from_state_dict` takes. "owner/name" where there is no such folder is a repository of Hugging
+    Face, such as "timm/resnet50.a1_in1k": its weights are taken from the cache or downloaded.
     No code in a file is ever run.
 
     Args:
@@ -70,53 +83,85 @@ def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params
       `Params(weights, stats)`.
     Raises:
       FresnetError: naming the file and the reason: it cannot be read, holds no network, or one
-        with values that are not finite or variances that are negative.
+        with values that are not finite or variances that are negative; or a repository's
+        configuration asks for what a network here does not do.
     """
-    found = Path(path)
-    if not found.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        found, stride_in_1x1 = _download(str(path), stride_in_1x1)
     try:
-        params = _read(found, stride_in_1x1)
+        if is_repository(path):
+            found, in_1x1 = download(str(path))
+            params = _read(found, stride_in_1x1 or in_1x1)
+        else:
+            params = _read(_path(path), stride_in_1x1)
         _check_values(params)
     except FresnetError as error:
-        raise FresnetError(f"cannot load {path}: {error}") from error
+        raise FresnetError(f"cannot load {path!s}: {error}") from error
     return params
 
 
-def write(
-    caller: str, state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+def write_safetensors(
+    caller: str,
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a state dict whole or not at all: as safetensors, or as `torch.save` does if the name
-    ends in .pth, .pt or .bin.
+    """Write a state dict whole or not at all.
 
     Raises:
       FresnetError: naming the file and the reason.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def write(temporary: Path) -> None:
+        save_file = _safetensors("save_file")
+        save_file(dict(state), temporary, {"format": "pt", **(metadata or {})})
+
+    _replace(caller, path, write)
+
+
+def write_pickle(caller: str, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """The same by `torch.save`."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+
+    _replace(caller, path, write)
+
+
+def _replace(caller: str, path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Let a file be written beside this one, under a name of its own, and then take its place."""
+    temporary = None
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as new files get it; safetensors would narrow it
-        if path.suffix in (".pth", ".pt", ".bin"):
-            torch.save(dict(state), temporary)
-        else:
-            save_file = _safetensors("save_file")
-            save_file(dict(state), temporary, {"format": "pt", **(metadata or {})})
-        temporary.chmod(mode)
+        target = Path(os.path.realpath(_path(path)))  # a link is kept
+        if target.exists() and not target.is_file():
+            raise FresnetError("it is no regular file")
+        unused = target.with_name(f".fresnet-{secrets.token_hex(8)}")
+        os.close(os.open(unused, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary = unused
+        mode = (target if target.exists() else temporary).stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors narrows it
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except Exception as error:
-        raise FresnetError(f"{caller} cannot write {path}: {_reason(error)}") from error
+        raise FresnetError(f"{caller} cannot write {path!s}: {reason(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike) or not str(path).strip("\0"):
+        raise FresnetError(f"expected a path; got {path!r}")
+    return Path(path)
 
 
 def _read(path: Path, stride_in_1x1: bool) -> Params:
     try:
         with path.open("rb") as file:
             start = file.read(9)
-    except OSError as error:
-        raise FresnetError(_reason(error)) from error
+    except (OSError, ValueError) as error:
+        raise FresnetError(reason(error)) from error
     if not start:
         raise FresnetError("the file is empty")
     if start[8:] != b"{":
@@ -137,7 +182,7 @@ def _safe_entries(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = file.keys()  # it is no mapping
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as error:  # whatever a damaged file leads to, it is the file's fault
-        raise FresnetError(f"not a safetensors file: {_reason(error)}") from error
+        raise FresnetError(f"not a safetensors file: {reason(error)}") from error
 
 
 def _unpickled(path: Path) -> Any:
@@ -146,11 +191,15 @@ def _unpickled(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise FresnetError(f"the checksum of {damaged} in it is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # args, as training scripts keep them
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FresnetError:
+        raise
     except Exception as error:  # whatever a damaged file leads to, it is the file's fault
+        code = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        why = f"it asks for {code[1]}, which is not run" if code else reason(error)
         raise FresnetError(
-            f"neither safetensors nor what torch.load reads with weights_only=True: "
-            f"{_reason(error)}"
+            f"neither safetensors nor what torch.load reads with weights_only=True: {why}"
         ) from error
 
 
@@ -161,30 +210,6 @@ def _safetensors(function: str) -> Callable[..., Any]:
         raise FresnetError("it takes safetensors: pip install 'fresnet[io]'") from error
     found: Callable[..., Any] = getattr(safetensors.torch, function)
     return found
-
-
-def _download(repository: str, stride_in_1x1: bool) -> tuple[Path, bool]:
-    """The weights of a repository of Hugging Face, and where its bottlenecks stride."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-    except ImportError as error:
-        raise FresnetError(
-            f"cannot load {repository}: there is no such file, and to download a repository "
-            "takes huggingface_hub: pip install 'fresnet[io]'"
-        ) from error
-    try:
-        config = json.loads(Path(hf_hub_download(repository, "config.json")).read_bytes())
-        try:
-            weights = hf_hub_download(repository, "model.safetensors")
-        except EntryNotFoundError:
-            weights = hf_hub_download(repository, "pytorch_model.bin")
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise FresnetError(
-            f"cannot load {repository}: there is no such file, and no such repository to be had: "
-            f"{_reason(error)}"
-        ) from error
-    return Path(weights), stride_in_1x1 or bool(config.get("downsample_in_bottleneck"))
 
 
 def _checksum(structure: str, state: Mapping[str, Tensor]) -> str:
@@ -218,23 +243,28 @@ def _template(structure: str, entries: Mapping[str, Tensor]) -> Params:
             raise FresnetError(f"{missing[0]} is missing")
         weights = tree.unflatten(weights, [entries[name].to("meta") for name in listed])
         template = Params(weights, fresh_stats(weights))
-        stem = weights.stem[0]
-        with torch.no_grad():
-            forward(template, stem.new_empty(1, stem.shape[1], 64, 64))
+        _check_shapes(template)
     except FresnetError:
         raise
     except Exception as error:  # damaged metadata may fail in any way
-        raise FresnetError(f"its metadata describe no network: {_reason(error)}") from error
+        raise FresnetError(f"its metadata describe no network: {reason(error)}") from error
     return template
 
 
 def _node(structure: Any) -> Any:
     if structure == 0:
         return torch.empty((), device="meta")
-    kind, *children = structure
-    node = {kind.__name__: kind for kind in TYPES}[kind]
+    name, *children = structure
     built = map(_node, children)
-    return tuple(built) if node is tuple else node(*built)
+    return tuple(built) if name == "tuple" else TYPES[name](*built)
+
+
+def _check_shapes(params: Params) -> None:
+    """Run the network without values: what does not fit is refused as `forward` refuses it."""
+    params = tree.map(lambda leaf: leaf.to("meta"), params)
+    stem = first_conv(params.weights)
+    with torch.no_grad():
+        forward(params, stem.new_empty(1, stem.shape[1], 64, 64))
 
 
 def _check_values(params: Params) -> None:
@@ -243,10 +273,3 @@ def _check_values(params: Params) -> None:
             raise FresnetError(f"{name} holds values that are not finite")
         if name.endswith(".running_var") and (leaf < 0).any():
             raise FresnetError(f"{name} holds negative variances")
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an exception says."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

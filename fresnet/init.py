@@ -66,7 +66,8 @@ def init(
     Returns:
       `Params(weights, stats)`.
     Raises:
-      FresnetError: if generator, spec, num_classes, in_channels or dtype is not of this kind.
+      FresnetError: if generator, spec, num_classes, in_channels, dtype or device is not of this
+        kind.
     Source: He et al. 2015, arXiv:1502.01852, Eq. 14, in the backward direction.
     """
     if type(generator) is int and -(2**63) <= generator < 2**64:
@@ -75,14 +76,17 @@ def init(
         raise FresnetError(f"init expects a torch.Generator or an int; got {generator!r}")
     if not isinstance(spec, Spec):
         raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {spec!r}")
-    if not all(type(n) is int and n > 0 for n in (num_classes, in_channels)):
+    if not all(type(n) is int and 0 < n < 2**31 for n in (num_classes, in_channels)):
         raise FresnetError(
-            "init expects num_classes and in_channels to be positive integers; "
+            "init expects num_classes and in_channels to be positive integers below 2**31; "
             f"got num_classes={num_classes}, in_channels={in_channels}"
         )
     if dtype not in DTYPES:
         raise FresnetError(f"init expects dtype to be one of {DTYPES}; got {dtype!r}")
-    device = generator.device if device is None else torch.device(device)
+    try:
+        device = generator.device if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise FresnetError(f"init expects device to be a torch.device; got {device!r}") from error
     draw = _Draw(generator, dtype, device)
     weights = _weights(draw, spec, num_classes, in_channels, 0.0 if zero_init_residual else 1.0)
     return Params(weights, fresh_stats(weights))

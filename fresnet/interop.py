@@ -5,7 +5,7 @@ off them, and every entry held against what that architecture expects.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -21,6 +21,8 @@ from fresnet.types import (
     Bottleneck,
     BottleneckV1,
     DeepStem,
+    DilatedStage,
+    FrozenNorm,
     NoShortcut,
     Params,
     PooledProjection,
@@ -32,6 +34,14 @@ from fresnet.types import (
 )
 
 LAYOUTS = ("torchvision", "timm", "huggingface")
+
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
+"""Under which training scripts keep a state dict in a checkpoint."""
+
+PREFIXES = ("module.", "model.", "_orig_mod.")
+"""Of all names: from DataParallel, AveragedModel, a parent module, `torch.compile`."""
+
+WRAPPINGS = 10
 
 
 def from_state_dict(mapping: Mapping[str, Any], *, stride_in_1x1: bool = False) -> Params:
@@ -46,10 +56,16 @@ def from_state_dict(mapping: Mapping[str, Any], *, stride_in_1x1: bool = False) 
     convolution's bias is absorbed into the running mean after it. The counters
     `num_batches_tracked` are dropped: no BatchNorm with a fixed momentum reads them.
 
+    Names and shapes do not tell everything. Taken for granted are strides of 2 in each stage but
+    the first, pooling after a 7x7 stem and none after a 3x3 one, zero padding (option A) where a
+    3x3 stem's network has no projections, ReLU, and an eps of 1e-5. A network trained otherwise,
+    such as timm's resnetaa and resnetblur, or with dilation, loads but is another one;
+    `dilate`, and other nodes in the tree, make of it what they can express.
+
     Args:
       mapping: names to tensors, as `model.state_dict()` gives them.
       stride_in_1x1: whether bottlenecks stride in their first convolution, as the paper's and
-        Hugging Face's with `downsample_in_bottleneck` do. Names do not tell.
+        Hugging Face's with `downsample_in_bottleneck` do.
     Returns:
       `Params(weights, stats)`.
     Raises:
@@ -80,7 +96,8 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     Returns:
       Names to tensors, for `load_state_dict(strict=True)`.
     Raises:
-      FresnetError: if params is not a network, or one that the layout's library does not have.
+      FresnetError: if params is not a network, or has nodes that the layout's library does not
+        have. Sizes are not held against what that library can build.
     """
     check_params("to_state_dict", params)
     if layout not in LAYOUTS:
@@ -107,6 +124,19 @@ def named(params: Params) -> dict[str, Tensor]:
     return state
 
 
+def untold(params: Params) -> list[str]:
+    """The node types of a network that names do not tell: lost from a state dict."""
+
+    def kinds(node: Any) -> Iterator[type]:
+        if isinstance(node, tuple):
+            yield type(node)
+            for child in node:
+                yield from kinds(child)
+
+    found = set(kinds(params.weights))
+    return [kind.__name__ for kind in (BottleneckV1, DilatedStage, FrozenNorm) if kind in found]
+
+
 def assemble(caller: str, template: Params, given: Mapping[str, Any], layout: str) -> Params:
     """The template's nodes around copies of the entries of its names.
 
@@ -116,7 +146,8 @@ def assemble(caller: str, template: Params, given: Mapping[str, Any], layout: st
     given = {name: value for name, value in given.items() if not _is_counter(name)}
     expected = dict(zip(names(template), tree.leaves(template), strict=True))
     biases = {name: given.pop(name) for name in list(given) if _is_conv_bias(name, expected)}
-    faults = [*_faults(expected, given, layout), *_bias_faults(biases, expected, layout)]
+    means = {name: expected[_mean_after(name)] for name in biases}
+    faults = [*_faults(expected, given, layout), *_misfits(means, biases, given, layout)]
     if faults:
         shown = "\n  ".join(faults[:10])
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
@@ -137,17 +168,18 @@ _DEEP_STEM |= {"conv3": "conv1.6", "norm3": "bn1"}
 
 def names(params: Params) -> list[str]:
     """The canonical name of each leaf, in the order of `tree.leaves`."""
-    pooled = _has(params, PooledProjection)
-    return [_name(path, pooled=pooled) for path in tree.paths(params)]
+    stages = [blocks_of(stage) for stage in params.weights.stages]
+    return [_name(path, stages) for path in tree.paths(params)]
 
 
-def _name(path: tree.Path, *, pooled: bool = False) -> str:
+def _name(path: tree.Path, stages: Sequence[Sequence[Any]]) -> str:
     match [step for step in path[1:] if step != "blocks"]:
         case ["stem", ("conv" | "norm") as field, *leaf]:
             return _leaf_name({"conv": "conv1", "norm": "bn1"}[field], leaf)
         case ["stem", str(field), *leaf]:
             return _leaf_name(_DEEP_STEM[field], leaf)
-        case ["stages", int(stage), block, "shortcut", str(field), *leaf]:
+        case ["stages", int(stage), int(block), "shortcut", str(field), *leaf]:
+            pooled = isinstance(stages[stage][block].shortcut, PooledProjection)
             place = ("conv", "norm").index(field) + pooled
             return _leaf_name(f"layer{stage + 1}.{block}.downsample.{place}", leaf)
         case ["stages", int(stage), block, str(field), *leaf]:
@@ -176,7 +208,7 @@ class _Rule(NamedTuple):
     to_theirs: Callable[[re.Match[str]], str]
 
 
-_PLACE = r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\."
+_PLACE = r"resnet\.encoder\.stages\.(\d{1,2})\.layers\.(\d{1,3})\."
 _RULES = (
     _Rule(
         r"resnet\.embedder\.embedder\.(convolution|normalization)\.",
@@ -185,7 +217,7 @@ _RULES = (
         lambda m: f"resnet.embedder.embedder.{_HF_WORD[m[1]]}.",
     ),
     _Rule(
-        _PLACE + r"layer\.(\d+)\.(convolution|normalization)\.",
+        _PLACE + r"layer\.(\d)\.(convolution|normalization)\.",
         lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{_OUR_WORD[m[4]]}{int(m[3]) + 1}.",
         r"layer(\d+)\.(\d+)\.(conv|bn)(\d)\.",
         lambda m: (
@@ -224,27 +256,33 @@ def _canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             if match := re.match(rule.theirs, name):
                 name = rule.to_ours(match) + name[match.end() :]
                 break
+        if name in canonical:
+            raise FresnetError(f"from_state_dict expects one entry of each name; got two {name}")
         canonical[name] = value
     return "huggingface", canonical
 
 
 def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entries themselves, without a training script's wrapper and prefixes."""
-    if not isinstance(mapping, Mapping):
-        raise FresnetError(
-            "from_state_dict expects a mapping of names to tensors, as model.state_dict() gives; "
-            f"got {describe(mapping)}"
-        )
-    for wrapper in ("state_dict", "model_state_dict", "model_state", "model"):
-        if isinstance(mapping.get(wrapper), Mapping):
-            return _unwrapped(mapping[wrapper])
-    strange = [name for name in mapping if not isinstance(name, str)]
-    if strange:
-        raise FresnetError(f"from_state_dict expects names to be strings; got {strange[0]!r}")
-    for prefix in ("module.", "model.", "_orig_mod."):
-        if mapping and all(name.startswith(prefix) for name in mapping):
-            return _unwrapped({name.removeprefix(prefix): mapping[name] for name in mapping})
-    return mapping
+    """The entries themselves, without a training script's wrappers and prefixes."""
+    for _ in range(WRAPPINGS):
+        if not isinstance(mapping, Mapping):
+            raise FresnetError(
+                "from_state_dict expects a mapping of names to tensors, as model.state_dict() "
+                f"gives; got {describe(mapping)}"
+            )
+        wrapper = next((name for name in WRAPPERS if isinstance(mapping.get(name), Mapping)), None)
+        if wrapper is not None:
+            mapping = mapping[wrapper]
+            continue
+        strange = [name for name in mapping if not isinstance(name, str)]
+        if strange:
+            raise FresnetError(f"from_state_dict expects names to be strings; got {strange[0]!r}")
+        entries = {name: mapping[name] for name in mapping if name != "n_averaged"}
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in entries)), None)
+        if prefix is None or not entries:
+            return mapping
+        mapping = {name.removeprefix(prefix): value for name, value in entries.items()}
+    raise FresnetError(f"from_state_dict expects fewer than {WRAPPINGS} wrappers and prefixes")
 
 
 # What the names and shapes say of the architecture.
@@ -274,6 +312,11 @@ def _template(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
         per_group = _size(given, ("layer1.0.conv2.weight", 1), default=inner)
         if inner % per_group == 0 and per_group * 64 % width == 0:
             grouping = {"groups": inner // per_group, "group_width": per_group * 64 // width}
+    if sum(depths) > len(given):
+        raise FresnetError(
+            f"from_state_dict expects entries of every block; got {len(given)} entries, and names "
+            f"of {sum(depths)} blocks"
+        )
     spec = Spec(
         (BottleneckV1 if stride_in_1x1 else Bottleneck) if bottleneck else BasicBlock,
         depths,
@@ -286,7 +329,7 @@ def _template(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
         0,
         spec,
         num_classes=_size(given, ("fc.weight", 0), ("fc.bias", 0), default=1000),
-        in_channels=stem.shape[1] if _is_float(stem) and stem.ndim > 1 and stem.shape[1] else 3,
+        in_channels=_size(given, ("conv1.weight", 1), ("conv1.0.weight", 1), default=3),
         dtype=_widened(stem.dtype) if _is_float(stem) else torch.float32,
         device="meta",
     )
@@ -306,31 +349,29 @@ def _shortcut_type(given: Mapping[str, Any], stem_type: type) -> type:
 
 
 def _faults(expected: Mapping[str, Tensor], given: Mapping[str, Any], layout: str) -> Iterator[str]:
-    stem = given.get(next(iter(expected)))
     for name, leaf in expected.items():
         if name not in given:
             yield f"{_name_in(layout, name)} is missing: expected {tuple(leaf.shape)}"
     for name, value in given.items():
         if name not in expected:
             yield f"{_name_in(layout, name)} is unexpected: got {describe(value)}"
+    yield from _misfits(expected, given, given, layout)
+
+
+def _misfits(
+    expected: Mapping[str, Tensor], values: Mapping[str, Any], given: Mapping[str, Any], layout: str
+) -> Iterator[str]:
+    """Values of another shape, dtype or device than goes with the stem."""
+    stem = given.get("conv1.weight", given.get("conv1.0.weight"))
     device = stem.device if _is_float(stem) else None
-    for name in (name for name in expected if name in given):
-        value, leaf, theirs = given[name], expected[name], _name_in(layout, name)
+    for name in (name for name in expected if name in values):
+        value, leaf, theirs = values[name], expected[name], _name_in(layout, name)
         if not _is_float(value) or value.shape != leaf.shape:
             yield f"{theirs}: expected float {tuple(leaf.shape)}, got {describe(value)}"
         elif torch.promote_types(value.dtype, leaf.dtype) != leaf.dtype:
             yield f"{theirs}: expected {leaf.dtype}, to go with the stem, got {value.dtype}"
         elif device is not None and value.device != device:
             yield f"{theirs}: expected on {device}, to go with the stem, got {value.device}"
-
-
-def _bias_faults(
-    biases: Mapping[str, Any], expected: Mapping[str, Tensor], layout: str
-) -> Iterator[str]:
-    for name, bias in biases.items():
-        shape = expected[_mean_after(name)].shape
-        if not _is_float(bias) or bias.shape != shape:
-            yield f"{_name_in(layout, name)}: expected float {tuple(shape)}, got {describe(bias)}"
 
 
 def _is_conv_bias(name: str, expected: Mapping[str, Tensor]) -> bool:
@@ -349,12 +390,19 @@ def _mean_after(bias: str) -> str:
 
 
 def _foreign_to(layout: str, params: Params) -> str:
-    """A node that the layout's networks do not have; empty if there is none."""
+    """What the layout's networks do not have; empty if there is nothing."""
     own: dict[str, tuple[type, ...]] = {
         "torchvision": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
         "timm": (NoShortcut, ZeroPad, Stem3x3),
         "huggingface": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
     }
+    blocks = [block for stage in params.weights.stages for block in blocks_of(stage)]
+    if layout == "huggingface" and not all(
+        isinstance(block, BasicBlock)
+        or block.conv3.shape[0] == 4 * block.conv1.shape[0] == 4 * block.conv2.shape[1]
+        for block in blocks
+    ):
+        return "bottlenecks that are grouped or wide"
     return next((kind.__name__ for kind in own[layout] if _has(params, kind)), "")
 
 

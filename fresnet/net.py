@@ -244,8 +244,8 @@ def _basic_block(
 def _bottleneck(
     w: Bottleneck, s: BottleneckStats, x: Tensor, grid: Grid, norm: NormFunction
 ) -> tuple[Tensor, BlockStats]:
-    groups = w.conv1.shape[0] // w.conv2.shape[1]
     y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1))
+    groups = _groups(w)
     y = conv2d(relu(y), w.conv2, stride=grid.stride, dilation=grid.dilation, groups=groups)
     y, norm2 = norm(w.norm2, s.norm2, y)
     y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
@@ -256,13 +256,18 @@ def _bottleneck(
 def _bottleneck_v1(
     w: BottleneckV1, s: BottleneckV1Stats, x: Tensor, grid: Grid, norm: NormFunction
 ) -> tuple[Tensor, BlockStats]:
-    groups = w.conv1.shape[0] // w.conv2.shape[1]
     y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride=grid.stride))
-    y = conv2d(relu(y), w.conv2, dilation=grid.dilation_after, groups=groups)
+    y = conv2d(relu(y), w.conv2, dilation=grid.dilation_after, groups=_groups(w))
     y, norm2 = norm(w.norm2, s.norm2, y)
     y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
     y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
     return relu(y), BottleneckV1Stats(norm1, norm2, norm3, shortcut)
+
+
+def _groups(w: Bottleneck | BottleneckV1) -> int:
+    """Of the 3x3: as its weight has so much fewer input channels than there are activations."""
+    channels = w.conv2.shape[1] if w.conv2.ndim == 4 else 0
+    return w.conv1.shape[0] // channels if channels else 1  # what does not fit, conv2d refuses
 
 
 RUN_BLOCK: Mapping[type, Callable[..., tuple[Tensor, BlockStats]]] = {

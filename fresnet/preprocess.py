@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -94,8 +94,7 @@ def _pixels(index: int, image: Any, preset: Preset) -> np.ndarray:
         return np.asarray(_crop(_rgb(image), preset))
     except Exception as error:  # of any type: it is Pillow's decoders that raise
         name = f"images[{index}]" + (f", {image}" if isinstance(image, str | PathLike) else "")
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise FresnetError(f"preprocess cannot read {name}: {reason}") from error
+        raise FresnetError(f"preprocess cannot read {name}: {reason(error)}") from error
 
 
 def _rgb(image: Any) -> "PILImage":

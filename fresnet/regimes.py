@@ -78,8 +78,9 @@ def dilate(params: Params, *, output_stride: int) -> Params:
     torch.Size([1, 512, 8, 8])
 
     Args:
-      params: the network, of stride 32 in all, say.
-      output_stride: that of the result, 8 or 16 say: dividing the network's by a power of two.
+      params: the network.
+      output_stride: pixels from one of the last activations to the next; a ResNet-50's is 32,
+        and here 16, 8 or 4.
     Returns:
       The same weights; the last stages are `DilatedStage`s.
     Raises:
@@ -91,7 +92,7 @@ def dilate(params: Params, *, output_stride: int) -> Params:
     weights = params.weights
     stem_stride = 1 if isinstance(weights.stem, Stem3x3) else 4
     strides = [stem_stride * 2**i for i in range(len(weights.stages))]
-    if output_stride not in strides:
+    if type(output_stride) is not int or output_stride not in strides:
         raise FresnetError(
             f"dilate expects output_stride to be one of {strides}; got {output_stride!r}"
         )

@@ -68,7 +68,11 @@ class Spec:
         if self.inner_width(0) < 1:
             raise FresnetError(f"Spec expects at least one channel in each group; got {self}")
         if self.stem is DeepStem and self.width < 2:
-            raise FresnetError(f"Spec expects a deep stem to put out at least two channels: {self}")
+            raise FresnetError(
+                f"Spec expects width to be at least 2 with a deep stem; got {self.width}"
+            )
+        if self.out_channels(len(self.depths)) >= 2**31:
+            raise FresnetError(f"Spec expects fewer stages or a smaller width; got {self}")
 
     def inner_width(self, stage: int) -> int:
         """The channels between the convolutions of a block in this stage, counted from 0."""

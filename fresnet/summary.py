@@ -130,7 +130,8 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
     size: Any = (image_size, image_size) if type(image_size) is int else image_size
     if not _is_size(size):
         raise FresnetError(
-            f"summary expects image_size to be a positive integer or two; got {image_size!r}"
+            "summary expects image_size to be an integer from 1 to 2**20, or two; "
+            f"got {image_size!r}"
         )
     weights, stats = tree.map(lambda leaf: leaf.to("meta"), params)
     x = weights.stem[0].new_empty((1, weights.stem[0].shape[1], *size))
@@ -214,5 +215,7 @@ def _wrap(description: str, width: int) -> list[str]:
 
 def _is_size(size: Any) -> bool:
     return (
-        isinstance(size, tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+        isinstance(size, tuple)
+        and len(size) == 2
+        and all(type(n) is int and 0 < n <= 2**20 for n in size)
     )

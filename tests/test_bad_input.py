@@ -102,6 +102,18 @@ TREES: dict[str, tuple[Any, str]] = {
         with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2[..., :2, :2]))),
         "expects a weight [o 8 k k], k odd; got (8, 8, 2, 2)",
     ),
+    "a group without channels": (
+        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2[:, :0]))),
+        "expects a weight [o 8 k k], k odd; got (8, 0, 3, 3)",
+    ),
+    "a 3x3 that is a number": (
+        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2.sum()))),
+        "expects a weight [o 8 k k], k odd; got ()",
+    ),
+    "groups that do not divide the output": (
+        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2[:7, :4]))),
+        "expects a weight [o 8/2 k k], k odd; got (7, 4, 3, 3)",
+    ),
     "a bare pair": ((w, s), "expects Params(weights, stats); got a tuple"),
     "stats first": (Params(s, w), "to hold Weights and Stats; got a Stats and a Weights"),  # type: ignore[arg-type]
     "a block missing": (
@@ -205,6 +217,11 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
         ({"generator": 0, "num_classes": 0}, "got num_classes=0, in_channels=3"),
         ({"generator": 0, "in_channels": 0}, "got num_classes=1000, in_channels=0"),
         ({"generator": 0, "dtype": torch.int32}, "torch.float64); got torch.int32"),
+        (
+            {"generator": 0, "num_classes": 2**31},
+            "integers below 2**31; got num_classes=2147483648",
+        ),
+        ({"generator": 0, "device": "nowhere"}, "device to be a torch.device; got 'nowhere'"),
         ({"generator": 0, "dtype": "float32"}, "torch.float64); got 'float32'"),
         ({"generator": 2**70}, f"init expects a torch.Generator or an int; got {2**70}"),
     ],
@@ -249,7 +266,8 @@ def test_momentum(momentum: Any, got: str) -> None:
         ({"shortcut": Identity}, "Projection or PooledProjection or ZeroPad or NoShortcut; got"),
         ({"block": BasicBlock, "groups": 2}, "Spec expects groups and group_width of bottlenecks"),
         ({"group_width": 1, "width": 32}, "Spec expects at least one channel in each group"),
-        ({"stem": DeepStem, "width": 1}, "Spec expects a deep stem to put out at least two"),
+        ({"stem": DeepStem, "width": 1}, "Spec expects width to be at least 2 with a deep stem"),
+        ({"depths": (1,) * 60}, "Spec expects fewer stages or a smaller width"),
     ],
 )
 def test_spec(arguments: dict[str, Any], message: str) -> None:
@@ -267,6 +285,7 @@ POOLED = fresnet.init(0, Spec(Bottleneck, (1, 1), width=2, shortcut=PooledProjec
         ((), 8, "dilate expects Params(weights, stats); got a tuple"),
         (RESNET8, 2, "dilate expects output_stride to be one of [4, 8]; got 2"),
         (RESNET8, 16, "dilate expects output_stride to be one of [4, 8]; got 16"),
+        (RESNET8, 8.0, "dilate expects output_stride to be one of [4, 8]; got 8.0"),
         (RESNET8, None, "dilate expects output_stride to be one of [4, 8]; got None"),
         (POOLED, 4, "dilate expects shortcuts without pooling; got PooledProjection"),
     ],

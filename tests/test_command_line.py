@@ -72,6 +72,32 @@ def test_predict(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert len(lines) == 7
 
 
+def test_predict_takes_any_number_of_images_and_any_dtype(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, net = ["china.png", "flower.jpg", "china.png"], ("--weights", "half.safetensors")
+    half = PARAMS._replace(weights=fresnet.tree.map(torch.Tensor.bfloat16, PARAMS.weights))
+    fresnet.save(half, "half.safetensors")
+    monkeypatch.setattr("fresnet.__main__.BATCH", 2)
+    code, out, _ = call(capsys, "predict", *images, *net, "--json", "--top", "1")
+    assert code == 0
+    found = json.loads(out)
+    logits = fresnet.forward(half, fresnet.preprocess(images).bfloat16())
+    best = logits.float().softmax(1).max(1).values.tolist()
+    assert [entry["predictions"][0]["probability"] for entry in found] == pytest.approx(best)
+    assert found[0] == found[2] != found[1]
+
+
+def test_predictions_that_are_no_numbers_are_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    huge = PARAMS._replace(weights=fresnet.tree.map(lambda w: w * 1e30, PARAMS.weights))
+    fresnet.save(huge, "huge.safetensors")
+    code, out, err = call(capsys, "predict", "china.png", "--weights", "huge.safetensors")
+    assert (code, out) == (1, "")
+    assert "the network's logits are not finite" in err
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
 @pytest.mark.parametrize("layout", ["torchvision", "timm", "huggingface"])
 def test_convert(
@@ -79,7 +105,9 @@ def test_convert(
 ) -> None:
     target = f"out{suffix}"
     code, out, _ = call(capsys, "convert", "net.safetensors", target, "--layout", layout)
-    assert (code, out) == (0, f"wrote {target}\n")
+    told = (layout, suffix) == ("torchvision", ".safetensors")
+    lost = "" if told else "; its names do not tell BottleneckV1"
+    assert (code, out) == (0, f"wrote {target}{lost}\n")
     assert_same(fresnet.load(target, stride_in_1x1=True), PARAMS)
     assert (folder / target).stat().st_mode == (folder / "labels.txt").stat().st_mode
     code, _, _ = call(capsys, "convert", target, "back.safetensors", "--stride-in-1x1")
@@ -97,7 +125,7 @@ def test_convert(
         ("summary resnet51", "unknown network 'resnet51'; did you mean 'resnet"),
         ("summary vgg", "unknown network 'vgg'; there are resnet18, "),
         ("summary no.pth", "cannot load no.pth: No such file or directory"),
-        ("summary resnet18 --image-size 0", "expects image_size to be a positive integer"),
+        ("summary resnet18 --image-size 0", "expects image_size to be an integer from 1 to 2**20"),
         ("summary resnet18 --classes 0", "expects num_classes and in_channels to be positive"),
         ("predict no.png --weights net.safetensors", "no.png: No such file or directory"),
         ("predict labels.txt --weights net.safetensors", "labels.txt: cannot identify image"),
@@ -143,6 +171,21 @@ def test_help_has_examples_and_fits_80_columns(
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
     assert f"python -m fresnet {command[0]}" in out if command else "exit status" in out
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_is_no_error(folder: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "fresnet", "summary", "resnet50"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 @pytest.mark.slow

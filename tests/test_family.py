@@ -160,7 +160,8 @@ def test_plain_and_v1_members_are_of_the_same_sizes() -> None:
 @pytest.mark.parametrize("name", fresnet.SPECS)
 def test_every_member_is_what_its_name_says(name: str) -> None:
     """Its stem, its shortcuts, and how it shrinks an image of 64x64."""
-    weights = fresnet.init(0, fresnet.SPECS[name], num_classes=10, device="meta").weights
+    params = fresnet.init(0, fresnet.SPECS[name], num_classes=10, device="meta")
+    weights = params.weights
     blocks = [block for stage in weights.stages for block in stage]
     shortcuts = {type(block.shortcut) for block in blocks}
     assert (NoShortcut in shortcuts) == name.startswith("plain")
@@ -169,6 +170,10 @@ def test_every_member_is_what_its_name_says(name: str) -> None:
     cifar = len(weights.stages) == 3
     assert (ZeroPad in shortcuts) == (cifar and name.startswith("resnet") and name[-1] != "b")
     assert isinstance(weights.stem, Stem3x3) == cifar
+    if len(blocks) < 60:
+        pyramid = fresnet.features(params, torch.empty(1, 3, 64, 64, device="meta"))
+        sides = [64, 64, 32, 16] if cifar else [16, 16, 8, 4, 2]
+        assert [activation.shape[-1] for activation in pyramid] == sides
 
 
 @pytest.mark.slow

@@ -37,6 +37,16 @@ def has(params: Params, kinds: tuple[type, ...]) -> bool:
     return any(isinstance(node, kinds) for node in nodes)
 
 
+def is_grouped_or_wide(params: Params) -> bool:
+    stages = [getattr(stage, "blocks", stage) for stage in params.weights.stages]
+    return any(
+        not isinstance(block, BasicBlock)
+        and not block.conv2.shape[1] == block.conv1.shape[0] == block.conv3.shape[0] // 4
+        for stage in stages
+        for block in stage
+    )
+
+
 FOREIGN = {
     "torchvision": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
     "timm": (NoShortcut, ZeroPad, Stem3x3),
@@ -48,7 +58,7 @@ FOREIGN = {
 @examples(40)
 @given(params=tiny_params(dilated=False))
 def test_round_trip_of_params_is_exact_or_refused(layout: str, params: Params) -> None:
-    if has(params, FOREIGN[layout]):
+    if has(params, FOREIGN[layout]) or (layout == "huggingface" and is_grouped_or_wide(params)):
         with pytest.raises(FresnetError, match=f"expects a network that {layout} has; got"):
             fresnet.to_state_dict(params, layout)
         return
@@ -191,7 +201,12 @@ def test_hugging_faces_networks_run_as_they_did_and_go_back(
 @given(
     layout=st.sampled_from(["torchvision", "huggingface"]),
     wrappers=st.lists(
-        st.sampled_from(["state_dict", "model", "model_state", "module.", "model.", "_orig_mod."]),
+        st.sampled_from(
+            [
+                *("state_dict", "model_state_dict", "model_state", "model"),
+                *("module.", "model.", "_orig_mod.", "averaged"),
+            ]
+        ),
         max_size=4,
     ),
 )
@@ -201,9 +216,12 @@ def test_wrappers_and_prefixes_of_training_scripts_are_taken_off(
     params = fresnet.init(0, Spec(BasicBlock, (1, 1), width=4), num_classes=3)
     mapping: dict[str, Any] = fresnet.to_state_dict(params, layout)
     for wrapper in wrappers:
-        if not wrapper.endswith("."):
+        if wrapper == "averaged":
+            mapping = {f"module.{name}": value for name, value in mapping.items()}
+            mapping["n_averaged"] = torch.tensor(3)
+        elif not wrapper.endswith("."):
             mapping = {"epoch": 3, wrapper: mapping, "optimizer": {"state": {}}}
-        elif "epoch" not in mapping:
+        else:
             mapping = {f"{wrapper}{name}": value for name, value in mapping.items()}
     assert_same(fresnet.from_state_dict(mapping), params)
 
@@ -269,6 +287,47 @@ def test_a_misshapen_bias_is_named() -> None:
     message = "layer1.0.conv2.bias: expected float (4,), got float32 (3,)"
     with pytest.raises(FresnetError, match=re.escape(message)):
         fresnet.from_state_dict({**state, "layer1.0.conv2.bias": torch.zeros(3)})
+
+
+def test_a_bias_is_held_to_the_dtype_and_device_of_the_rest() -> None:
+    state = fresnet.to_state_dict(fresnet.init(0, Spec(BasicBlock, (1,), width=4)))
+    bias = torch.zeros(4)
+    for wrong, message in (
+        (bias.double(), "conv1.bias: expected torch.float32, to go with the stem, got torch.float"),
+        (bias.to("meta"), "conv1.bias: expected on cpu, to go with the stem, got meta"),
+        (None, "conv1.bias: expected float (4,), got None"),
+    ):
+        with pytest.raises(FresnetError, match=re.escape(message)):
+            fresnet.from_state_dict({**state, "conv1.bias": wrong})
+
+
+def test_crafted_names_and_sizes_are_refused() -> None:
+    state: dict[str, Any] = fresnet.to_state_dict(
+        fresnet.init(0, Spec(BasicBlock, (1,), width=4), num_classes=2)
+    )
+    conv = state["layer1.0.conv1.weight"]
+    own: dict[str, Any] = {}
+    own["model"] = own
+    theirs = "resnet.encoder.stages.{}.layers.0.layer.0.convolution.weight"
+    for crafted, message in (
+        ({**state, "layer60.0.conv1.weight": conv}, "entries of every block; got"),
+        ({**state, **{f"layer{i}.0.conv1.weight": conv for i in range(2, 99)}}, "fewer stages"),
+        ({**state, "layer1.999.conv1.weight": conv}, "names of 1000 blocks"),
+        ({**state, "fc.bias": torch.zeros(1).expand(2**40)}, "fc.bias: expected float (2,)"),
+        ({**state, "fc.weight": torch.zeros(1, 1).expand(2**40, 1)}, "integers below 2**31"),
+        ({**state, theirs.format("9" * 5000): conv}, "is unexpected"),
+        ({**state, "classifier.1.bias": state["fc.bias"], "resnet.a": conv}, "got two fc.bias"),
+        (own, "expects fewer than 10 wrappers and prefixes"),
+    ):
+        with pytest.raises(FresnetError, match=re.escape(message)):
+            fresnet.from_state_dict(crafted)
+
+
+def test_what_hugging_face_has_not_is_not_written_for_it() -> None:
+    for name in ("resnext50_32x4d", "wide_resnet50_2"):
+        params = fresnet.init(0, fresnet.SPECS[name], device="meta")
+        with pytest.raises(FresnetError, match="huggingface has; got bottlenecks that are grouped"):
+            fresnet.to_state_dict(params, "huggingface")
 
 
 def test_the_paper_and_its_successors_share_names() -> None:
@@ -398,7 +457,10 @@ def test_names_of_another_library_are_refused(mapping: dict[str, Tensor]) -> Non
     [
         ({7: torch.zeros(1)}, "expects names to be strings; got 7"),
         ({"fc.bias": torch.zeros(1000).to(torch.float8_e4m3fn)}, "got float8_e4m3fn (1000,)"),
-        ({"fc.bias": torch.zeros(1000).to_sparse()}, "fc.bias: expected float (1000,), got"),
+        (
+            {"fc.bias": torch.zeros(1000).to_sparse()},
+            "fc.bias: expected float (1000,), got sparse_coo float32 (1000,)",
+        ),
     ],
 )
 def test_strange_entries_are_refused(entry: dict[Any, Any], message: str) -> None:
