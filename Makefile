@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes of one thread each: much of the time goes into compiling, on one core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: train test test-fast lint
 
@@ -7,10 +9,10 @@ train: .venv/ready  ## train a ResNet-50 on handwritten digits
 	$(BIN)/python examples/train_digits.py
 
 test: .venv/ready  ## every test, doctest and README block
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: .venv/ready  ## the development loop
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .

@@ -239,7 +239,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     for dump in (lambda x: torch.save(x, path), lambda x: path.write_bytes(pickle.dumps(x))):
         dump({"model": Harmful(victim)})
         assert refusal(path).startswith("neither safetensors nor what torch.load reads with weigh")
-        assert refusal(path).endswith("it asks for getattr, which is not run")
+        assert "which is not run" in refusal(path) or "pickle protocol 4" in refusal(path)
         assert not victim.exists()
 
 
