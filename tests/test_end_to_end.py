@@ -60,6 +60,7 @@ def train_functions(
     return params, velocity, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_training_here_in_between_is_training_there_straight_through(
     block: type, tmp_path: Path

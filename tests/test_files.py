@@ -78,6 +78,7 @@ def test_every_network_comes_back_to_the_bit(
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_what_is_loaded_is_laid_out_as_what_was_saved(name: str, tmp_path: Path) -> None:
     params = fresnet.init(0, fresnet.SPECS[name])
@@ -462,6 +463,7 @@ def sources(folder: Path) -> dict[str, Path]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["save", "zipped", "safetensors", "pickled"])
 def test_a_damaged_file_ends_in_a_clean_error_or_a_network(kind: str, tmp_path: Path) -> None:
     """600 injuries a kind; where there is a checksum, in a clean error or the network itself."""

@@ -23,7 +23,7 @@ def test_forward_equals_torchvision(name: str, x: Tensor, seed: int, classes: in
         assert_close(logits, model(x), 1e-12)
 
 
-@examples(40)
+@examples(25)
 @given(x=images(), seed=seeds, classes=class_counts, spec=small_specs())
 def test_forward_of_any_depths_equals_torchvision(
     x: Tensor, seed: int, classes: int, spec: fresnet.Spec

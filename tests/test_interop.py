@@ -93,6 +93,7 @@ def test_round_trip_of_a_state_dict_is_exact(
     assert_same(state, model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*reference.PAPERS, "resnext50_32x4d", "wide_resnet50_2"])
 def test_torchvision_loads_what_is_exported(name: str) -> None:
     params = fresnet.init(0, fresnet.SPECS[name])

@@ -35,7 +35,7 @@ def test_totals_are_those_in_torchvisions_metadata(name: str) -> None:
         assert round(table.multiply_adds / 1e9, 3) == weights.meta["_ops"]
 
 
-@examples(20)
+@examples(10)
 @given(seed=seeds, spec=small_specs(), height=sides, width=sides)
 def test_totals_are_torchvisions_at_any_size(
     seed: int, spec: Spec, height: int, width: int
@@ -92,7 +92,7 @@ def test_alike_blocks_share_a_row_and_what_tells_others_apart_is_said() -> None:
     assert fresnet.summary(fresnet.freeze(params)) == fresnet.summary(params)
 
 
-@pytest.mark.parametrize("name", fresnet.SPECS)
+@pytest.mark.parametrize("name", [name for name in fresnet.SPECS if "1202" not in name])
 def test_tables_fit_80_columns_and_add_up(name: str) -> None:
     table = fresnet.summary(fresnet.init(0, fresnet.SPECS[name], device="meta"))
     lines = str(table).splitlines()

@@ -55,7 +55,7 @@ def test_one_step_equals_torchvision(name: str, x: Tensor, seed: int, classes: i
     check_one_step(model, x, labels(x, classes))
 
 
-@examples(15)
+@examples(10)
 @given(x=training_images(), seed=seeds, classes=class_counts, spec=small_specs())
 def test_one_step_of_any_depths_equals_torchvision(
     x: Tensor, seed: int, classes: int, spec: fresnet.Spec
@@ -64,7 +64,7 @@ def test_one_step_of_any_depths_equals_torchvision(
     check_one_step(model, x, labels(x, classes))
 
 
-@examples(15)
+@examples(10)
 @given(
     batches=st.lists(training_images(), min_size=2, max_size=4),
     seed=seeds,
