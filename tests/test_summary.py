@@ -35,6 +35,7 @@ def test_totals_are_those_in_torchvisions_metadata(name: str) -> None:
         assert round(table.multiply_adds / 1e9, 3) == weights.meta["_ops"]
 
 
+@pytest.mark.slow
 @examples(10)
 @given(seed=seeds, spec=small_specs(), height=sides, width=sides)
 def test_totals_are_torchvisions_at_any_size(
