@@ -185,7 +185,7 @@ def test_hugging_faces_networks_run_as_they_did_and_go_back(
         depths=depths,
         layer_type=layer_type,
         downsample_in_bottleneck=in_bottleneck,
-        num_labels=classes,  # type: ignore[call-arg]
+        num_labels=classes,
     )
     model = reference.perturbed(transformers.ResNetForImageClassification(config), seed)
     state = model.state_dict()
