@@ -5,7 +5,7 @@ logits = fresnet.forward(params, x)                # inference: running statisti
 logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
-from fresnet import moments, tree
+from fresnet import moments, optim, tree
 from fresnet.errors import FresnetError
 from fresnet.files import load, save
 from fresnet.init import init
@@ -41,6 +41,7 @@ __all__ = [
     "init",
     "load",
     "moments",
+    "optim",
     "per_sample_grads",
     "preprocess",
     "recalibrate",

@@ -1,0 +1,285 @@
+"""Optimizers and schedules as pure functions of trees.
+
+    optimizer = fresnet.optim.sgd(0.1, momentum=0.9, weight_decay=1e-4)
+    state = optimizer.init(weights)
+    weights, state = optimizer.update(grads, state, weights)
+
+Rates and decays are numbers, 0-d tensors, so that an ensemble maps over them, or schedules:
+functions of the step, which is 0 at the first update.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fresnet import tree
+from fresnet.errors import FresnetError, describe
+
+Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
+Rate: TypeAlias = float | Tensor | Schedule
+Where: TypeAlias = Callable[[tree.Path], bool]
+
+
+class Optimizer(NamedTuple):
+    """`init(weights) -> state` and `update(grads, state, weights) -> (weights, state)`.
+
+    A state is a tree of float tensors. Neither function writes to an argument.
+    """
+
+    init: Callable[[Any], "State"]
+    update: Callable[[Any, "State", Any], tuple[Any, "State"]]
+
+
+class State(NamedTuple):
+    """What an optimizer carries along: the number of updates, and means of past gradients.
+
+    `step []`; `moments`, trees like the weights: none, the velocity, or AdamW's mean and square.
+    """
+
+    step: Tensor
+    moments: tuple[Any, ...]
+
+
+def everywhere(path: tree.Path) -> bool:
+    """Every leaf: what PyTorch's optimizers decay."""
+    return True
+
+
+def kernels(path: tree.Path) -> bool:
+    """Convolutions and the head's matrix, but no norm and no bias.
+
+    >>> kernels(("stages", 0, 1, "conv2")), kernels(("stages", 0, 1, "norm2", "scale"))
+    (True, False)
+    """
+    return path[-1] not in ("scale", "bias")
+
+
+def sgd(
+    learning_rate: Rate,
+    *,
+    momentum: float | Tensor = 0.0,
+    weight_decay: Rate = 0.0,
+    nesterov: bool = False,
+    decoupled: bool = False,
+    decay_where: Where = everywhere,
+) -> Optimizer:
+    """Stochastic gradient descent, as `torch.optim.SGD` has it.
+
+        g <- g + weight_decay w
+        v <- momentum v + g
+        w <- w - learning_rate v           (with nesterov: g + momentum v for v)
+
+    >>> import torch
+    >>> weights = (torch.tensor([1.0, 2.0]),)
+    >>> optimizer = sgd(0.1, momentum=0.9)
+    >>> optimizer.update((torch.ones(2),), optimizer.init(weights), weights)[0]
+    (tensor([0.9000, 1.9000]),)
+
+    Args:
+      learning_rate, weight_decay: numbers, 0-d tensors or schedules.
+      momentum: a number or a 0-d tensor.
+      nesterov: step along the velocity once more (Sutskever et al. 2013).
+      decoupled: shrink w by learning_rate weight_decay w instead of adding to its gradient
+        (Loshchilov & Hutter 2019, arXiv:1711.05101).
+      decay_where: told the way to a leaf, whether its weights decay, such as `kernels`.
+    Raises:
+      FresnetError: if a number is negative, or if nesterov comes without momentum.
+    """
+    _check("sgd", learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    has_velocity = isinstance(momentum, Tensor) or momentum > 0
+    if nesterov and not has_velocity:
+        raise FresnetError("sgd expects a momentum above 0 with nesterov; got 0")
+
+    def move(step: Tensor, decays: bool, w: Tensor, g: Tensor, *velocity: Tensor) -> Any:
+        rate = _at(learning_rate, step)
+        decay = _at(weight_decay, step) if decays else 0.0
+        if not decoupled:
+            g = g + decay * w
+        velocity = tuple(momentum * v + g for v in velocity)
+        ahead = g + momentum * velocity[0] if nesterov else velocity[0] if velocity else g
+        if decoupled:
+            w = w - rate * decay * w
+        return w - rate * ahead, *velocity
+
+    return _optimizer(move, moments=1 if has_velocity else 0, decay_where=decay_where)
+
+
+def adamw(
+    learning_rate: Rate,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Rate = 0.01,
+    decay_where: Where = everywhere,
+) -> Optimizer:
+    """Adam with decoupled weight decay, as `torch.optim.AdamW` has it.
+
+        m <- b1 m + (1 - b1) g,   s <- b2 s + (1 - b2) g^2
+        w <- (1 - learning_rate weight_decay) w
+             - learning_rate m / (1 - b1^t) / (sqrt(s / (1 - b2^t)) + eps)
+
+    Args:
+      learning_rate, weight_decay: numbers, 0-d tensors or schedules.
+      betas: b1 and b2.
+      eps: added to the root.
+      decay_where: as for `sgd`.
+    Raises:
+      FresnetError: if a number is negative, or a beta not below 1.
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2.
+    """
+    _check("adamw", learning_rate=learning_rate, weight_decay=weight_decay, eps=eps)
+    b1, b2 = betas
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):
+        raise FresnetError(f"adamw expects betas from 0 to below 1; got {betas}")
+
+    def move(step: Tensor, decays: bool, w: Tensor, g: Tensor, m: Tensor, s: Tensor) -> Any:
+        rate = _at(learning_rate, step)
+        decay = _at(weight_decay, step) if decays else 0.0
+        m, s = m.lerp(g, 1 - b1), b2 * s + (1 - b2) * g.square()
+        t = step + 1
+        root = (s / (1 - b2**t)).sqrt() + eps
+        return w * (1 - rate * decay) - rate / (1 - b1**t) * (m / root), m, s
+
+    return _optimizer(move, moments=2, decay_where=decay_where)
+
+
+def lars(
+    learning_rate: Rate,
+    *,
+    momentum: float | Tensor = 0.9,
+    weight_decay: Rate = 0.0,
+    trust: float = 0.001,
+    adapt_where: Where = kernels,
+) -> Optimizer:
+    """SGD whose rate is scaled leaf by leaf to the size of the weights, for large batches.
+
+        g <- trust |w| / (|g| + weight_decay |w|) (g + weight_decay w)
+        v <- momentum v + g
+        w <- w - learning_rate v
+
+    Where it does not adapt, and where |w| or |g| is 0, weights do not decay and the factor is 1.
+
+    Args:
+      learning_rate, weight_decay: numbers, 0-d tensors or schedules.
+      momentum: a number or a 0-d tensor.
+      trust: by which the ratio of norms is scaled.
+      adapt_where: told the way to a leaf, whether its rate adapts and its weights decay.
+    Raises:
+      FresnetError: if a number is negative.
+    Source: You, Gitman & Ginsburg 2017, arXiv:1708.03888, Alg. 1.
+    """
+    _check("lars", learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
+
+    def move(step: Tensor, adapts: bool, w: Tensor, g: Tensor, v: Tensor) -> Any:
+        if adapts:
+            decay, size, slope = _at(weight_decay, step), w.norm(), g.norm()
+            factor = trust * size / (slope + decay * size)
+            usable = (size > 0) & (slope > 0)
+            g = torch.where(usable, factor * (g + decay * w), g)
+        v = momentum * v + g
+        return w - _at(learning_rate, step) * v, v
+
+    return _optimizer(move, moments=1, decay_where=adapt_where)
+
+
+def clip_by_norm(grads: Any, max_norm: float | Tensor) -> Any:
+    """The gradients, scaled so that all together have at most this norm.
+
+    >>> import torch
+    >>> clip_by_norm((torch.tensor([3.0]), torch.tensor([4.0])), 1.0)
+    (tensor([0.6000]), tensor([0.8000]))
+
+    Raises:
+      FresnetError: if max_norm is negative.
+    Source: Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063, Alg. 1.
+    """
+    _check("clip_by_norm", max_norm=max_norm)
+    norm = torch.stack([g.norm() for g in tree.leaves(grads)]).norm()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+    return tree.map(lambda g: g * factor, grads)
+
+
+def steps(peak: float | Tensor, *, at: Sequence[int], factor: float = 0.1) -> Schedule:
+    """The peak, times factor at each of these steps: the paper's.
+
+    >>> rate = steps(1.0, at=(2, 4))
+    >>> [round(float(rate(torch.tensor(step))), 3) for step in range(5)]
+    [1.0, 1.0, 0.1, 0.1, 0.01]
+    """
+    return lambda step: peak * factor ** sum((step >= a) * 1.0 for a in at)
+
+
+def cosine(peak: float | Tensor, *, over: int, end: float | Tensor = 0.0) -> Schedule:
+    """From the peak down to the end by half a cosine, over so many steps; then the end.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts.
+    """
+
+    def schedule(step: Tensor) -> Tensor:
+        progress = (step / over).clamp(max=1)
+        return end + (peak - end) * (1 + torch.cos(torch.pi * progress)) / 2
+
+    return schedule
+
+
+def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
+    """A line from start times its first value up to that, over so many steps; then the schedule.
+
+    >>> rate = warm_up(cosine(1.0, over=4), over=2, start=0.5)
+    >>> [round(float(rate(torch.tensor(step))), 3) for step in range(7)]
+    [0.5, 0.75, 1.0, 0.854, 0.5, 0.146, 0.0]
+
+    Source: Goyal et al. 2017, arXiv:1706.02677, Sec. 2.2.
+    """
+
+    def warmed(step: Tensor) -> Tensor:
+        after = schedule((step - over).clamp(min=0))
+        return after * (start + (1 - start) * (step / over).clamp(max=1))
+
+    return warmed
+
+
+def _optimizer(move: Callable[..., Any], *, moments: int, decay_where: Where) -> Optimizer:
+    """An optimizer from what becomes of a leaf:
+
+    (step, where, w, g, *moments) -> (w, *moments)
+    """
+
+    def init(weights: Any) -> State:
+        first = tree.leaves(weights)[0]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        zeros = tuple(tree.map(torch.zeros_like, weights) for _ in range(moments))
+        return State(torch.zeros((), dtype=dtype, device=first.device), zeros)
+
+    def update(grads: Any, state: State, weights: Any) -> tuple[Any, State]:
+        where = tree.unflatten(weights, [decay_where(path) for path in tree.paths(weights)])
+        moved = tree.map(partial(move, state.step), where, weights, grads, *state.moments)
+        flat = tree.leaves(moved)
+        weights, *new = (
+            tree.unflatten(weights, flat[i :: moments + 1]) for i in range(moments + 1)
+        )
+        return weights, State(state.step + 1, tuple(new))
+
+    return Optimizer(init, update)
+
+
+def _at(rate: Rate, step: Tensor) -> float | Tensor:
+    return rate(step) if callable(rate) else rate
+
+
+def _check(caller: str, **values: Any) -> None:
+    """Refuse what is neither a number from 0 on, nor a 0-d float tensor, nor a function."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            fits = value.ndim == 0 and value.is_floating_point()
+        else:
+            fits = callable(value) or (type(value) in (int, float) and value >= 0)
+        if not fits:
+            got = describe(value) if isinstance(value, Tensor) else repr(value)
+            raise FresnetError(
+                f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor or a "
+                f"schedule; got {got}"
+            )

@@ -1,0 +1,293 @@
+"""Optimizers step as `torch.optim` does, schedules as its schedulers, and all are pure."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference  # noqa: F401  (before timm, which imports torchvision)
+import timm.optim
+import torch
+from assertions import assert_close, assert_same, assert_trees_close, unmutated
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples, seeds, tiny_params
+from torch import Tensor
+from torch.func import vmap
+from torch.optim import lr_scheduler
+
+import fresnet
+from fresnet import FresnetError, Params, optim, tree
+from fresnet.optim import Optimizer
+
+STEPS = 5
+numbers = st.floats(0, 1)
+wheres = st.sampled_from([optim.everywhere, optim.kernels])
+
+
+def gradients(weights: Any, seed: int) -> list[Any]:
+    """One for each step, and none of them of the weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(leaf: Tensor) -> Tensor:
+        return torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
+
+    return [tree.map(drawn, weights) for _ in range(STEPS)]
+
+
+def check_lockstep(
+    optimizer: Optimizer,
+    build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    weights: Any,
+    seed: int,
+    where: optim.Where,
+) -> None:
+    """`build` makes the truth of two groups: where it holds, and the rest, without decay."""
+    theirs = [leaf.clone().requires_grad_() for leaf in tree.leaves(weights)]
+    held = [where(path) for path in tree.paths(weights)]
+    inside, outside = (
+        [p for p, holds in zip(theirs, held, strict=True) if holds is side]
+        for side in (True, False)
+    )
+    truth = build(
+        [{"params": inside}, *([{"params": outside, "weight_decay": 0.0}] * bool(outside))]
+    )
+    state = optimizer.init(weights)
+    for grads in gradients(weights, seed):
+        for p, g in zip(theirs, tree.leaves(grads), strict=True):
+            p.grad = g.clone()
+        truth.step()
+        with unmutated(grads, state, weights):
+            weights, state = optimizer.update(grads, state, weights)
+        expected = tree.unflatten(weights, [p.detach() for p in theirs])
+        assert_trees_close(weights, expected, 1e-12)
+    assert state.step == STEPS
+
+
+@examples(25)
+@given(
+    params=tiny_params(),
+    seed=seeds,
+    rate=numbers,
+    momentum=numbers,
+    decay=numbers,
+    nesterov=st.booleans(),
+    where=wheres,
+)
+def test_sgd_is_torch_optims(
+    params: Params,
+    seed: int,
+    rate: float,
+    momentum: float,
+    decay: float,
+    nesterov: bool,
+    where: optim.Where,
+) -> None:
+    options: Any = {"momentum": momentum, "weight_decay": decay}
+    options["nesterov"] = nesterov and momentum > 0
+    check_lockstep(
+        optim.sgd(rate, **options, decay_where=where),
+        lambda groups: torch.optim.SGD(groups, rate, **options),
+        params.weights,
+        seed,
+        where,
+    )
+
+
+@examples(25)
+@given(
+    params=tiny_params(),
+    seed=seeds,
+    rate=numbers,
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+    eps=st.floats(1e-8, 1),
+    decay=numbers,
+    where=wheres,
+)
+def test_adamw_is_torch_optims(
+    params: Params,
+    seed: int,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    where: optim.Where,
+) -> None:
+    options: Any = {"betas": betas, "eps": eps, "weight_decay": decay}
+    check_lockstep(
+        optim.adamw(rate, **options, decay_where=where),
+        lambda groups: torch.optim.AdamW(groups, rate, **options),
+        params.weights,
+        seed,
+        where,
+    )
+
+
+@examples(25)
+@given(params=tiny_params(), seed=seeds, rate=numbers, momentum=numbers, decay=numbers)
+def test_lars_is_timms(
+    params: Params, seed: int, rate: float, momentum: float, decay: float
+) -> None:
+    """Which adapts the groups that decay, and adds its eps to the norms' sum."""
+    check_lockstep(
+        optim.lars(rate, momentum=momentum, weight_decay=decay + 0.01),
+        lambda groups: timm.optim.Lars(
+            groups, rate, momentum, weight_decay=decay + 0.01, trust_coeff=0.001, eps=0.0
+        ),
+        params.weights,
+        seed,
+        optim.kernels,
+    )
+
+
+def test_lars_leaves_alone_what_has_no_size() -> None:
+    weights = {"conv": torch.zeros(3), "other": torch.ones(3)}
+    grads = {"conv": torch.ones(3), "other": torch.zeros(3)}
+    optimizer = optim.lars(0.5, weight_decay=0.1)
+    moved, _ = optimizer.update(grads, optimizer.init(weights), weights)
+    assert_same(moved, {"conv": torch.full((3,), -0.5), "other": torch.ones(3)})
+
+
+@examples(20)
+@given(params=tiny_params(), seed=seeds, rate=numbers, decay=numbers)
+def test_decoupled_decay_shrinks_weights_apart_from_their_gradient(
+    params: Params, seed: int, rate: float, decay: float
+) -> None:
+    weights, momentum = params.weights, 0.9
+    optimizer = optim.sgd(rate, momentum=momentum, weight_decay=decay, decoupled=True)
+    state, truth = optimizer.init(weights), weights
+    velocity = tree.map(torch.zeros_like, weights)
+    for grads in gradients(weights, seed):
+        weights, state = optimizer.update(grads, state, weights)
+        velocity = tree.map(lambda v, g: momentum * v + g, velocity, grads)
+        truth = tree.map(lambda w, v: (1 - rate * decay) * w - rate * v, truth, velocity)
+        assert_trees_close(weights, truth, 1e-12)
+
+
+def scheduled(
+    build: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler], steps: int
+) -> list[float]:
+    """The rates of a scheduler that starts from 0.3."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.3)
+    scheduler, rates = build(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def rates(schedule: optim.Schedule, steps: int) -> list[float]:
+    return [float(schedule(torch.tensor(step, dtype=torch.float64))) for step in range(steps)]
+
+
+@examples(20)
+@given(over=st.integers(1, 20), end=st.floats(0, 0.2))
+def test_cosine_is_torchs(over: int, end: float) -> None:
+    expected = scheduled(lambda o: lr_scheduler.CosineAnnealingLR(o, over, end), over + 1)
+    assert rates(optim.cosine(0.3, over=over, end=end), over + 1) == pytest.approx(expected)
+    assert rates(optim.cosine(0.3, over=over, end=end), over + 5)[-1] == pytest.approx(end)
+
+
+@examples(20)
+@given(at=st.lists(st.integers(1, 20), unique=True, max_size=4), factor=st.floats(0.1, 1))
+def test_steps_are_torchs(at: list[int], factor: float) -> None:
+    expected = scheduled(lambda o: lr_scheduler.MultiStepLR(o, sorted(at), factor), 22)
+    assert rates(optim.steps(0.3, at=at, factor=factor), 22) == pytest.approx(expected)
+
+
+@examples(20)
+@given(over=st.integers(1, 8), start=st.floats(0.01, 1), then=st.integers(1, 9))
+def test_warm_up_is_torchs_before_a_cosine(over: int, start: float, then: int) -> None:
+    def build(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+        parts = [
+            lr_scheduler.LinearLR(optimizer, start, total_iters=over),
+            lr_scheduler.CosineAnnealingLR(optimizer, then),
+        ]
+        return lr_scheduler.SequentialLR(optimizer, parts, [over])
+
+    schedule = optim.warm_up(optim.cosine(0.3, over=then), over=over, start=start)
+    assert rates(schedule, over + then) == pytest.approx(scheduled(build, over + then))
+
+
+@pytest.mark.parametrize("optimizer", [optim.sgd, optim.adamw, optim.lars])
+def test_a_schedule_is_read_at_every_step(optimizer: Callable[..., Optimizer]) -> None:
+    """Step by step as with the number that it then gives."""
+    schedule = optim.cosine(0.3, over=4)
+    weights = {"w": torch.linspace(1, 2, 3, dtype=torch.float64)}
+    by_schedule = optimizer(schedule)
+    state, other = by_schedule.init(weights), weights
+    for step, grads in enumerate(gradients(weights, 0)):
+        fixed = optimizer(float(schedule(torch.tensor(step, dtype=torch.float64))))
+        other, _ = fixed.update(grads, state, weights)
+        weights, state = by_schedule.update(grads, state, weights)
+        assert_trees_close(weights, other, 1e-14)
+
+
+@examples(20)
+@given(params=tiny_params(), seed=seeds, limit=st.floats(0.01, 100))
+def test_clipping_is_torchs(params: Params, seed: int, limit: float) -> None:
+    grads, *_ = gradients(params.weights, seed)
+    theirs = [torch.zeros_like(g).requires_grad_() for g in tree.leaves(grads)]
+    for p, g in zip(theirs, tree.leaves(grads), strict=True):
+        p.grad = g.clone()
+    torch.nn.utils.clip_grad_norm_(theirs, limit)
+    with unmutated(grads):
+        clipped = optim.clip_by_norm(grads, limit)
+    for a, p in zip(tree.leaves(clipped), theirs, strict=True):
+        assert p.grad is not None
+        assert_close(a, p.grad, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda rate, decay: optim.sgd(rate, momentum=0.9, weight_decay=decay),
+        lambda rate, decay: optim.sgd(rate, weight_decay=decay, decoupled=True),
+        lambda rate, decay: optim.adamw(rate, weight_decay=decay),
+        lambda rate, decay: optim.lars(optim.cosine(rate, over=3), weight_decay=decay),
+    ],
+)
+def test_an_ensemble_maps_over_rates_and_decays(build: Callable[..., Optimizer]) -> None:
+    weights = fresnet.init(0, fresnet.Spec(depths=(1,), width=4), dtype=torch.float64).weights
+    rates, decays = torch.tensor([0.1, 0.2, 0.0]), torch.tensor([0.0, 0.1, 0.3])
+    members = tree.stack([weights] * 3)
+
+    def run(rate: Tensor, decay: Tensor, weights: Any, all_grads: list[Any]) -> Any:
+        optimizer = build(rate.double(), decay.double())
+        state = optimizer.init(weights)
+        for grads in all_grads:
+            weights, state = optimizer.update(grads, state, weights)
+        return weights
+
+    all_grads = gradients(weights, 0)
+    together = vmap(run, (0, 0, 0, None))(rates, decays, members, all_grads)
+    for i, member in enumerate(tree.unstack(together)):
+        assert_trees_close(member, run(rates[i], decays[i], weights, all_grads), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: optim.sgd(-0.1), "sgd expects learning_rate to be a number from 0 on"),
+        (lambda: optim.sgd(torch.ones(2)), "schedule; got float32 (2,)"),
+        (lambda: optim.sgd(0.1, nesterov=True), "sgd expects a momentum above 0 with nesterov"),
+        (lambda: optim.sgd(0.1, weight_decay="no"), "expects weight_decay to be a number from 0"),  # type: ignore[arg-type]
+        (lambda: optim.adamw(0.1, betas=(0.9, 1.0)), "betas from 0 to below 1; got (0.9, 1.0)"),
+        (lambda: optim.adamw(0.1, eps=-1.0), "adamw expects eps to be a number from 0 on"),
+        (lambda: optim.lars(True), "lars expects learning_rate to be a number from 0 on"),
+        (lambda: optim.clip_by_norm((torch.ones(1),), -1.0), "clip_by_norm expects max_norm to"),
+    ],
+)
+def test_what_is_no_rate_is_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        call()
+
+
+def test_gradients_of_another_network_are_refused() -> None:
+    one, other = (
+        fresnet.init(0, fresnet.Spec(depths=depths, width=4)).weights for depths in ((1,), (2,))
+    )
+    optimizer = optim.sgd(0.1)
+    with pytest.raises(FresnetError, match="expects trees of one structure"):
+        optimizer.update(other, optimizer.init(one), one)
