@@ -64,7 +64,7 @@ def train(name: str, digits: Digits, test: Digits, seed: int, epochs: int) -> tu
     velocity = tree.map(torch.zeros_like, params.weights)
     generator = torch.Generator().manual_seed(seed)
     records, test_errors = [], []
-    with tqdm(total=epochs * PER_EPOCH, desc=f"{name:9}", bar_format=BAR) as progress:
+    with tqdm(total=epochs * PER_EPOCH, desc=f"{name:9}", bar_format=BAR, disable=None) as progress:
         for epoch in range(epochs):
             rate = RATE if epoch < 2 * epochs / 3 else RATE / 10
             order = torch.randperm(len(digits.labels), generator=generator)

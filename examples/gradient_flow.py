@@ -55,7 +55,7 @@ def train(name: str, digits: Digits, seed: int, steps: int) -> tuple[Params, Par
     generator = torch.Generator().manual_seed(seed)
     first = params = fresnet.init(generator, fresnet.SPECS[name], num_classes=10)
     velocity = tree.map(torch.zeros_like, params.weights)
-    for _ in tqdm(range(steps), desc=f"{name:8}", unit=" steps"):
+    for _ in tqdm(range(steps), desc=f"{name:8}", unit=" steps", leave=False, disable=None):
         chosen = torch.randperm(len(digits.labels), generator=generator)[:BATCH]
         batch = digits.images[chosen], digits.labels[chosen]
         params, velocity = train_step(params, velocity, *batch)

@@ -6,17 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fresnet import forward, init, load, preprocess, save, summary, to_state_dict
-from fresnet.errors import FresnetError, reason
+from fresnet import __version__, forward, init, load, preprocess, save, summary, to_state_dict
+from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.files import write_pickle, write_safetensors
-from fresnet.interop import LAYOUTS, untold
+from fresnet.interop import LAYOUTS, foreign_to, untold
 from fresnet.preprocess import PRESETS
 from fresnet.specs import SPECS
 from fresnet.types import Params
@@ -60,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.partition(": ")[2].capitalize(),
         epilog="exit status: 0 done, 1 refused (the reason is on stderr), 2 misspelt command",
     )
+    parser.add_argument("--version", action="version", version=f"fresnet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, description: str) -> argparse.ArgumentParser:
@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("summary", _summary, "the layers, parameters and multiply-adds of a network")
     sub.add_argument("network", help=f"such as resnet50; or {WEIGHTS}")
-    sub.add_argument("--image-size", type=int, default=224, metavar="N", help="default 224")
+    sub.add_argument(
+        "--image-size", type=_size, default=224, metavar="N", help="or HxW; default 224"
+    )
     sub.add_argument(
         "--classes", type=int, default=1000, metavar="N", help="if not a file; default 1000"
     )
@@ -103,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _size(text: str) -> int | tuple[int, int]:
+    height, _, width = text.partition("x")
+    return (int(height), int(width)) if width else int(height)
+
+
 def _add_stride(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stride-in-1x1",
@@ -123,9 +130,7 @@ def _network(args: argparse.Namespace) -> Params:
         return init(0, SPECS[name], num_classes=args.classes, device="meta")
     if Path(name).exists() or "/" in name or "." in name:
         return load(name, stride_in_1x1=args.stride_in_1x1)
-    near = get_close_matches(name, SPECS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(SPECS)}"
-    raise FresnetError(f"unknown network {name!r}; {hint}")
+    raise FresnetError(f"unknown network {name!r}; {suggestion(name, SPECS)}")
 
 
 def _predict(args: argparse.Namespace) -> str:
@@ -143,7 +148,7 @@ def _predict(args: argparse.Namespace) -> str:
             {"class": index, "label": labels[index], "probability": probability}
             for probability, index in zip(*map(Tensor.tolist, probabilities.topk(top)), strict=True)
         ]
-        found.append({"image": image, "predictions": predictions})
+        found.append({"image": image, "preset": args.preset, "predictions": predictions})
     return json.dumps(found, indent=2) if args.json else "\n\n".join(map(_table, found))
 
 
@@ -159,13 +164,16 @@ def _probabilities(params: Params, images: Sequence[str], preset: str) -> Iterat
 
 
 def _table(found: dict[str, Any]) -> str:
-    rows = (f"  {p['probability']:7.2%}  {p['label']}" for p in found["predictions"])
-    return "\n".join([found["image"], *rows])
+    rows = (
+        f"  {p['probability']:7.2%}  {p['label'] or 'class {class}'.format(**p)}"
+        for p in found["predictions"]
+    )
+    return "\n".join([f"{found['image']} ({found['preset']})", *rows])
 
 
-def _labels(path: Path | None, classes: int) -> list[str]:
+def _labels(path: Path | None, classes: int) -> Sequence[str | None]:
     if path is None:
-        return [f"class {index}" for index in range(classes)]
+        return [None] * classes
     try:
         labels = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -185,7 +193,10 @@ def _convert(args: argparse.Namespace) -> str:
         write_safetensors("convert", to_state_dict(params, args.layout), args.target)
     else:
         save(params, args.target)
-        return f"wrote {args.target}"
+        foreign = foreign_to("torchvision", params)
+        return f"wrote {args.target}" + (
+            f"; torchvision has no {foreign}, so it is for fresnet alone" if foreign else ""
+        )
     lost = untold(params)
     return f"wrote {args.target}" + (f"; its names do not tell {', '.join(lost)}" if lost else "")
 

@@ -1,5 +1,7 @@
 """The one error of the library."""
 
+from collections.abc import Collection
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -32,3 +34,16 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Which of the known names may have been meant.
+
+    >>> suggestion("resnet5", ["resnet18", "resnet50", "resnet50_v1"])
+    "did you mean 'resnet50', 'resnet50_v1'?"
+    """
+    longer = [other for other in known if name and other.startswith(name)]
+    near = [other for other in get_close_matches(name, known) if other not in longer]
+    if not longer and not near:
+        return f"there are {', '.join(known)}"
+    return f"did you mean {', '.join(map(repr, (longer or near)[:3]))}?"

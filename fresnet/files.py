@@ -17,7 +17,7 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.check import check_params, first_conv
 from fresnet.errors import FresnetError, reason
-from fresnet.hub import download, is_repository
+from fresnet.hub import download, is_repository, local
 from fresnet.init import fresh_stats
 from fresnet.interop import assemble, from_state_dict, named, names
 from fresnet.net import forward
@@ -40,7 +40,7 @@ TYPES = {
 
 
 def save(params: Params, path: str | os.PathLike[str]) -> None:
-    """Write a network to a safetensors file under torchvision's names, whatever the file's name.
+    """Write a network to a safetensors file under torchvision's names.
 
     torchvision and timm read it, if the network is one of theirs. The types of the nodes stand in
     the file's metadata, so that `load` gives back every network as it was, to the bit: frozen
@@ -51,10 +51,14 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
       params: the network.
       path: where to; what is there is replaced.
     Raises:
-      FresnetError: if params is not a network, if values are such as `load` refuses, or if the
-        file cannot be written.
+      FresnetError: if params is not a network, if values are such as `load` refuses, if the path
+        ends as those of `torch.save` do, or if the file cannot be written.
     """
     check_params("save", params)
+    if str(path).endswith((".pth", ".pt", ".bin")):
+        raise FresnetError(
+            f"save writes safetensors; got {path}: torch.save(to_state_dict(params), path)?"
+        )
     if first_conv(params.weights).is_meta:
         raise FresnetError("save expects a network with values; got one on meta")
     try:
@@ -71,12 +75,13 @@ def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params
     """The network in a file, on the CPU.
 
     The file may be one of `save`, or any safetensors or `torch.save` file whose state dict
-    `from_state_dict` takes. "owner/name" where there is no such folder is a repository of Hugging
-    Face, such as "timm/resnet50.a1_in1k": its weights are taken from the cache or downloaded.
+    `from_state_dict` takes, or a folder of Hugging Face's `save_pretrained`. "owner/name" where
+    there is no such folder is a repository of Hugging Face, such as "timm/resnet50.a1_in1k": its
+    weights are taken from the cache or downloaded.
     No code in a file is ever run.
 
     Args:
-      path: a file, or "owner/name".
+      path: a file, a folder, or "owner/name".
       stride_in_1x1: as in `from_state_dict`. Files of `save`, and the configuration in a
         repository, say it themselves.
     Returns:
@@ -89,9 +94,9 @@ def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params
     try:
         if is_repository(path):
             found, in_1x1 = download(str(path))
-            params = _read(found, stride_in_1x1 or in_1x1)
         else:
-            params = _read(_path(path), stride_in_1x1)
+            found, in_1x1 = local(_path(path))
+        params = _read(found, stride_in_1x1 or in_1x1)
         _check_values(params)
     except FresnetError as error:
         raise FresnetError(f"cannot load {path!s}: {error}") from error
@@ -164,6 +169,8 @@ def _read(path: Path, stride_in_1x1: bool) -> Params:
         raise FresnetError(reason(error)) from error
     if not start:
         raise FresnetError("the file is empty")
+    if start[8:] != b"{" and start[:1] != b"\x80" and start[:2] != b"PK":
+        raise FresnetError("it is no file of safetensors or torch.save")
     if start[8:] != b"{":
         return from_state_dict(_unpickled(path), stride_in_1x1=stride_in_1x1)
     entries, metadata = _safe_entries(path)

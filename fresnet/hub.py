@@ -1,4 +1,4 @@
-"""Weights in repositories of Hugging Face."""
+"""Weights in repositories of Hugging Face, and in folders laid out as those."""
 
 import json
 import os
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fresnet.errors import FresnetError, reason
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 ARCHITECTURE = r"(wide_)?res(net|next)\d+[cd]?(_\d+x\d+d|_2)?"
 """timm's names of what networks here compute. Others share their entries, not their numbers."""
@@ -51,17 +53,40 @@ def download(repository: str) -> tuple[Path, bool]:
 
     try:
         config = json.loads(fetch("config.json").read_bytes())
-        weights = fetch("model.safetensors", "pytorch_model.bin")
+        weights = fetch(*WEIGHTS)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise FresnetError(
             "there is no such file, and no such repository with a config.json and weights to be "
             f"had: {reason(error)}"
         ) from error
-    _check_config(config)
-    return weights, bool(config.get("downsample_in_bottleneck"))
+    return weights, _strides_in_1x1(config)
 
 
-def _check_config(config: Any) -> None:
+def local(path: Path) -> tuple[Path, bool]:
+    """The same of a file, or of a folder as `save_pretrained` leaves it.
+
+    A configuration beside a file is read where the file's name is Hugging Face's.
+
+    Raises:
+      FresnetError: if the configuration asks for what a network here does not do.
+    """
+    try:
+        if path.is_dir():
+            path = next((path / name for name in WEIGHTS if (path / name).exists()), path)
+        config = path.parent / "config.json"
+        if path.name in WEIGHTS and config.exists():
+            return path, _strides_in_1x1(json.loads(config.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise FresnetError(reason(error)) from error
+    return path, False
+
+
+def _strides_in_1x1(config: Any) -> bool:
+    """Whether bottlenecks stride in their first convolution.
+
+    Raises:
+      FresnetError: if a network here does not compute what this configuration says.
+    """
     if not isinstance(config, dict):
         raise FresnetError("its config.json is no object")
     architecture = config.get("architecture")
@@ -73,3 +98,4 @@ def _check_config(config: Any) -> None:
         raise FresnetError(f"its activation is {config['hidden_act']}; networks here have relu")
     if config.get("downsample_in_first_stage"):
         raise FresnetError("its first stage strides, which no network here does")
+    return bool(config.get("downsample_in_bottleneck"))

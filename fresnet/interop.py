@@ -38,17 +38,21 @@ LAYOUTS = ("torchvision", "timm", "huggingface")
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
 """Under which training scripts keep a state dict in a checkpoint."""
 
-PREFIXES = ("module.", "model.", "_orig_mod.")
-"""Of all names: from DataParallel, AveragedModel, a parent module, `torch.compile`."""
-
 WRAPPINGS = 10
+
+STEM = re.compile(
+    r"((?:(?!layer\d)\w+\.)*?)"
+    r"(?:conv1\.(?:0\.)?weight|resnet\.embedder\.embedder\.convolution\.weight)"
+)
+"""The first convolution's name, behind the prefix that a parent module, DataParallel or
+`torch.compile` puts before all names."""
 
 
 def from_state_dict(mapping: Mapping[str, Any], *, stride_in_1x1: bool = False) -> Params:
     """The network in a state dict of torchvision, of timm or of Hugging Face.
 
     For Hugging Face that is `ResNetForImageClassification`. Whose names they are is found out,
-    also behind a prefix (`module.`, `model.`, `_orig_mod.`) and inside a checkpoint's
+    also behind a prefix of all (such as `module.`) and inside a checkpoint's
     `state_dict`, `model_state_dict`, `model_state` or `model`; so are depths, widths, groups,
     classes, stem and shortcuts. Tensors are copied, convolutions into channels last. Weights
     take the dtype of the first convolution, statistics the same but never narrower than float32,
@@ -102,9 +106,11 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     check_params("to_state_dict", params)
     if layout not in LAYOUTS:
         raise FresnetError(f"to_state_dict expects layout to be one of {LAYOUTS}; got {layout!r}")
-    foreign = _foreign_to(layout, params)
+    foreign = foreign_to(layout, params)
     if foreign:
-        raise FresnetError(f"to_state_dict expects a network that {layout} has; got {foreign}")
+        raise FresnetError(
+            f"to_state_dict expects a network that {layout} has; got {foreign}; save keeps all"
+        )
     return {_name_in(layout, name): value for name, value in named(params).items()}
 
 
@@ -277,12 +283,13 @@ def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
         strange = [name for name in mapping if not isinstance(name, str)]
         if strange:
             raise FresnetError(f"from_state_dict expects names to be strings; got {strange[0]!r}")
-        entries = {name: mapping[name] for name in mapping if name != "n_averaged"}
-        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in entries)), None)
-        if prefix is None or not entries:
-            return mapping
-        mapping = {name.removeprefix(prefix): value for name, value in entries.items()}
-    raise FresnetError(f"from_state_dict expects fewer than {WRAPPINGS} wrappers and prefixes")
+        entries = {n: mapping[n] for n in mapping if n.rpartition(".")[2] != "n_averaged"}
+        prefixes = {match[1] for name in entries if (match := STEM.fullmatch(name))}
+        prefix = prefixes.pop() if len(prefixes) == 1 else ""
+        if not all(name.startswith(prefix) for name in entries):
+            return entries
+        return {name.removeprefix(prefix): value for name, value in entries.items()}
+    raise FresnetError(f"from_state_dict expects fewer than {WRAPPINGS} wrappers")
 
 
 # What the names and shapes say of the architecture.
@@ -312,6 +319,10 @@ def _template(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
         per_group = _size(given, ("layer1.0.conv2.weight", 1), default=inner)
         if inner % per_group == 0 and per_group * 64 % width == 0:
             grouping = {"groups": inner // per_group, "group_width": per_group * 64 // width}
+    if not any(name.startswith("fc.") for name in given):
+        raise FresnetError(
+            "from_state_dict expects a head; got none: add an fc.weight [k c] and fc.bias [k]"
+        )
     if sum(depths) > len(given):
         raise FresnetError(
             f"from_state_dict expects entries of every block; got {len(given)} entries, and names "
@@ -389,7 +400,7 @@ def _mean_after(bias: str) -> str:
     return re.sub(r"conv(\d)$", r"bn\1", module) + ".running_mean"
 
 
-def _foreign_to(layout: str, params: Params) -> str:
+def foreign_to(layout: str, params: Params) -> str:
     """What the layout's networks do not have; empty if there is nothing."""
     own: dict[str, tuple[type, ...]] = {
         "torchvision": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),

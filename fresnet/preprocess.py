@@ -1,7 +1,6 @@
 """Images as a network's evaluation prepares them: resized, cropped and normalised."""
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from math import floor
 from os import PathLike
 from types import MappingProxyType
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, reason
+from fresnet.errors import FresnetError, describe, reason, suggestion
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -38,11 +37,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "huggingface": Preset(floor(224 / 0.875), 224, "bicubic", corner=floor),
     }
 )
-"""torchvision's weights V1 and V2; timm's weights of most recipes, of A1 (its default), and of A1
-at its larger test size; microsoft/resnet-50."""
+"""torchvision's weights V1 and V2; timm's of its older recipes, of A1 (its default for most), and
+of A1 at its larger test size; microsoft/resnet-50. timm ports of torchvision's are as those."""
 
 
-def preprocess(images: Sequence[Any], preset: str = "imagenet-v1") -> Tensor:
+def preprocess(images: Sequence[Any], preset: str | Preset = "imagenet-v1") -> Tensor:
     """The batch x `[b 3 h w]` that a network expects of these images.
 
     Each is turned upright as its EXIF orientation says and converted as by Pillow's
@@ -59,7 +58,7 @@ def preprocess(images: Sequence[Any], preset: str = "imagenet-v1") -> Tensor:
     Args:
       images: PIL images, paths, and uint8 arrays `[h w]` or `[h w c]` with c of 1, 3 or 4: mixed
         freely, of any sizes.
-      preset: a key of `PRESETS`, the evaluation that goes with the weights.
+      preset: the evaluation that goes with the weights: a key of `PRESETS`, or a `Preset`.
     Returns:
       float32 in channels_last memory format. A convolution follows its weight's layout.
     Raises:
@@ -71,10 +70,9 @@ def preprocess(images: Sequence[Any], preset: str = "imagenet-v1") -> Tensor:
         import PIL  # noqa: F401
     except ImportError as error:
         raise FresnetError("preprocess needs Pillow: pip install 'fresnet[io]'") from error
-    if not isinstance(preset, str) or preset not in PRESETS:
-        near = get_close_matches(str(preset), PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
-        raise FresnetError(f"unknown preset {preset!r}; {hint}")
+    chosen = preset if isinstance(preset, Preset) else PRESETS.get(str(preset))
+    if chosen is None:
+        raise FresnetError(f"unknown preset {preset!r}; {suggestion(str(preset), PRESETS)}")
     if not isinstance(images, Sequence) or isinstance(images, str | bytes):
         raise FresnetError(
             f"preprocess expects a sequence of images; got {_describe(images)} (one image? [image])"
@@ -82,8 +80,8 @@ def preprocess(images: Sequence[Any], preset: str = "imagenet-v1") -> Tensor:
     if not images:
         raise FresnetError("preprocess expects at least one image; got none")
 
-    *_, mean, std = PRESETS[preset]
-    pixels = np.stack([_pixels(i, image, PRESETS[preset]) for i, image in enumerate(images)])
+    *_, mean, std = chosen
+    pixels = np.stack([_pixels(i, image, chosen) for i, image in enumerate(images)])
     x = (pixels / np.float32(255) - np.array(mean, np.float32)) / np.array(std, np.float32)
     return torch.from_numpy(x).permute(0, 3, 1, 2)
 
@@ -163,4 +161,6 @@ def _refuse_huge(which: str, size: tuple[int, int]) -> None:
 
 
 def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {describe(value)} (image.numpy()?)"
     return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else describe(value)

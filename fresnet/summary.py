@@ -59,7 +59,7 @@ class Summary(NamedTuple):
         return sum(row.blocks * row.multiply_adds for row in self.rows)
 
     def __str__(self) -> str:
-        cells = self._cells("MACs (M)", lambda n: f"{n / 1e6:,.1f}")
+        cells = self._cells("MACs (M)", "{} x".format, lambda n: f"{n / 1e6:,.1f}")
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
         margin = sum(widths) + 2 * len(widths)
         lines = []
@@ -75,17 +75,19 @@ class Summary(NamedTuple):
     def markdown(self) -> str:
         """The table in Markdown, multiply-adds to the last one."""
         header, *rows = (
-            f"| {' | '.join(cells)} |" for cells in self._cells("multiply-adds", "{:,}".format)
+            f"| {' | '.join(cells)} |" for cells in self._cells("multiply-adds", str, "{:,}".format)
         )
         return "\n".join([header, "| --- | --- | ---: | ---: | ---: | --- |", *rows])
 
-    def _cells(self, unit: str, multiply_adds: Callable[[int], str]) -> list[list[str]]:
+    def _cells(
+        self, unit: str, blocks: Callable[[int], str], multiply_adds: Callable[[int], str]
+    ) -> list[list[str]]:
         header = ["layer", "output", "blocks", "parameters", unit, "each block"]
         rows = [
             [
                 row.layer,
                 "x".join(map(str, row.output)),
-                str(row.blocks),
+                blocks(row.blocks),
                 f"{row.parameters:,}",
                 multiply_adds(row.multiply_adds),
                 row.description,
@@ -106,15 +108,15 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
     >>> print(fresnet.summary(params, image_size=32))
     layer       output    blocks  parameters  MACs (M)  each block
     --------------------------------------------------------------------------
-    Stem3x3     16x32x32       1         464       0.4  3x3 16
-    BasicBlock  16x32x32       3       4,672       4.7  3x3 16, 3x3 16
-    BasicBlock  32x16x16       1      13,952       3.5  3x3 32, 3x3 32
+    Stem3x3     16x32x32     1 x         464       0.4  3x3 16
+    BasicBlock  16x32x32     3 x       4,672       4.7  3x3 16, 3x3 16
+    BasicBlock  32x16x16     1 x      13,952       3.5  3x3 32, 3x3 32
                                                         stride 2, zero padding
-    BasicBlock  32x16x16       2      18,560       4.7  3x3 32, 3x3 32
-    BasicBlock  64x8x8         1      55,552       3.5  3x3 64, 3x3 64
+    BasicBlock  32x16x16     2 x      18,560       4.7  3x3 32, 3x3 32
+    BasicBlock  64x8x8       1 x      55,552       3.5  3x3 64, 3x3 64
                                                         stride 2, zero padding
-    BasicBlock  64x8x8         2      73,984       4.7  3x3 64, 3x3 64
-    Head        10             1         650       0.0  average pool, 64 to 10
+    BasicBlock  64x8x8       2 x      73,984       4.7  3x3 64, 3x3 64
+    Head        10           1 x         650       0.0  average pool, 64 to 10
     --------------------------------------------------------------------------
     total                            269,722      40.6
 
@@ -122,7 +124,8 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
       params: the network, on any device.
       image_size: the side of a square, or height and width, in pixels.
     Returns:
-      A `Summary`.
+      A `Summary`: its `rows`, and in all its `parameters` and `multiply_adds`; `markdown()` is the
+      table in Markdown.
     Raises:
       FresnetError: if params is not a network, or if image_size is not such a size.
     """

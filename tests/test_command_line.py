@@ -45,8 +45,9 @@ def test_summary(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     code, out, _ = call(capsys, "summary", "resnet20", "--image-size", "32", "--classes", "10")
     params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=10, device="meta")
     assert (code, out) == (0, f"{fresnet.summary(params, 32)}\n")
-    code, out, _ = call(capsys, "summary", "net.safetensors", "--markdown")
-    assert (code, out) == (0, f"{fresnet.summary(PARAMS).markdown()}\n")
+    code, out, _ = call(capsys, "summary", "net.safetensors", "--markdown", "--image-size=9x7")
+    assert (code, out) == (0, f"{fresnet.summary(PARAMS, (9, 7)).markdown()}\n")
+    assert call(capsys, "--version")[:2] == (0, f"fresnet {fresnet.__version__}\n")
 
 
 def test_predict(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
@@ -61,15 +62,25 @@ def test_predict(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         assert [index for index, _ in shown] == row.argsort(descending=True).tolist()
         for index, probability in shown:
             assert probability == pytest.approx(row[index].item())
-            assert entry["predictions"][0]["label"] == f"class {shown[0][0]}"
+            assert entry["predictions"][0]["label"] is None
+            assert entry["preset"] == "timm"
     labels = ("--labels", "labels.txt", "--top", "2", "--preset", "timm")
     code, out, _ = call(capsys, "predict", *images, *net, *labels)
     best = probabilities[0].argmax()
     name = ["temple", "flower", "tench", "goldfish"][best]
     lines = out.splitlines()
-    assert lines[:2] == ["china.png", f"  {probabilities[0, best]:7.2%}  {name}"]
-    assert lines[3:5] == ["", "flower.jpg"]
+    assert lines[:2] == ["china.png (timm)", f"  {probabilities[0, best]:7.2%}  {name}"]
+    assert lines[3:5] == ["", "flower.jpg (timm)"]
     assert len(lines) == 7
+
+
+def test_convert_says_what_only_fresnet_reads(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    fresnet.save(fresnet.init(0, fresnet.SPECS["resnet20"]), "cifar.safetensors")
+    code, out, _ = call(capsys, "convert", "cifar.safetensors", "out.safetensors")
+    assert code == 0
+    assert out == "wrote out.safetensors; torchvision has no ZeroPad, so it is for fresnet alone\n"
 
 
 def test_predict_takes_any_number_of_images_and_any_dtype(
@@ -123,18 +134,19 @@ def test_convert(
     ("arguments", "reason"),
     [
         ("summary resnet51", "unknown network 'resnet51'; did you mean 'resnet"),
+        ("summary resnext101", "did you mean 'resnext101_32x8d', 'resnext101_64x4d'?"),
         ("summary vgg", "unknown network 'vgg'; there are resnet18, "),
         ("summary no.pth", "cannot load no.pth: No such file or directory"),
         ("summary resnet18 --image-size 0", "expects image_size to be an integer from 1 to 2**20"),
         ("summary resnet18 --classes 0", "expects num_classes and in_channels to be positive"),
         ("predict no.png --weights net.safetensors", "no.png: No such file or directory"),
         ("predict labels.txt --weights net.safetensors", "labels.txt: cannot identify image"),
-        ("predict china.png --weights labels.txt", "cannot load labels.txt: neither safetensors"),
+        ("predict china.png --weights labels.txt", "cannot load labels.txt: it is no file of safe"),
         ("predict china.png --weights net.safetensors --top 9", "--top expects 1 to 4, the number"),
         ("predict china.png --weights net.safetensors --labels no", "cannot read labels no: No s"),
         ("predict china.png --weights net.safetensors --labels few", "few has 1 labels; the netwo"),
         ("predict china.png --weights net.safetensors --labels flower.jpg", "cannot read labels f"),
-        ("predict china.png --weights net.safetensors --preset tim", "did you mean 'timm'?"),
+        ("predict china.png --weights net.safetensors --preset tim", "did you mean 'timm'"),
         ("convert net.safetensors out.onnx", "OUT expects a .safetensors, .pth, .pt or .bin; got"),
         ("convert plain.safetensors out.pth", "expects a network that torchvision has; got NoShor"),
         ("convert net.safetensors no/out.pth", "convert cannot write no/out.pth: No such file or"),

@@ -53,7 +53,7 @@ def refusal(path: Any) -> str:
     params=tiny_params(),
     frozen=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    suffix=st.sampled_from([".safetensors", ".pth", ".bin", ""]),
+    suffix=st.sampled_from([".safetensors", ".net", ""]),
 )
 def test_every_network_comes_back_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory,
@@ -192,15 +192,40 @@ def test_a_repository_that_is_not_to_be_had_is_named(tmp_path: Path) -> None:
 def test_a_repository_of_other_computations_is_refused(config: Any, message: str) -> None:
     """Their entries may have the same names and shapes."""
     with pytest.raises(FresnetError, match=message):
-        hub._check_config(config)
+        hub._strides_in_1x1(config)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50d", "resnext101_64x4d", "wide_resnet50_2"])
 def test_a_repository_of_a_plain_resnet_is_not(name: str) -> None:
     config = timm.get_pretrained_cfg(name)
     assert config is not None
-    hub._check_config({"architecture": config.architecture, "num_classes": 1000})
-    hub._check_config(transformers.ResNetConfig().to_dict())
+    hub._strides_in_1x1({"architecture": config.architecture, "num_classes": 1000})
+    hub._strides_in_1x1(transformers.ResNetConfig().to_dict())
+
+
+@pytest.mark.parametrize("in_bottleneck", [False, True])
+def test_a_folder_of_hugging_face_says_where_bottlenecks_stride(
+    in_bottleneck: bool, tmp_path: Path
+) -> None:
+    """Whether the folder is named or the file in it."""
+    config = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[32, 64],
+        depths=[1, 1],
+        downsample_in_bottleneck=in_bottleneck,
+    )
+    model = transformers.ResNetForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    expected = fresnet.from_state_dict(model.state_dict(), stride_in_1x1=in_bottleneck)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        loaded = fresnet.load(path)
+        assert_same(loaded, expected)
+        tree.map(torch.equal, loaded, expected)
+    config.hidden_act = "gelu"
+    config.save_pretrained(tmp_path)
+    assert refusal(tmp_path) == "its activation is gelu; networks here have relu"
+    (tmp_path / "config.json").write_text("{")
+    assert "Expecting property name" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +278,10 @@ BAD = {
     "missing": (lambda path: None, "No such file or directory"),
     "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
     "a folder": (lambda path: path.mkdir(), "Is a directory"),
-    "a text": (lambda path: path.write_text("no weights here"), "neither safetensors nor"),
+    "a text": (
+        lambda path: path.write_text("no weights here"),
+        "it is no file of safetensors or torch.save",
+    ),
     "another architecture": (
         lambda path: torch.save(timm.create_model("seresnet18").state_dict(), path),
         "layer1.0.se.fc1.weight is unexpected",
@@ -414,6 +442,11 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     on_meta = fresnet.init(0, fresnet.RESNET18, device="meta")
     with pytest.raises(FresnetError, match="save expects a network with values; got one on meta"):
         fresnet.save(on_meta, tmp_path / "a")
+    for suffix in (".pth", ".pt", ".bin"):
+        with pytest.raises(
+            FresnetError, match=r"save writes safetensors; got .*torch.save\(to_sta"
+        ):
+            fresnet.save(PARAMS, tmp_path / f"a{suffix}")
     with pytest.raises(FresnetError, match=r"save cannot write .*/no/a: No such file"):
         fresnet.save(PARAMS, tmp_path / "no" / "a")
     assert list(tmp_path.iterdir()) == []

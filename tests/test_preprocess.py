@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from fresnet import FresnetError
-from fresnet.preprocess import PRESETS, preprocess
+from fresnet.preprocess import PRESETS, Preset, preprocess
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (31, 47, 3), np.uint8)
@@ -204,7 +204,10 @@ def refused(images: Any, message: str, **kwargs: Any) -> None:
         (None, "a sequence of images; got None"),
         ((), "at least one image; got none"),
         ([PHOTO, 3], "images[1]: expected a PIL image, uint8 array or path; got a int"),
-        ([torch.zeros(3, 4, 4)], "images[0]: expected a PIL image, uint8 array or path; got float"),
+        (
+            [torch.zeros(3, 4, 4)],
+            "images[0]: expected a PIL image, uint8 array or path; got a tensor",
+        ),
         (
             [PHOTO[..., :2]],
             "uint8 [h w] or [h w c], c of 1, 3 or 4; got uint8 (31, 47, 2)",
@@ -230,10 +233,10 @@ def test_bad_images(images: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ("imagenet-v3", "unknown preset 'imagenet-v3'; did you mean 'imagenet-v2'?"),
+        ("imagenet-v3", "unknown preset 'imagenet-v3'; did you mean 'imagenet-v2'"),
         ("hugging-face", "unknown preset 'hugging-face'; did you mean 'huggingface'?"),
         ("?", "unknown preset '?'; there are imagenet-v1, imagenet-v2, timm, "),
-        (["timm"], "unknown preset ['timm']; did you mean 'timm'?"),
+        (["timm"], "unknown preset ['timm']; did you mean 'timm'"),
     ],
 )
 def test_bad_presets(preset: Any, message: str) -> None:
@@ -332,3 +335,18 @@ def test_pillow_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pillow_is_imported_at_the_first_call() -> None:
     program = "import sys, fresnet.preprocess; sys.exit('PIL' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_preset_of_ones_own() -> None:
+    """As for CIFAR: 32 pixels, its own mean and deviation."""
+    own = Preset(32, 32, "bilinear", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    array = RNG.integers(0, 256, (32, 32, 3), np.uint8)
+    expected = (torch.from_numpy(array).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    assert torch.allclose(preprocess([array], own)[0], expected, atol=1e-6)
+
+
+def test_a_tensor_is_told_from_an_array() -> None:
+    with pytest.raises(
+        FresnetError, match=re.escape("got a tensor uint8 (4, 4, 3) (image.numpy()?)")
+    ):
+        preprocess([torch.zeros(4, 4, 3, dtype=torch.uint8)])
