@@ -297,7 +297,7 @@ def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _template(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
     """The network that the entries describe, on meta: every shape, no values."""
-    stem = given.get("conv1.weight", given.get("conv1.0.weight"))
+    stem = _stem(given)
     pattern = r"layer([1-9]\d?)\.(\d{1,3})\."
     blocks = [match for name in given if (match := re.match(pattern, name))]
     if not blocks:
@@ -346,6 +346,11 @@ def _template(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
     )
 
 
+def _stem(given: Mapping[str, Any]) -> Any:
+    """The weight that meets the images, which sets dtype and device; None if it is missing."""
+    return given.get("conv1.weight", given.get("conv1.0.weight"))
+
+
 def _stem_type(given: Mapping[str, Any], stem: Any) -> type:
     if "conv1.0.weight" in given:
         return DeepStem
@@ -373,7 +378,7 @@ def _misfits(
     expected: Mapping[str, Tensor], values: Mapping[str, Any], given: Mapping[str, Any], layout: str
 ) -> Iterator[str]:
     """Values of another shape, dtype or device than goes with the stem."""
-    stem = given.get("conv1.weight", given.get("conv1.0.weight"))
+    stem = _stem(given)
     device = stem.device if _is_float(stem) else None
     for name in (name for name in expected if name in values):
         value, leaf, theirs = values[name], expected[name], _name_in(layout, name)

@@ -32,7 +32,6 @@ from fresnet.types import (
     Bottleneck,
     BottleneckStats,
     BottleneckV1,
-    BottleneckV1Stats,
     DeepStem,
     DeepStemStats,
     DilatedStage,
@@ -41,7 +40,6 @@ from fresnet.types import (
     NoShortcut,
     Params,
     PooledProjection,
-    PooledProjectionStats,
     Projection,
     ProjectionStats,
     Shortcut,
@@ -254,14 +252,14 @@ def _bottleneck(
 
 
 def _bottleneck_v1(
-    w: BottleneckV1, s: BottleneckV1Stats, x: Tensor, grid: Grid, norm: NormFunction
+    w: BottleneckV1, s: BottleneckStats, x: Tensor, grid: Grid, norm: NormFunction
 ) -> tuple[Tensor, BlockStats]:
     y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride=grid.stride))
     y = conv2d(relu(y), w.conv2, dilation=grid.dilation_after, groups=_groups(w))
     y, norm2 = norm(w.norm2, s.norm2, y)
     y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
     y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
-    return relu(y), BottleneckV1Stats(norm1, norm2, norm3, shortcut)
+    return relu(y), BottleneckStats(norm1, norm2, norm3, shortcut)
 
 
 def _groups(w: Bottleneck | BottleneckV1) -> int:
@@ -290,7 +288,7 @@ def _shortcut(
         case PooledProjection():
             x = average_pool(x) if stride == 2 else x
             x, stats = norm(w.norm, s.norm, conv2d(x, w.conv))
-            return add(y, x), PooledProjectionStats(stats)
+            return add(y, x), ProjectionStats(stats)
         case ZeroPad():
             return add(y, zero_pad(x[:, :, ::stride, ::stride], channels=y.shape[1])), s
         case NoShortcut():

@@ -69,10 +69,6 @@ class PooledProjection(NamedTuple):
     norm: Norm | FrozenNorm
 
 
-class PooledProjectionStats(NamedTuple):
-    norm: NormStats
-
-
 class ZeroPad(NamedTuple):
     """The paper's option A: x at every second place, its new channels zero. In both trees."""
 
@@ -82,7 +78,7 @@ class NoShortcut(NamedTuple):
 
 
 Shortcut: TypeAlias = Identity | Projection | PooledProjection | ZeroPad | NoShortcut
-ShortcutStats: TypeAlias = Identity | ProjectionStats | PooledProjectionStats | ZeroPad | NoShortcut
+ShortcutStats: TypeAlias = Identity | ProjectionStats | ZeroPad | NoShortcut
 
 
 class BasicBlock(NamedTuple):
@@ -136,15 +132,8 @@ class BottleneckV1(NamedTuple):
     shortcut: Shortcut
 
 
-class BottleneckV1Stats(NamedTuple):
-    norm1: NormStats
-    norm2: NormStats
-    norm3: NormStats
-    shortcut: ShortcutStats
-
-
 Block: TypeAlias = BasicBlock | Bottleneck | BottleneckV1
-BlockStats: TypeAlias = BasicBlockStats | BottleneckStats | BottleneckV1Stats
+BlockStats: TypeAlias = BasicBlockStats | BottleneckStats
 
 
 class DilatedStage(NamedTuple):
@@ -252,10 +241,10 @@ STATS_OF: Mapping[type, Any] = {
     Stem3x3: Stem3x3Stats,
     BasicBlock: BasicBlockStats,
     Bottleneck: BottleneckStats,
-    BottleneckV1: BottleneckV1Stats,
+    BottleneckV1: BottleneckStats,
     Identity: Identity,
     Projection: ProjectionStats,
-    PooledProjection: PooledProjectionStats,
+    PooledProjection: ProjectionStats,
     ZeroPad: ZeroPad,
     NoShortcut: NoShortcut,
     Norm: NormStats,

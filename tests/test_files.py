@@ -32,7 +32,6 @@ from fresnet.types import (
     BottleneckV1,
     NoShortcut,
     PooledProjection,
-    PooledProjectionStats,
 )
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (1, 2), 4, groups=2, group_width=32), num_classes=3)
@@ -129,6 +128,17 @@ print(fresnet.forward(params, torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 
 """
 
 
+def hugging_face(in_bottleneck: bool) -> Any:
+    """A small network of theirs."""
+    config = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[32, 64],
+        depths=[1, 1],
+        downsample_in_bottleneck=in_bottleneck,
+    )
+    return transformers.ResNetForImageClassification(config).eval()
+
+
 def from_hub(cache: Path, repository: str) -> tuple[int, list[str], str]:
     """`load` of a repository in a process that knows no network, only this cache."""
     done = subprocess.run(
@@ -147,13 +157,7 @@ def test_a_repository_of_hugging_face_is_read_from_its_cache(
     in_bottleneck: bool, safe: bool, tmp_path: Path
 ) -> None:
     """Its configuration says where bottlenecks stride."""
-    config = transformers.ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[32, 64],
-        depths=[1, 1],
-        downsample_in_bottleneck=in_bottleneck,
-    )
-    model = transformers.ResNetForImageClassification(config).eval()
+    model = hugging_face(in_bottleneck)
     folder = tmp_path / "models--someone--some-resnet"
     snapshot = folder / "snapshots" / "0123abcd"
     model.save_pretrained(snapshot)
@@ -208,21 +212,15 @@ def test_a_folder_of_hugging_face_says_where_bottlenecks_stride(
     in_bottleneck: bool, tmp_path: Path
 ) -> None:
     """Whether the folder is named or the file in it."""
-    config = transformers.ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[32, 64],
-        depths=[1, 1],
-        downsample_in_bottleneck=in_bottleneck,
-    )
-    model = transformers.ResNetForImageClassification(config).eval()
+    model = hugging_face(in_bottleneck)
     model.save_pretrained(tmp_path)
     expected = fresnet.from_state_dict(model.state_dict(), stride_in_1x1=in_bottleneck)
     for path in (tmp_path, tmp_path / "model.safetensors"):
         loaded = fresnet.load(path)
         assert_same(loaded, expected)
         tree.map(torch.equal, loaded, expected)
-    config.hidden_act = "gelu"
-    config.save_pretrained(tmp_path)
+    model.config.hidden_act = "gelu"
+    model.config.save_pretrained(tmp_path)
     assert refusal(tmp_path) == "its activation is gelu; networks here have relu"
     (tmp_path / "config.json").write_text("{")
     assert "Expecting property name" in refusal(tmp_path)
@@ -528,14 +526,10 @@ def test_plain_networks_are_saved_too(tmp_path: Path) -> None:
 
 def test_blocks_of_different_kinds_come_back_as_they_were(tmp_path: Path) -> None:
     """Projections and pooled ones in one network, whose names other libraries never mix."""
-    (w, s) = fresnet.init(0, Spec(Bottleneck, (1, 1), width=4))
-    block = w.stages[1][0]
+    weights, stats = fresnet.init(0, Spec(Bottleneck, (1, 1), width=4))
+    first, (block,) = weights.stages
     pooled = block._replace(shortcut=PooledProjection(*block.shortcut))
-    pooled_stats = s.stages[1][0]._replace(shortcut=PooledProjectionStats(*s.stages[1][0].shortcut))
-    params = Params(
-        w._replace(stages=(w.stages[0], (pooled,))),
-        s._replace(stages=(s.stages[0], (pooled_stats,))),
-    )
+    params = Params(weights._replace(stages=(first, (pooled,))), stats)
     fresnet.save(params, tmp_path / "a")
     loaded = fresnet.load(tmp_path / "a")
     assert_same(loaded, params)
