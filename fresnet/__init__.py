@@ -5,7 +5,7 @@ logits = fresnet.forward(params, x)                # inference: running statisti
 logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
-from fresnet import moments, optim, tree
+from fresnet import moments, optim, training, tree
 from fresnet.errors import FresnetError
 from fresnet.files import load, save
 from fresnet.init import init
@@ -48,5 +48,6 @@ __all__ = [
     "save",
     "summary",
     "to_state_dict",
+    "training",
     "tree",
 ]

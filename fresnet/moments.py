@@ -61,14 +61,21 @@ def merge_across(moments: Tree, group: Group) -> Tree:
     Raises:
       FresnetError: if the tree holds anything but moments, or as `forward_train` does of a group.
     """
-
-    def merged(own: Moments) -> Moments:
-        total = all_sum(torch.cat([own.n[None], own.n * own.mean]), group)
-        n, mean = total[0], total[1:] / total[0].clamp(min=1)
-        return Moments(n, mean, all_sum(own.m2 + own.n * (own.mean - mean).square(), group))
-
     check_group("merge_across", group)
-    together: Tree = _map("merge_across", merged, moments)
+    own: list[Moments] = []
+    _map("merge_across", own.append, moments)
+    sizes = [len(node.mean) for node in own]
+    n, mean, m2 = (
+        torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])
+        for values in zip(*own, strict=True)
+    )
+    # All norms in two messages: what a message costs hardly depends on its length.
+    total, moment = all_sum(torch.stack([n, n * mean]), group)
+    middle = moment / total.clamp(min=1)
+    m2 = all_sum(m2 + n * (mean - middle).square(), group)
+    parts = zip(*(values.split(sizes) for values in (total, middle, m2)), strict=True)
+    merged = (Moments(n[0], mean, m2) for n, mean, m2 in parts)
+    together: Tree = _map("merge_across", lambda _: next(merged), moments)
     return together
 
 

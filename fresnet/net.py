@@ -24,6 +24,7 @@ from fresnet.ops import (
     max_pool,
     zero_pad,
 )
+from fresnet.recompute import recomputed
 from fresnet.types import (
     BasicBlock,
     BasicBlockStats,
@@ -113,7 +114,7 @@ def forward_train(
 
 
 def forward_moments(
-    params: Params, x: Tensor, *, group: Group | None = None
+    params: Params, x: Tensor, *, group: Group | None = None, recompute: bool = False
 ) -> tuple[Tensor, Stats]:
     """Classify a batch as `forward_train` does, and return what its norms saw.
 
@@ -130,6 +131,8 @@ def forward_moments(
       params: the network.
       x: images, float `[b c h w]`, in the dtype of the weights.
       group: as for `forward_train`.
+      recompute: keep no activations within a block but compute them again for the gradient: a
+        fraction of the memory, for a third more time. The moments are those of the first pass.
     Returns:
       `(logits, moments)`: logits `[b k]`; a tree like `params.stats` with `Moments` for
       `NormStats`, constants with respect to params and x. Eager, a variance is correct to about
@@ -137,15 +140,16 @@ def forward_moments(
     Raises:
       FresnetError: as `forward_train` does.
     """
-    return _forward_moments("forward_moments", params, x, group)
+    return _forward_moments("forward_moments", params, x, group, recompute)
 
 
 def _forward_moments(
-    caller: str, params: Params, x: Tensor, group: Group | None
+    caller: str, params: Params, x: Tensor, group: Group | None, recompute: bool = False
 ) -> tuple[Tensor, Stats]:
     check_call(caller, params, x)
     check_group(caller, group)
-    activations, moments = _network(params, x, partial(training_norm, group=group))
+    norm = partial(training_norm, group=group)
+    activations, moments = _network(params, x, norm, recompute=recompute)
     return run_head(params.weights.head, activations[-1]), moments
 
 
@@ -198,7 +202,9 @@ def plan(weights: Weights) -> list[list[tuple[Block, Grid]]]:
     return stages
 
 
-def _network(params: Params, x: Tensor, norm: NormFunction) -> tuple[tuple[Tensor, ...], Stats]:
+def _network(
+    params: Params, x: Tensor, norm: NormFunction, *, recompute: bool = False
+) -> tuple[tuple[Tensor, ...], Stats]:
     """Stem and stages: their outputs, and a tree of what the norm returned."""
     weights, stats = params
     x, stem_stats = run_stem(weights.stem, stats.stem, x, norm)
@@ -206,7 +212,9 @@ def _network(params: Params, x: Tensor, norm: NormFunction) -> tuple[tuple[Tenso
     for blocks, blocks_stats in zip(plan(weights), stats.stages, strict=True):
         stage_stats = []
         for (block, grid), block_stats in zip(blocks, blocks_stats, strict=True):
-            x, new_stats = RUN_BLOCK[type(block)](block, block_stats, x, grid, norm)
+            run = partial(RUN_BLOCK[type(block)], grid=grid, norm=norm)
+            run = partial(recomputed, run) if recompute else run
+            x, new_stats = run(block, block_stats, x)
             stage_stats.append(new_stats)
         activations.append(x)
         stages_stats.append(tuple(stage_stats))

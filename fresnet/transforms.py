@@ -3,6 +3,7 @@
 The only file that reads that stack, which is private. Compiled code never comes here.
 """
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd.forward_ad import unpack_dual
@@ -13,6 +14,15 @@ _KINDS = _functorch.TransformType
 def active() -> bool:
     """Whether this call runs inside any transform."""
     return bool(_stack())
+
+
+def differentiated(*inputs: Tensor) -> bool:
+    """Whether what is computed here of these tensors is to be differentiated or mapped outside."""
+    return active() or any(
+        unpack_dual(tensor).tangent is not None
+        or (torch.is_grad_enabled() and tensor.requires_grad)
+        for tensor in inputs
+    )
 
 
 def fused_norm_is_exact(*inputs: Tensor) -> bool:

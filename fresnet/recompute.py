@@ -1,0 +1,69 @@
+"""Activations computed twice instead of kept: less memory, one more pass forward.
+
+PyTorch's own checkpointing rests on hooks that `torch.func` refuses.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp
+
+from fresnet import tree
+
+Function = Callable[..., tuple[Tensor, Any]]
+
+
+def recomputed(function: Function, *trees: Any) -> tuple[Tensor, Any]:
+    """What the function makes of these trees, none of it kept until its derivative is taken.
+
+    Compiled, it is left to the compiler what to keep.
+
+    Args:
+      function: from trees of tensors to `(y, seen)`: a tensor, and a tree that is constant with
+        respect to all of them. It must be pure, for it is called again.
+    Source: Chen et al. 2016, arXiv:1604.06174.
+    """
+    if torch.compiler.is_compiling():
+        return function(*trees)
+    structure: list[Any] = []
+
+    def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
+        y, seen = function(*tree.unflatten(trees, leaves))
+        structure[:] = [seen]
+        return y, *tree.leaves(seen)
+
+    y, *leaves = _Recompute.apply(flat, *tree.leaves(trees))
+    return y, tree.unflatten(structure[0], leaves)
+
+
+class _Recompute(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Any:
+        return function(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.function, *tensors = inputs
+        _, *seen = output
+        ctx.mark_non_differentiable(*seen)
+        ctx.constants = len(seen)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        pull = vjp(lambda *inputs: ctx.function(*inputs)[0], *ctx.saved_tensors)[1]
+        return None, *pull(cotangent)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        moved = tuple(
+            torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)
+        )
+        tangent = jvp(lambda *inputs: ctx.function(*inputs)[0], inputs, moved)[1]
+        return tangent, *[None] * ctx.constants

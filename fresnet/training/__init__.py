@@ -1,0 +1,28 @@
+"""Training as pure functions: a state, a step, and what is around them.
+
+optimizer = fresnet.optim.sgd(0.1, momentum=0.9)
+state = fresnet.training.start(fresnet.init(0), optimizer)
+train_step = fresnet.training.make_train_step(optimizer)
+state, metrics = train_step(state, (x, y))
+"""
+
+from fresnet.training.evaluation import Evaluation, evaluate
+from fresnet.training.gradients import gradients
+from fresnet.training.mixing import cutmix, mixup, one_of
+from fresnet.training.state import TrainState, start
+from fresnet.training.step import Metrics, make_train_step
+from fresnet.training.targets import cross_entropy
+
+__all__ = [
+    "Evaluation",
+    "Metrics",
+    "TrainState",
+    "cross_entropy",
+    "cutmix",
+    "evaluate",
+    "gradients",
+    "make_train_step",
+    "mixup",
+    "one_of",
+    "start",
+]

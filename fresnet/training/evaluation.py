@@ -1,0 +1,73 @@
+"""How well a network classifies."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fresnet.check import check_group, check_params
+from fresnet.collectives import Group, all_sum
+from fresnet.errors import FresnetError
+from fresnet.net import forward
+from fresnet.training.targets import check_classes, cross_entropy
+from fresnet.types import Params
+
+
+class Evaluation(NamedTuple):
+    """Over all images of all processes."""
+
+    images: int
+    loss: float
+    """The mean cross-entropy."""
+
+    top1: float
+    top5: float
+    """Shares of the images whose class is the most probable, or among the five."""
+
+    confusion: Tensor
+    """How many images of class i were taken for class j, int64 `[k k]`, on the CPU."""
+
+
+def evaluate(
+    params: Params, batches: Iterable[tuple[Tensor, Tensor]], *, group: Group | None = None
+) -> Evaluation:
+    """Classify batches by the running statistics and compare with their classes.
+
+    >>> import torch, fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> batch = torch.ones(2, 3, 32, 32), torch.tensor([3, 4])
+    >>> fresnet.training.evaluate(params, [batch]).images
+    2
+
+    Args:
+      params: the network.
+      batches: images `[b c h w]` in the dtype of the weights, and their classes `[b]`.
+      group: processes that evaluate together, each with a share of the batches, or with none.
+    Raises:
+      FresnetError: if there is no image at all, or if images or classes are not what the network
+        takes.
+    """
+    check_params("evaluate", params)
+    check_group("evaluate", group)
+    bias = params.weights.head.bias
+    classes = len(bias)
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=bias.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=bias.device)  # of losses, of hits among five
+    with torch.no_grad():
+        for x, y in batches:
+            check_classes("evaluate", x, y, classes)
+            logits = forward(params, x).double()
+            best = logits.topk(min(5, classes)).indices
+            in_five = (best == y[:, None]).any(1)
+            sums += torch.stack([cross_entropy(logits, y).sum(), in_five.sum()])
+            confusion += torch.bincount(y * classes + best[:, 0], minlength=classes**2).view(
+                classes, classes
+            )
+        if group is not None:
+            sums, confusion = all_sum(sums, group), all_sum(confusion, group)
+    images = int(confusion.sum())
+    if images == 0:
+        raise FresnetError("evaluate expects at least one image; got none")
+    loss, in_five = (sums / images).tolist()
+    return Evaluation(images, loss, int(confusion.trace()) / images, in_five, confusion.cpu())

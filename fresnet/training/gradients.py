@@ -1,0 +1,144 @@
+"""Gradients at the price of `torch.autograd`'s, within a process and across processes.
+
+`torch.func.grad` keeps the graph of what it differentiates until it is done, as it may be
+differentiated again. Here the graph goes as the pass goes, and what processes have to tell each
+other they tell meanwhile. Under another derivative, a vmap or a compiler it is `torch.func.grad`
+after all.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.func import grad_and_value
+
+from fresnet import transforms, tree
+from fresnet.collectives import Group, all_sum
+
+Weights = TypeVar("Weights")
+
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+"""Bytes sent at once; the first soon (Li et al. 2020, arXiv:2006.15704, Sec. 3.2.3)."""
+
+
+def gradients(
+    loss_fn: Callable[..., tuple[Tensor, Any]],
+    weights: Weights,
+    parts: Sequence[tuple[Any, ...]],
+    *,
+    group: Group | None = None,
+) -> tuple[Weights, list[tuple[Tensor, Any]]]:
+    """The gradient of a loss summed over parts of a batch, which are taken one after the other.
+
+    >>> import torch
+    >>> def loss_fn(w, x):
+    ...     return (w[0] * x).sum(), ()
+    >>> grads, found = gradients(loss_fn, (torch.zeros(2),), [(torch.ones(2),), (torch.ones(2),)])
+    >>> grads
+    (tensor([2., 2.]),)
+
+    Args:
+      loss_fn: from weights and a part to `(loss [], seen)`, `seen` a tree that no derivative is
+        taken of.
+      weights: a tree: where the gradient is taken.
+      parts: trees of tensors, the further arguments of `loss_fn`.
+      group: processes over whose parts, too, is summed; each has as many. Sums are sent while the
+        last part's gradient is being taken, those of the last layers first.
+    Returns:
+      `(grads, found)`: a tree like the weights, to the bit the same on every process of the group;
+      `(loss, seen)` of each part.
+    """
+    if torch.compiler.is_compiling() or transforms.differentiated(*tree.leaves((weights, parts))):
+        return _composed(loss_fn, weights, parts, group)
+    leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(weights)]
+    buckets = None if group is None else _Buckets(leaves, len(parts), group)
+    grads: Sequence[Tensor] = ()
+    found = []
+    for part in parts:
+        with torch.enable_grad():
+            loss, seen = loss_fn(tree.unflatten(weights, leaves), *part)
+        new = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        found.append((loss.detach(), tree.map(Tensor.detach, seen)))
+        del loss, seen
+        grads = [a + b for a, b in zip(grads, new, strict=True)] if grads and not buckets else new
+    return tree.unflatten(weights, buckets.sums() if buckets else grads), found
+
+
+def _composed(
+    loss_fn: Callable[..., tuple[Tensor, Any]],
+    weights: Weights,
+    parts: Sequence[tuple[Any, ...]],
+    group: Group | None,
+) -> tuple[Weights, list[tuple[Tensor, Any]]]:
+    each, found = zip(
+        *(grad_and_value(loss_fn, has_aux=True)(weights, *part) for part in parts), strict=True
+    )
+    grads = tree.map(lambda *leaves: reduce(torch.add, leaves), *each)
+    if group is not None:
+        grads = tree.map(lambda leaf: all_sum(leaf, group), grads)
+    return grads, list(found)
+
+
+class _Buckets:
+    """Gradients end to end in a few buffers, each summed over processes as soon as it is full.
+
+    Hooks on the leaves fill them while passes backward come by, the last layers first.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], passes: int, group: Group) -> None:
+        self._group = group
+        self._views: list[Tensor] = [torch.empty(0)] * len(leaves)
+        self._buffers: list[Tensor] = []
+        self._awaited: list[int] = []  # gradients by each buffer
+        self._empty = set(range(len(leaves)))
+        self._sums: list[distributed.Work] = []
+        for number, bucket in enumerate(_dealt(leaves)):
+            sizes = [leaves[i].numel() for i in bucket]
+            buffer = leaves[bucket[0]].new_empty(sum(sizes))
+            self._buffers.append(buffer)
+            self._awaited.append(passes * len(bucket))
+            for i, end, size in zip(bucket, accumulate(sizes), sizes, strict=True):
+                leaf = torch.empty_like(leaves[i], device="meta")
+                self._views[i] = buffer.as_strided(leaf.shape, leaf.stride(), end - size)
+                leaves[i].register_hook(partial(self._receive, number, i))
+
+    def _receive(self, number: int, i: int, grad: Tensor) -> Tensor:
+        view = self._views[i]
+        if i in self._empty:
+            self._empty.remove(i)
+            view.copy_(grad)
+        else:
+            view.add_(grad)
+        self._awaited[number] -= 1
+        while len(self._sums) < len(self._buffers) and not self._awaited[len(self._sums)]:
+            self._send()  # in one order on every process
+        return view
+
+    def _send(self) -> None:
+        buffer = self._buffers[len(self._sums)]
+        self._sums.append(distributed.all_reduce(buffer, group=self._group, async_op=True))
+
+    def sums(self) -> list[Tensor]:
+        for i in self._empty:
+            self._views[i].zero_()
+        while len(self._sums) < len(self._buffers):
+            self._send()
+        for work in self._sums:
+            work.wait()
+        return self._views
+
+
+def _dealt(leaves: Sequence[Tensor]) -> list[list[int]]:
+    """The leaves' numbers, the last first, in buckets of about so many bytes and one dtype."""
+    buckets: list[list[int]] = []
+    room = 0
+    for i in reversed(range(len(leaves))):
+        if room <= 0 or leaves[i].dtype != leaves[i + 1].dtype:
+            room = BUCKET if buckets else FIRST_BUCKET
+            buckets.append([])
+        buckets[-1].append(i)
+        room -= leaves[i].nbytes
+    return buckets

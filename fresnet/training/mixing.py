@@ -1,0 +1,84 @@
+"""Batches of images mixed with their neighbours, labels alike.
+
+A mixing is a function `(x, targets, generator) -> (x, targets)`: images `[b c h w]` and the
+probabilities of their classes `[b k]`. Each image is mixed with the one before it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import sqrt
+from typing import TypeAlias
+
+import torch
+from torch import Generator, Tensor
+
+from fresnet.errors import FresnetError
+
+Mixing: TypeAlias = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
+
+
+def mixup(alpha: float) -> Mixing:
+    """One weighted mean of both images, the weight drawn from Beta(alpha, alpha).
+
+    Raises:
+      FresnetError: if alpha is not a positive number.
+    Source: Zhang et al. 2018, arXiv:1710.09412.
+    """
+    return partial(_mixup, _positive("mixup", alpha))
+
+
+def cutmix(alpha: float) -> Mixing:
+    """A rectangle of one image laid over the other, its share of the area from Beta(alpha, alpha).
+
+    Raises:
+      FresnetError: if alpha is not a positive number.
+    Source: Yun et al. 2019, arXiv:1905.04899.
+    """
+    return partial(_cutmix, _positive("cutmix", alpha))
+
+
+def one_of(*mixings: Mixing) -> Mixing:
+    """For each batch one of these, each as likely."""
+    return partial(_one_of, mixings)
+
+
+def _mixup(alpha: float, x: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    share = _share(alpha, generator)
+    return _blend(x, share), _blend(targets, share)
+
+
+def _cutmix(
+    alpha: float, x: Tensor, targets: Tensor, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    share = _share(alpha, generator)
+    height, width = x.shape[2:]
+    column, row = (int(torch.randint(side, (1,), generator=generator)) for side in (width, height))
+    half = 0.5 * sqrt(1 - share)
+    top, bottom = max(row - int(half * height), 0), min(row + int(half * height), height)
+    left, right = max(column - int(half * width), 0), min(column + int(half * width), width)
+    rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+    inside = ((rows >= top) & (rows < bottom))[:, None] & (columns >= left) & (columns < right)
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    return torch.where(inside, x.roll(1, 0), x), _blend(targets, share)
+
+
+def _one_of(
+    mixings: tuple[Mixing, ...], x: Tensor, targets: Tensor, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    chosen = int(torch.multinomial(torch.ones(len(mixings)), 1, generator=generator))
+    return mixings[chosen](x, targets, generator)
+
+
+def _share(alpha: float, generator: Generator) -> float:
+    """From Beta(alpha, alpha). `torch.distributions`, which draws it so, takes no generator."""
+    return float(torch._sample_dirichlet(torch.tensor([alpha, alpha]), generator=generator)[0])
+
+
+def _blend(values: Tensor, share: float) -> Tensor:
+    return values.roll(1, 0) * (1 - share) + values * share
+
+
+def _positive(caller: str, alpha: float) -> float:
+    if type(alpha) not in (int, float) or not alpha > 0:
+        raise FresnetError(f"{caller} expects alpha to be a positive number; got {alpha!r}")
+    return float(alpha)

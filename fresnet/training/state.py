@@ -1,0 +1,69 @@
+"""All that training carries from one step to the next, as one tree."""
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fresnet import optim, tree
+from fresnet.check import check_params, first_conv
+from fresnet.errors import FresnetError
+from fresnet.types import Params
+
+NoAverage: TypeAlias = tuple[()]
+
+
+class TrainState(NamedTuple):
+    """What a step takes and returns: all that the rest of a run depends on, but for the data."""
+
+    step: Tensor
+    """Updates so far, int64 `[]`."""
+
+    params: Params
+    optimizer: optim.State
+
+    average: Params | NoAverage
+    """An exponential moving average of params, statistics as well as weights; or nothing."""
+
+    rng: Tensor
+    """The state of the `torch.Generator` on the CPU that steps draw from, uint8 `[bytes]`."""
+
+    position: Tensor
+    """Batches taken so far, int64 `[]`: where in the data's order to go on."""
+
+
+def start(
+    params: Params, optimizer: optim.Optimizer, *, seed: int = 0, average: bool = False
+) -> TrainState:
+    """The state before the first step.
+
+    >>> import fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> state = fresnet.training.start(params, fresnet.optim.sgd(0.1))
+    >>> state.step
+    tensor(0)
+
+    Args:
+      params: the network to train, in float32 or float64.
+      optimizer: the one that the steps will take.
+      seed: of what steps draw.
+      average: whether steps keep an average of the network as well.
+    Raises:
+      FresnetError: if params is not a network, or too narrow to take small steps.
+    """
+    check_params("start", params)
+    stem = first_conv(params.weights)
+    if stem.dtype not in (torch.float32, torch.float64):
+        raise FresnetError(
+            f"start expects weights in float32 or float64; got {stem.dtype}: make_train_step(..., "
+            "precision=torch.bfloat16) computes in it, with float32 weights behind"
+        )
+    zero = torch.zeros((), dtype=torch.int64, device=stem.device)
+    return TrainState(
+        step=zero,
+        params=params,
+        optimizer=optimizer.init(params.weights),
+        average=tree.map(Tensor.clone, params) if average else (),
+        rng=torch.Generator().manual_seed(seed).get_state(),
+        position=zero,
+    )

@@ -1,0 +1,182 @@
+"""A training step as one pure function: (state, batch) -> (state, metrics)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fresnet import tree
+from fresnet.check import check_call, check_group
+from fresnet.collectives import Group, all_sum
+from fresnet.errors import FresnetError, describe
+from fresnet.moments import merge, merge_across, update
+from fresnet.net import forward_moments
+from fresnet.optim import Optimizer, clip_by_norm
+from fresnet.training.gradients import gradients
+from fresnet.training.mixing import Mixing
+from fresnet.training.state import TrainState
+from fresnet.training.targets import check_classes, cross_entropy
+from fresnet.types import Params, Stats, Weights
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+TrainStep: TypeAlias = Callable[[TrainState, Batch], "tuple[TrainState, Metrics]"]
+
+
+class Metrics(NamedTuple):
+    """What a step shows and no later step depends on, over all images of all processes."""
+
+    loss: Tensor
+    """The mean, `[]`."""
+
+    accuracy: Tensor
+    """The share whose most probable class is right, `[]`; of mixed images, the larger part's."""
+
+    images: Tensor
+    """How many there were, `[]`."""
+
+
+def make_train_step(
+    optimizer: Optimizer,
+    *,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    mixing: Mixing | None = None,
+    precision: torch.dtype | None = None,
+    micro_batches: int = 1,
+    recompute: bool = False,
+    max_norm: float | None = None,
+    momentum: float = 0.1,
+    average_decay: float = 0.999,
+    group: Group | None = None,
+    norms_across: bool = False,
+) -> TrainStep:
+    """A step of training, `(state, batch) -> (state, metrics)`; a batch is `(x, y)`.
+
+    x `[b c h w]` are images in the dtype of the weights, y `[b]` their classes. The step is pure:
+    the same state and batch give the same bits, and neither is written to.
+
+    >>> import torch, fresnet
+    >>> optimizer = fresnet.optim.sgd(0.1, momentum=0.9)
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> state = fresnet.training.start(params, optimizer)
+    >>> train_step = fresnet.training.make_train_step(optimizer)
+    >>> state, metrics = train_step(state, (torch.ones(2, 3, 32, 32), torch.tensor([3, 4])))
+    >>> state.step, metrics.images
+    (tensor(1), tensor(2))
+
+    Args:
+      optimizer: from `fresnet.optim`.
+      loss_fn: from logits `[b k]` and targets to each image's loss `[b]`. Targets are classes
+        `[b]` or, mixed, probabilities `[b k]`.
+      mixing: what is done to each batch, from `fresnet.training.mixing`.
+      precision: what the network computes in, by default the weights' own dtype. In bfloat16 it
+        reads rounded weights; the weights themselves, their gradients, the optimizer, the statistics
+        and the loss stay as wide as they are.
+      micro_batches: into how many parts a batch is cut, which take their gradients one after the
+        other. A norm normalises each part by itself; gradient and running statistics are those of
+        as many processes with a part each, whose norms are not tied by `norms_across`.
+      recompute: as in `forward_moments`.
+      max_norm: to which the gradient is clipped.
+      momentum: as in `forward_train`.
+      average_decay: the share of the old average in the new, if the state keeps one; over the
+        first steps less, min(average_decay, (1 + step) / (10 + step)).
+      group: the processes that train together, each with a share of the batch, which may be of
+        unequal sizes. The loss is the mean over all their images; their states stay the same to
+        the bit.
+      norms_across: whether norms normalise all shares as one. If so, the processes together do
+        what one does with the whole batch.
+    Raises:
+      FresnetError: if an option is not such. The step raises it if the state, the images or the
+        classes are not what the network takes, or if a share has fewer images than micro_batches.
+    """
+    check_group("make_train_step", group)
+    if type(micro_batches) is not int or micro_batches < 1:
+        raise FresnetError(
+            f"make_train_step expects micro_batches to be a positive integer; got {micro_batches!r}"
+        )
+    if norms_across and group is None:
+        raise FresnetError("make_train_step expects a group with norms_across; got none")
+
+    def loss_of(
+        weights: Weights, stats: Stats, x: Tensor, targets: Tensor, images: Tensor
+    ) -> tuple[Tensor, tuple[Stats, Tensor]]:
+        """This part's share of the mean over all images; the moments, and how many are right."""
+        dtype = precision or x.dtype
+        params = Params(tree.map(lambda leaf: leaf.to(dtype), weights), stats)
+        across = group if norms_across else None
+        logits, seen = forward_moments(params, x.to(dtype), group=across, recompute=recompute)
+        logits = logits.to(x.dtype)
+        classes = targets if targets.ndim == 1 else targets.argmax(1)
+        right = (logits.argmax(1) == classes).sum()
+        return loss_fn(logits, targets).sum() / images, (seen, right)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        x, y = batch
+        _check(state, x, y, micro_batches)
+        weights, stats = state.params
+        x, targets, rng = _mixed(mixing, state, x, y)
+        images = torch.full_like(state.step, len(x))
+        if group is not None:
+            images = all_sum(images, group)
+        shares = zip(
+            x.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True
+        )
+        parts = [(stats, part, part_targets, images) for part, part_targets in shares]
+        grads, found = gradients(loss_of, weights, parts, group=group)
+
+        losses, seen = zip(*found, strict=True)
+        moments, right = zip(*seen, strict=True)
+        moments, loss = merge(*moments), torch.stack(losses).sum()
+        sums = torch.stack([loss, torch.stack(right).sum().to(loss.dtype) / images])
+        if group is not None:
+            moments = moments if norms_across else merge_across(moments, group)
+            sums = all_sum(sums, group)
+        if max_norm is not None:
+            grads = clip_by_norm(grads, max_norm)
+        weights, optimizer_state = optimizer.update(grads, state.optimizer, weights)
+        params = Params(weights, update(stats, moments, momentum=momentum))
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            optimizer=optimizer_state,
+            average=_averaged(state, params, average_decay),
+            rng=rng,
+            position=state.position + 1,
+        )
+        return new, Metrics(sums[0], sums[1], images)
+
+    return train_step
+
+
+def _mixed(
+    mixing: Mixing | None, state: TrainState, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, targets and the next state of the generator."""
+    if mixing is None:
+        return x, y, state.rng
+    generator = torch.Generator()
+    generator.set_state(state.rng)
+    probabilities = F.one_hot(y, len(state.params.weights.head.bias)).to(x.dtype)
+    x, targets = mixing(x, probabilities, generator)
+    return x, targets, generator.get_state()
+
+
+def _averaged(state: TrainState, params: Params, decay: float) -> Any:
+    """average <- d average + (1 - d) params,  d = min(decay, (1 + step) / (10 + step))."""
+    if not state.average:
+        return ()
+    new = 1 - ((1 + state.step) / (10 + state.step)).clamp(max=decay)
+    return tree.map(lambda old, leaf: old.lerp(leaf, new.to(leaf.dtype)), state.average, params)
+
+
+def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
+    """What `forward_moments` does not see: the targets, and that each part has an image."""
+    if type(state) is not TrainState:
+        raise FresnetError(f"a train step expects a TrainState; got {describe(state)}")
+    check_call("a train step", state.params, x)
+    check_classes("a train step", x, y, len(state.params.weights.head.bias))
+    if len(x) < micro_batches:
+        raise FresnetError(
+            f"a train step of {micro_batches} micro-batches expects as many images; got {len(x)}"
+        )
