@@ -1,14 +1,15 @@
 """A training step as one pure function: (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fresnet import tree
-from fresnet.check import check_call, check_group
+from fresnet.check import check_call, check_group, stats_dtype
 from fresnet.collectives import Group, all_sum
 from fresnet.errors import FresnetError, describe
 from fresnet.moments import merge, merge_across, update
@@ -20,6 +21,7 @@ from fresnet.training.state import TrainState
 from fresnet.training.targets import check_classes, cross_entropy
 from fresnet.types import Params, Stats, Weights
 
+Tree = TypeVar("Tree")
 Batch: TypeAlias = tuple[Tensor, Tensor]
 TrainStep: TypeAlias = Callable[[TrainState, Batch], "tuple[TrainState, Metrics]"]
 
@@ -71,8 +73,8 @@ def make_train_step(
         `[b]` or, mixed, probabilities `[b k]`.
       mixing: what is done to each batch, from `fresnet.training.mixing`.
       precision: what the network computes in, by default the weights' own dtype. In bfloat16 it
-        reads rounded weights; the weights themselves, their gradients, the optimizer, the statistics
-        and the loss stay as wide as they are.
+        reads rounded weights; the weights themselves, their gradients, the optimizer, the
+        statistics and the loss stay as wide as they are.
       micro_batches: into how many parts a batch is cut, which take their gradients one after the
         other. A norm normalises each part by itself; gradient and running statistics are those of
         as many processes with a part each, whose norms are not tied by `norms_across`.
@@ -98,15 +100,18 @@ def make_train_step(
     if norms_across and group is None:
         raise FresnetError("make_train_step expects a group with norms_across; got none")
 
+    across = group if norms_across else None
+    run = partial(forward_moments, group=across, recompute=recompute)
+
     def loss_of(
         weights: Weights, stats: Stats, x: Tensor, targets: Tensor, images: Tensor
     ) -> tuple[Tensor, tuple[Stats, Tensor]]:
         """This part's share of the mean over all images; the moments, and how many are right."""
-        dtype = precision or x.dtype
-        params = Params(tree.map(lambda leaf: leaf.to(dtype), weights), stats)
-        across = group if norms_across else None
-        logits, seen = forward_moments(params, x.to(dtype), group=across, recompute=recompute)
-        logits = logits.to(x.dtype)
+        if precision is None:
+            logits, seen = run(Params(weights, stats), x)
+        else:
+            narrow = Params(_to(precision, weights), _to(stats_dtype(precision), stats))
+            logits, seen = _to(x.dtype, run(narrow, x.to(precision)))
         classes = targets if targets.ndim == 1 else targets.argmax(1)
         right = (logits.argmax(1) == classes).sum()
         return loss_fn(logits, targets).sum() / images, (seen, right)
@@ -147,6 +152,10 @@ def make_train_step(
         return new, Metrics(sums[0], sums[1], images)
 
     return train_step
+
+
+def _to(dtype: torch.dtype, trees: Tree) -> Tree:
+    return tree.map(lambda leaf: leaf.to(dtype), trees)
 
 
 def _mixed(
