@@ -175,7 +175,8 @@ def _averaged(state: TrainState, params: Params, decay: float) -> Any:
     """average <- d average + (1 - d) params,  d = min(decay, (1 + step) / (10 + step))."""
     if not state.average:
         return ()
-    new = 1 - ((1 + state.step) / (10 + state.step)).clamp(max=decay)
+    step = state.step.double()
+    new = 1 - ((1 + step) / (10 + step)).clamp(max=decay)
     return tree.map(lambda old, leaf: old.lerp(leaf, new.to(leaf.dtype)), state.average, params)
 
 
