@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn.functional import relu
 
 from fresnet.check import check_call, check_group, check_momentum
 from fresnet.collectives import Group
@@ -22,6 +21,7 @@ from fresnet.ops import (
     global_average_pool,
     linear,
     max_pool,
+    relu,
     zero_pad,
 )
 from fresnet.recompute import recomputed

@@ -57,6 +57,15 @@ def kernels(path: tree.Path) -> bool:
     return path[-1] not in ("scale", "bias")
 
 
+def all_but_norms(path: tree.Path) -> bool:
+    """Every leaf but a norm's.
+
+    >>> all_but_norms(("head", "bias")), all_but_norms(("stages", 0, 1, "norm2", "bias"))
+    (True, False)
+    """
+    return not any(str(step).startswith("norm") for step in path)
+
+
 def sgd(
     learning_rate: Rate,
     *,

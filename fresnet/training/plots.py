@@ -1,0 +1,68 @@
+"""Pictures of a run: its curves, and which classes are taken for which."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fresnet.training.record import Line
+
+POINTS = 500
+"""Of a curve; each is the mean of as many steps."""
+
+
+def draw_curves(lines: Iterable[Line], per_epoch: int, path: Path) -> None:
+    """Loss and accuracy over epochs, in training and in evaluation."""
+    train: list[tuple[float, float, float]] = []
+    evaluations: list[tuple[float, float, float, float]] = []
+    for line in lines:
+        epoch = line["step"] / per_epoch
+        if "train" in line:
+            train.append((epoch, line["train"]["loss"], line["train"]["accuracy"]))
+        if "evaluation" in line:
+            found = line["evaluation"]
+            evaluations.append((epoch, found["loss"], found["top1"], found["top5"]))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs, losses, accuracies = _means(train)
+    at, evaluation_losses, top1, top5 = zip(*evaluations, strict=True)
+    left.plot(epochs, losses, label="training")
+    left.plot(at, evaluation_losses, "o-", markersize=3, label="validation")
+    left.set(xlabel="epoch", ylabel="loss")
+    right.plot(epochs, [100 * share for share in accuracies], label="training")
+    right.plot(at, [100 * share for share in top1], "o-", markersize=3, label="validation")
+    right.plot(at, [100 * share for share in top5], "o:", markersize=3, label="validation, top 5")
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Shares of each class's images by the class that they were taken for."""
+    shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    few = len(classes) <= 20
+    side = 2.5 + 0.45 * len(classes) if few else 9
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axes.set(xlabel="taken for", ylabel="class")
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
+        for i, j in confusion.nonzero().tolist():
+            colour = "white" if shares[i, j] > 50 else "black"
+            count = str(int(confusion[i, j]))
+            axes.text(j, i, count, ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def _means(rows: list[tuple[float, ...]]) -> list[list[float]]:
+    """The columns of at most `POINTS` means of consecutive rows."""
+    size = -(-len(rows) // POINTS)
+    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
+    return [list(column) for column in zip(*means, strict=True)]

@@ -1,0 +1,128 @@
+"""How published networks were trained, as values."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from fresnet import optim
+from fresnet.data import AreaCrop, Augmentation, ScaleCrop
+from fresnet.preprocess import PRESETS, Preset
+from fresnet.training.mixing import Mixing, cutmix, mixup, one_of
+
+
+class Recipe(NamedTuple):
+    """SGD with momentum 0.9 and what goes with it; `recipe._replace(epochs=30)` is another."""
+
+    epochs: int
+    batch: int  # images a step, of all processes together
+    rate: float  # the highest learning rate
+    augmentation: Augmentation
+    preset: Preset  # how images are evaluated
+    drops: tuple[int, ...] = ()  # epochs after which the rate is a tenth; none: half a cosine
+    warm_up: int = 0  # epochs
+    weight_decay: float = 1e-4
+    decay_norms: bool = True
+    label_smoothing: float = 0.0
+    mixup: float = 0.0  # the alpha of its Beta distribution, or none; if both, one for each batch
+    cutmix: float = 0.0
+    repeats: int = 1  # times that an image stands in an epoch, among fewer others
+    average: float = 0.0  # in the average of weights, an image's share times epochs, or none
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "paper": Recipe(
+            epochs=120,
+            batch=256,
+            rate=0.1,
+            drops=(30, 60, 90),
+            augmentation=Augmentation(ScaleCrop(224), lighting=0.1),
+            preset=PRESETS["imagenet-v1"],
+        ),
+        "v1": Recipe(
+            epochs=90,
+            batch=256,
+            rate=0.1,
+            drops=(30, 60),
+            augmentation=Augmentation(AreaCrop(224)),
+            preset=PRESETS["imagenet-v1"],
+        ),
+        "v2": Recipe(
+            epochs=600,
+            batch=1024,
+            rate=0.5,
+            warm_up=5,
+            weight_decay=2e-5,
+            decay_norms=False,
+            label_smoothing=0.1,
+            mixup=0.2,
+            cutmix=1.0,
+            repeats=4,
+            average=2e-5,
+            augmentation=Augmentation(AreaCrop(176), trivial_augment=True, erase=0.1),
+            preset=PRESETS["imagenet-v2"],
+        ),
+    }
+)
+"""The paper's (He et al. 2015, Sec. 3.4; it lowers the rate "when the error plateaus", here after the
+epochs that became the custom), and those of torchvision's weights V1 and V2 (its references for
+classification; rates move with each step here, not with each epoch)."""
+
+
+def schedule_of(recipe: Recipe, steps_per_epoch: int) -> optim.Schedule:
+    """The learning rate, a function of the step."""
+    warm_up = recipe.warm_up * steps_per_epoch
+    if recipe.drops:
+        after = optim.steps(recipe.rate, at=[d * steps_per_epoch - warm_up for d in recipe.drops])
+    else:
+        after = optim.cosine(recipe.rate, over=recipe.epochs * steps_per_epoch - warm_up)
+    return optim.warm_up(after, over=warm_up, start=0.01) if warm_up else after
+
+
+def optimizer_of(recipe: Recipe, steps_per_epoch: int) -> optim.Optimizer:
+    return optim.sgd(
+        schedule_of(recipe, steps_per_epoch),
+        momentum=0.9,
+        weight_decay=recipe.weight_decay,
+        decay_where=optim.everywhere if recipe.decay_norms else optim.all_but_norms,
+    )
+
+
+def mixing_of(recipe: Recipe) -> Mixing | None:
+    mixings = [mixup(recipe.mixup)] * bool(recipe.mixup) + [cutmix(recipe.cutmix)] * bool(
+        recipe.cutmix
+    )
+    return one_of(*mixings) if len(mixings) > 1 else mixings[0] if mixings else None
+
+
+def average_decay_of(recipe: Recipe) -> float:
+    """Of a step."""
+    return max(0.0, 1 - recipe.average * recipe.batch / recipe.epochs)
+
+
+def with_batch(recipe: Recipe, batch: int) -> Recipe:
+    """The recipe for batches of another size, its rate in proportion.
+
+    >>> with_batch(RECIPES["v1"], 512).rate
+    0.2
+
+    Source: Goyal et al. 2017, arXiv:1706.02677, Sec. 2.1.
+    """
+    return recipe._replace(batch=batch, rate=recipe.rate * batch / recipe.batch)
+
+
+def with_crop(recipe: Recipe, side: int) -> Recipe:
+    """The recipe for smaller or larger images: trained and evaluated on squares of this side.
+
+    >>> recipe = with_crop(RECIPES["v1"], 32)
+    >>> recipe.augmentation.crop.side, recipe.preset.crop, recipe.preset.resize
+    (32, 32, 37)
+    """
+    crop, preset = recipe.augmentation.crop, recipe.preset
+    if isinstance(crop, ScaleCrop):
+        low, high = (round(length * side / crop.side) for length in crop.shorter)
+        crop = crop._replace(shorter=(low, high))
+    return recipe._replace(
+        augmentation=recipe.augmentation._replace(crop=crop._replace(side=side)),
+        preset=preset._replace(resize=round(preset.resize * side / preset.crop), crop=side),
+    )

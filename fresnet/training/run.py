@@ -1,0 +1,277 @@
+"""A whole run on folders of images: recipe, data, steps, evaluations, checkpoints and record.
+
+Stopped at any moment and started again, it goes on from its last checkpoint and ends with the same
+bits as if it had never been stopped; by other numbers of processes, with the same but for rounding.
+"""
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+
+from fresnet import data, tree
+from fresnet.data import Folder, Images, Order, Place
+from fresnet.errors import FresnetError
+from fresnet.files import save
+from fresnet.training.checkpoint import restore_state, save_state
+from fresnet.training.evaluation import Evaluation, evaluate
+from fresnet.training.plots import draw_confusion, draw_curves
+from fresnet.training.processes import Processes
+from fresnet.training.recipes import Recipe, average_decay_of, mixing_of, optimizer_of, schedule_of
+from fresnet.training.record import read_log, recording
+from fresnet.training.state import TrainState, start
+from fresnet.training.step import Metrics, make_train_step
+from fresnet.training.targets import cross_entropy
+from fresnet.types import Params
+
+CHECKPOINTS = "checkpoints"
+
+Broken: TypeAlias = Literal["raise", "skip"]
+
+
+class Run(NamedTuple):
+    """What the numbers of a run depend on, but for its images: a checkpoint goes on with no other."""
+
+    network: str  # in words: what it begins with
+    recipe: Recipe
+    seed: int = 0
+    precision: torch.dtype | None = None
+    micro_batches: int = 1
+    norms_across: bool = False
+
+
+class Outcome(NamedTuple):
+    params: Params  # or their average, if the recipe keeps one
+    evaluation: Evaluation
+    broken: tuple[str, ...]  # training images that were left out
+
+
+def train(
+    run: Run,
+    params: Params,
+    folders: tuple[Folder, Folder],
+    out: Path,
+    processes: Processes,
+    *,
+    recompute: bool = False,
+    workers: int = 0,
+    broken: Broken = "raise",
+    keep: int = 3,
+    save_every: int | None = None,
+) -> Outcome:
+    """Train to the end, from the last checkpoint in `out` if there is one.
+
+    Args:
+      params: the network to begin with.
+      folders: of training and of validation.
+      out: where checkpoints, log, pictures and the trained network go.
+      processes: this one among those that train together.
+      recompute: as in `make_train_step`.
+      workers: processes that read images, for each that trains.
+      broken: whether an image that cannot be read ends the run, "raise", or is left out, "skip".
+      keep: how many checkpoints.
+      save_every: steps between checkpoints, besides those at the end of each epoch.
+    Raises:
+      FresnetError: if the checkpoint is of another run, if a loss or a weight is not finite, if an
+        image cannot be read, a file not be written, or another process does not answer.
+      KeyboardInterrupt: once the state is saved, at SIGINT or SIGTERM.
+    """
+    training, validation = folders
+    recipe, main = run.recipe, processes.rank == 0
+    order = Order(len(training.files), recipe.batch, run.seed, recipe.repeats)
+    per_epoch = data.steps_per_epoch(order)
+    steps, rate = recipe.epochs * per_epoch, schedule_of(recipe, per_epoch)
+    optimizer, notes = optimizer_of(recipe, per_epoch), _notes(run, training)
+    state = start(params, optimizer, seed=run.seed, average=recipe.average > 0)
+    state = _resumed(state, out, notes)
+    train_step = make_train_step(
+        optimizer,
+        loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
+        mixing=mixing_of(recipe),
+        precision=run.precision,
+        micro_batches=run.micro_batches,
+        recompute=recompute,
+        average_decay=average_decay_of(recipe),
+        group=processes.group,
+        norms_across=run.norms_across,
+    )
+    images = Images(training, partial(data.augment, augmentation=recipe.augmentation), run.seed)
+    places = data.batches(
+        order, int(state.position), steps, rank=processes.rank, ranks=processes.size
+    )
+    evaluation = partial(_evaluation, run, validation, processes, workers=workers, broken=broken)
+    found: Evaluation | None = None
+    left_out: list[str] = []  # since the last checkpoint
+
+    with ExitStack() as stack:
+        record = None
+        if main:
+            record = stack.enter_context(recording(out, steps=steps, after=int(state.step)))
+        stopped = stack.enter_context(_stop_signals())
+
+        def read(step: int, metrics: Metrics, batch: data.Batch) -> None:
+            loss, accuracy, seen = (value.item() for value in metrics)
+            if not math.isfinite(loss):
+                epoch, number = divmod(step - 1, per_epoch)
+                files = ", ".join(training.files[place.image] for place in batch.places[:3])
+                raise FresnetError(
+                    f"the loss is {loss} at step {step}, batch {number + 1} of epoch {epoch + 1}, "
+                    f"which has {files}, ...; {_last_good(out)}"
+                )
+            left_out.extend(batch.broken)
+            if record:
+                at = float(rate(torch.tensor(float(step - 1))))
+                record.step(step, loss=loss, accuracy=accuracy, rate=at, images=seen)
+
+        def checkpoint(step: int) -> None:
+            unread.settle()
+            if not all(leaf.isfinite().all() for leaf in tree.leaves(state.params)):
+                raise FresnetError(f"weights are not finite after step {step}; {_last_good(out)}")
+            files = left_out if stopped() else processes.gathered(left_out)
+            left_out.clear()
+            if record:
+                record.left_out(step, files)
+                record.sync()
+                save_state(state, out / CHECKPOINTS, step=step, keep=keep, notes=notes)
+
+        unread, step = _Late(read), int(state.step)
+        try:
+            for batch in data.loader(images, places, workers=workers, broken=broken):
+                x, y = (t.to(processes.device, non_blocking=True) for t in (batch.x, batch.y))
+                state, metrics = train_step(state, (x, y))
+                step += 1
+                unread.put(step, metrics, batch)
+                if step % per_epoch == 0:
+                    unread.settle()
+                    found = evaluation(state)
+                    if record:
+                        record.evaluation(step, step // per_epoch, recipe.epochs, found)
+                if stopped() or step % per_epoch == 0 or (save_every and step % save_every == 0):
+                    checkpoint(step)
+                if stopped():
+                    raise KeyboardInterrupt
+        except Exception as error:
+            if not stopped():
+                raise
+            checkpoint(step)  # the others have stopped sooner, within this step
+            raise KeyboardInterrupt from error
+
+    outcome = Outcome(
+        state.average or state.params, found or evaluation(state), tuple(_left_out(out))
+    )
+    if main:
+        save(outcome.params, out / "network.safetensors")
+        draw_curves(read_log(out), per_epoch, out / "curves.png")
+        draw_confusion(outcome.evaluation.confusion, training.classes, out / "confusion.png")
+    return outcome
+
+
+class _Late:
+    """Reads a step's numbers once the next step is under way, so that no device waits for it."""
+
+    def __init__(self, read: Callable[..., None]) -> None:
+        self._read = read
+        self._unread: tuple[Any, ...] = ()
+
+    def put(self, *numbers: Any) -> None:
+        self.settle()
+        self._unread = numbers
+
+    def settle(self) -> None:
+        if self._unread:
+            numbers, self._unread = self._unread, ()
+            self._read(*numbers)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came: a step in progress is finished first. A second one raises."""
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _evaluation(
+    run: Run,
+    folder: Folder,
+    processes: Processes,
+    state: TrainState,
+    *,
+    workers: int,
+    broken: Broken,
+) -> Evaluation:
+    """Of the average, if there is one; each process takes its share of the images."""
+    images = Images(folder, partial(data.prepare, preset=run.recipe.preset), seed=0)
+    share = range(processes.rank, len(images), processes.size)
+    size = -(-run.recipe.batch // (processes.size * run.micro_batches))
+    places = [
+        [Place(epoch=0, place=i, image=i) for i in share[first : first + size]]
+        for first in range(0, len(share), size)
+    ]
+    dtype = state.params.weights.head.bias.dtype
+    batches = (
+        (batch.x.to(processes.device, dtype), batch.y.to(processes.device))
+        for batch in data.loader(images, places, workers=workers, broken=broken)
+    )
+    return evaluate(state.average or state.params, batches, group=processes.group)
+
+
+def _resumed(state: TrainState, out: Path, notes: Mapping[str, Any]) -> TrainState:
+    """The last checkpoint of this run, or the state as it is if there is none."""
+    restored = restore_state(state, out / CHECKPOINTS)
+    if restored is None:
+        return state
+    for name in notes.keys() | restored.notes.keys():
+        here, there = notes.get(name), restored.notes.get(name)
+        if here != there:
+            raise FresnetError(
+                f"{out} holds a run with {name} {there}, not {here}: go on with the same, or choose "
+                "another folder"
+            )
+    return restored.state
+
+
+def _notes(run: Run, folder: Folder) -> dict[str, Any]:
+    """The run and its images in words, flat, for a checkpoint."""
+    notes = {"images": len(folder.files), "classes": " ".join(folder.classes)}
+
+    def add(name: str, value: Any) -> None:
+        if hasattr(value, "_asdict"):
+            for field, part in value._asdict().items():
+                add(field if name == "recipe" else f"{name} {field}".strip(), part)
+        else:
+            notes[name] = getattr(value, "__name__", None) or str(value)
+
+    for field, value in run._asdict().items():
+        add(field, value)
+    return notes
+
+
+def _last_good(out: Path) -> str:
+    found = latest_state(out / CHECKPOINTS)
+    return f"the last checkpoint is {found}" if found else "there is no checkpoint yet"
+
+
+def _left_out(out: Path) -> list[str]:
+    """Files that the log names, each once."""
+    lines = (line["left_out"]["files"] for line in read_log(out) if "left_out" in line)
+    return sorted({file for files in lines for file in files})
