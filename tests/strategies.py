@@ -175,7 +175,7 @@ def rank_counts(order: Order) -> st.SearchStrategy[int]:
     return st.integers(1, min(order.size // steps_per_epoch(order), 8))
 
 
-names = st.text("abB1 -.é", min_size=1, max_size=4)
+names = st.text("abB1 -.é", min_size=1, max_size=4).filter(lambda name: name.strip("."))
 suffixes = st.sampled_from([".jpg", ".JPEG", ".png", ".webp", ".Tif", ".txt", ".gif", ""])
 
 

@@ -132,7 +132,8 @@ def test_links_are_followed(digits: Path, tmp_path: Path) -> None:
 
 
 def test_labels_follow_the_classes_given(digits: Path) -> None:
-    backwards = scan(digits, classes=tuple("6543210"))
+    backwards = scan(digits, classes="6543210")
+    assert backwards.classes == tuple("6543210")
     for file, label in zip(backwards.files, backwards.labels, strict=True):
         assert Path(file).relative_to(digits).parts[0] == backwards.classes[label]
     assert sorted(backwards.files) == sorted(scan(digits).files)
@@ -177,6 +178,20 @@ def test_bad_folders(
     root = tmp_path / name
     with pytest.raises(FresnetError, match=re.escape(message.replace("{}", str(root)))):
         scan(root, classes=classes)
+
+
+def test_a_folder_that_cannot_be_read(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for an empty one, as by `os.walk`."""
+    closed, scandir = str(digits / "3" / "more"), os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(FresnetError, match=re.escape(f"{closed}: Permission denied")):
+        scan(digits)
 
 
 # Batches

@@ -3,7 +3,7 @@
 train = scan("imagenet/train")
 images = Images(train, partial(augment, augmentation=Augmentation(AreaCrop(224))), seed=0)
 order = Order(len(images), batch=256, seed=0)
-for x, y, places, broken in loader(images, batches(order, 0, 450_000), workers=8): ...
+for x, y, *_ in loader(images, batches(order, start=0, stop=450_000), workers=8): ...
 """
 
 try:

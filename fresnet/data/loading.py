@@ -83,13 +83,8 @@ def loader(
 ) -> Iterator[Batch]:
     """The batches of these places, in their order, read ahead by worker processes.
 
-        train = scan("imagenet/train")
-        transform = partial(augment, augmentation=Augmentation(AreaCrop(224)))
-        order = Order(len(train.files), batch=256, seed=0)
-        for batch in loader(
-            Images(train, transform, seed=0), batches(order, 0, 450_000), workers=8
-        ):
-            ...
+        order = Order(len(images), batch=256, seed=0)
+        for x, y, *_ in loader(images, batches(order, start=0, stop=450_000), workers=8): ...
 
     Batches do not depend on the number of workers, each of which runs one thread. Where CUDA is
     available they lie in pinned memory.
