@@ -320,9 +320,10 @@ def faulty(image: Image.Image, generator: Generator) -> Tensor:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_faulty_transform_is_no_broken_image(digits: Path, workers: int) -> None:
-    images = Images(scan(digits), faulty, 0)
+    images, others = Images(scan(digits), faulty, 0), active_children()
     with pytest.raises(RuntimeError, match="a fault of the transform's own"):
         next(loader(images, in_order(images.folder), workers=workers, broken="skip"))
+    assert active_children() == others
 
 
 @pytest.mark.slow
@@ -347,6 +348,17 @@ def test_a_loader_that_is_left_leaves_no_process(digits: Path) -> None:
     assert len(active_children()) == len(others) + 1
     del found
     assert active_children() == others
+
+
+def test_two_loaders_at_once(digits: Path) -> None:
+    """As where an epoch is followed by an evaluation, and training then goes on."""
+    images = Images(scan(digits), PLAIN, 0)
+    places = in_order(images.folder)
+    expected = list(loader(images, places))
+    training = loader(images, places, workers=1)
+    first = next(training)
+    assert_same_batches(list(loader(images, places, workers=1)), expected)
+    assert_same_batches([first, *training], expected)
 
 
 @pytest.mark.parametrize(

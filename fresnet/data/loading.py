@@ -116,29 +116,33 @@ def _batches(data: "DataLoader[Any]", broken: str) -> Iterator[Batch]:
     # Started in the main thread, DataLoader handles SIGCHLD, and a worker's death would raise in
     # whatever the main thread is at, such as a training step.
     with ThreadPoolExecutor(1) as starter:
-        ready = starter.submit(iter, data).result()
-    while True:
-        try:
-            batch = next(ready)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            if not _tells_of_a_death(error):
-                raise
+        ready: Any = starter.submit(iter, data).result()
+    try:
+        while (batch := _next(ready)) is not None:
+            if batch.broken and (broken == "raise" or not batch.places):
+                first, count = batch.broken[0], len(batch.broken)
+                which = f"{count} of {count + len(batch.places)} images of a batch"
+                raise FresnetError(f"loader cannot use {which}; the first is {first}")
+            yield batch
+    finally:
+        # At once, as an exception's traceback may keep it: were it left to the garbage collector,
+        # a worker of another loader, forked meanwhile, would collect it too and hang.
+        if data.num_workers > 0:
+            ready._shutdown_workers()
+
+
+def _next(ready: Any) -> Batch | None:
+    """None after the last."""
+    try:
+        batch: Batch | None = next(ready, None)
+    except (RuntimeError, OSError, EOFError) as error:
+        # By its words: of the same types are a transform's own errors.
+        if "DataLoader worker (pid" in str(error) or "in pin memory thread" in str(error):
             raise FresnetError(
                 f"a worker of the loader died, perhaps of too little memory: {reason(error)}"
             ) from error
-        if batch.broken and (broken == "raise" or not batch.places):
-            first, count = batch.broken[0], len(batch.broken)
-            which = f"{count} of {count + len(batch.places)} images of a batch"
-            raise FresnetError(f"loader cannot use {which}; the first is {first}")
-        yield batch
-
-
-def _tells_of_a_death(error: Exception) -> bool:
-    """By their words: the types are those of a transform's own errors too."""
-    message = str(error)
-    return "DataLoader worker (pid" in message or "in pin memory thread" in message
+        raise
+    return batch
 
 
 def _collate(items: list[Example | Broken]) -> Batch:
