@@ -80,29 +80,38 @@ def preprocess(images: Sequence[Any], preset: str | Preset = "imagenet-v1") -> T
     if not images:
         raise FresnetError("preprocess expects at least one image; got none")
 
-    *_, mean, std = chosen
     pixels = np.stack([_pixels(i, image, chosen) for i, image in enumerate(images)])
-    x = (pixels / np.float32(255) - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return torch.from_numpy(x).permute(0, 3, 1, 2)
+    return normalise(pixel_values(pixels), chosen.mean, chosen.std)
 
 
 def _pixels(index: int, image: Any, preset: Preset) -> np.ndarray:
     """One image as uint8 `[crop crop 3]`, or one error that names it."""
     try:
-        return np.asarray(_crop(_rgb(image), preset))
+        return np.asarray(_crop(upright_rgb(image), preset))
     except Exception as error:  # of any type: it is Pillow's decoders that raise
         name = f"images[{index}]" + (f", {image}" if isinstance(image, str | PathLike) else "")
         raise FresnetError(f"preprocess cannot read {name}: {reason(error)}") from error
 
 
-def _rgb(image: Any) -> "PILImage":
-    """The image upright, its pixels in RGB."""
+def pixel_values(pixels: np.ndarray) -> Tensor:
+    """uint8 `[... h w 3]` as values from 0 to 1, float32 `[... 3 h w]`, lying as they did."""
+    return torch.from_numpy(pixels / np.float32(255)).movedim(-1, -3)
+
+
+def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std in each channel of x `[... 3 h w]`."""
+    by_channel = torch.tensor([mean, std], dtype=torch.float32, device="cpu")[..., None, None]
+    return (x - by_channel[0]) / by_channel[1]
+
+
+def upright_rgb(image: Any) -> "PILImage":
+    """The image, or what its file holds, upright and its pixels in RGB."""
     from PIL import Image, ImageOps
 
     if isinstance(image, str | PathLike):
         with Image.open(image) as opened:
-            _refuse_huge("it is", opened.size)
-            return _rgb(opened)
+            refuse_huge("it is", opened.size)
+            return upright_rgb(opened)
     if isinstance(image, np.ndarray):
         image = Image.fromarray(_grey_or_colour(image))
     if not isinstance(image, Image.Image):
@@ -145,13 +154,13 @@ def _crop(image: "PILImage", preset: Preset) -> "PILImage":
     from PIL.Image import Resampling
 
     width, height = (int(preset.resize * side / min(image.size)) for side in image.size)
-    _refuse_huge("it would be resized to", (width, height))
+    refuse_huge("it would be resized to", (width, height))
     left, top = (preset.corner((side - preset.crop) / 2) for side in (width, height))
     resized = image.resize((width, height), Resampling[preset.interpolation.upper()])
     return resized.crop((left, top, left + preset.crop, top + preset.crop))
 
 
-def _refuse_huge(which: str, size: tuple[int, int]) -> None:
+def refuse_huge(which: str, size: tuple[int, int]) -> None:
     """Hold to the limit at which Pillow itself only warns."""
     from PIL.Image import MAX_IMAGE_PIXELS as LIMIT
 

@@ -1,9 +1,12 @@
 """Every comparison of the suite."""
 
+import pickle
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,3 +56,15 @@ def unmutated(*trees: Any) -> Iterator[None]:
     for leaf, (value, version) in zip(leaves, before, strict=True):
         assert leaf._version == version
         assert torch.equal(leaf, value)
+
+
+@contextmanager
+def global_generators_untouched() -> Iterator[None]:
+    """Nothing is drawn from, or seeds, the global generators of Python, NumPy and torch."""
+    before = _states()
+    yield
+    assert _states() == before
+
+
+def _states() -> bytes:
+    return pickle.dumps((torch.get_rng_state().numpy(), np.random.get_state(), random.getstate()))

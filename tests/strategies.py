@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fresnet
 from fresnet import Spec
+from fresnet.data import Order, steps_per_epoch
 from fresnet.types import (
     BLOCKS,
     SHORTCUTS,
@@ -151,3 +152,39 @@ def pil_images(draw: st.DrawFn) -> Image.Image:
     if colour is not None:
         image.info["transparency"] = colour
     return image
+
+
+@st.composite
+def rgb_images(draw: st.DrawFn) -> Image.Image:
+    """Noise of any size, or smoother: noise of a few pixels, enlarged."""
+    noise = Image.fromarray(draw(pixels(3)))
+    if draw(st.booleans()):
+        return noise
+    return noise.crop((0, 0, 5, 4)).resize(noise.size, Image.Resampling.BICUBIC)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    """Of batches smaller and larger than the set."""
+    size = draw(st.integers(1, 200))
+    return Order(size, draw(st.integers(1, 220)), draw(seeds), draw(st.integers(1, 4)))
+
+
+def rank_counts(order: Order) -> st.SearchStrategy[int]:
+    """Of processes that all get an image of each batch."""
+    return st.integers(1, min(order.size // steps_per_epoch(order), 8))
+
+
+names = st.text("abB1 -.é", min_size=1, max_size=4).filter(lambda name: name.strip("."))
+suffixes = st.sampled_from([".jpg", ".JPEG", ".png", ".webp", ".Tif", ".txt", ".gif", ""])
+
+
+@st.composite
+def image_trees(draw: st.DrawFn) -> set[str]:
+    """Paths of files: in each class an image, and others anywhere below it."""
+    paths = set()
+    for label in draw(st.sets(names.map("c{}".format), min_size=2, max_size=4)):
+        paths.add(f"{label}/{draw(names)}.png")
+        for folders in draw(st.lists(st.lists(names.map("{}.d".format), max_size=2), max_size=4)):
+            paths.add("/".join([label, *folders, draw(names) + draw(suffixes)]))
+    return paths

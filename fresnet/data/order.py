@@ -1,0 +1,126 @@
+"""Which images each training step sees, as a function of the step.
+
+order = Order(size=1_281_167, batch=256, seed=0)
+places = batch_at(order, step=70_000)    # the same whenever it is asked
+"""
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fresnet.errors import FresnetError
+
+
+class Order(NamedTuple):
+    """Every epoch a shuffle of its own, dealt to batches as evenly as can be.
+
+    None is dropped and none is small: batches of an epoch differ by at most one image. With repeats
+    each image of the shuffle stands so often in a row, and the epoch ends after `size` of them,
+    so that it sees fewer images, each several times (Hoffer et al. 2020, arXiv:1901.09335; the
+    RASampler of torchvision's references).
+    """
+
+    size: int  # images in the set
+    batch: int  # the largest batch, that of all processes together
+    seed: int
+    repeats: int = 1
+
+
+class Place(NamedTuple):
+    """Where an image stands in training."""
+
+    epoch: int
+    place: int  # in the order of its epoch, unique there even where images repeat
+    image: int
+
+
+def steps_per_epoch(order: Order) -> int:
+    """The fewest batches that hold an epoch.
+
+    >>> steps_per_epoch(Order(size=10, batch=4, seed=0))
+    3
+
+    Raises:
+      FresnetError: if size, batch or repeats are below 1.
+    """
+    for name, value in order._asdict().items():
+        if name != "seed" and value < 1:
+            raise FresnetError(f"an Order expects a {name} of at least 1; got {value}")
+    return -(-order.size // order.batch)
+
+
+def batch_at(order: Order, step: int, *, rank: int = 0, ranks: int = 1) -> list[Place]:
+    """What this process sees at this step, 0 being the first. It shuffles a whole epoch for it.
+
+    >>> batch_at(Order(size=10, batch=2, seed=0), step=9)
+    [Place(epoch=1, place=8, image=7), Place(epoch=1, place=9, image=3)]
+
+    Args:
+      rank: this process among the `ranks` that share the batch. One after the other their parts,
+        sizes of which differ by at most one, are the batch of one process alone.
+    Raises:
+      FresnetError: if there is no such step or rank, or if a rank would go without an image.
+    """
+    return next(batches(order, step, step + 1, rank=rank, ranks=ranks))
+
+
+def batches(
+    order: Order, start: int, stop: int, *, rank: int = 0, ranks: int = 1
+) -> Iterator[list[Place]]:
+    """`batch_at` of every step from start to before stop, with one shuffle an epoch.
+
+    Args and Raises are those of `batch_at`.
+    """
+    steps = steps_per_epoch(order)
+    if not 0 <= start <= stop:
+        raise FresnetError(f"batches expects 0 <= start <= stop; got {start} and {stop}")
+    if not 0 <= rank < ranks:
+        raise FresnetError(f"batches expects a rank from 0 to below ranks={ranks}; got {rank}")
+    if ranks > (smallest := order.size // steps):
+        raise FresnetError(
+            f"batches expects an image for each of {ranks} ranks; "
+            f"{order.size} images in {steps} batches make batches of {smallest}"
+        )
+    return _batches(order, start, stop, rank, ranks)
+
+
+def _batches(order: Order, start: int, stop: int, rank: int, ranks: int) -> Iterator[list[Place]]:
+    steps = steps_per_epoch(order)
+    for epoch, group in groupby(range(start, stop), lambda step: step // steps):
+        indices = _shuffled(order, epoch)
+        for step in group:
+            places = _part(_part(range(order.size), steps, step % steps), ranks, rank)
+            images = indices[places.start : places.stop].tolist()
+            yield [Place(epoch, *pair) for pair in zip(places, images, strict=True)]
+
+
+def _shuffled(order: Order, epoch: int) -> Tensor:
+    """The images of an epoch `[size]`."""
+    generator = keyed_generator(order.seed, epoch)
+    shuffled = torch.randperm(order.size, generator=generator, device="cpu")
+    distinct = shuffled[: -(-order.size // order.repeats)]
+    return distinct.repeat_interleave(order.repeats)[: order.size]
+
+
+def _part(whole: range, parts: int, i: int) -> range:
+    """The i-th of so many parts, as `torch.tensor_split` divides.
+
+    >>> [_part(range(10), 3, i) for i in range(3)]
+    [range(0, 4), range(4, 7), range(7, 10)]
+    """
+    least, larger = divmod(len(whole), parts)
+    begin = i * least + min(i, larger)
+    return whole[begin : begin + least + (i < larger)]
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A generator for this sequence of numbers, unrelated to those of all others.
+
+    Sums of seed and epoch would give seed 0 at epoch 1 what seed 1 has at epoch 0.
+    """
+    digest = blake2b(" ".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest))
