@@ -36,7 +36,7 @@ RATE, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 
 def torchvision(x: Tensor, y: Tensor, compiled: bool) -> Callable[[], Tensor]:
     model = reference.module(fresnet.RESNET50, 0, dtype=torch.float32).train()
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), RATE, MOMENTUM, weight_decay=DECAY, foreach=True
     )

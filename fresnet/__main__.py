@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fresnet import __version__, forward, init, load, preprocess, save, summary, to_state_dict
 from fresnet.errors import FresnetError, reason, suggestion
-from fresnet.files import write_pickle, write_safetensors
 from fresnet.interop import LAYOUTS, foreign_to, untold
 from fresnet.preprocess import PRESETS
 from fresnet.specs import SPECS
+from fresnet.storage import write_pickle, write_safetensors
 from fresnet.types import Params
 
 EXAMPLES = {

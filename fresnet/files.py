@@ -3,13 +3,11 @@
 import json
 import os
 import re
-import secrets
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from fresnet.hub import download, is_repository, local
 from fresnet.init import fresh_stats
 from fresnet.interop import assemble, from_state_dict, named, names
 from fresnet.net import forward
+from fresnet.storage import as_path, read_safetensors, write_safetensors
 from fresnet.types import (
     BLOCKS,
     NORMS,
@@ -37,6 +36,13 @@ TYPES = {
     for kind in (*STEMS, *BLOCKS, *NORMS, *SHORTCUTS, DilatedStage, Head, Weights)
 }
 """What the metadata of a file may name."""
+
+
+NETWORK = "fresnet"
+"""The metadata with a network's types."""
+
+BESIDES = "state."
+"""How entries begin that stand in a file beside a network: a training state's others."""
 
 
 def save(params: Params, path: str | os.PathLike[str]) -> None:
@@ -66,9 +72,7 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
         _check_shapes(params)
     except FresnetError as error:
         raise FresnetError(f"save expects a network that load takes; {error}") from error
-    state, structure = named(params), json.dumps(_structure(params.weights))
-    metadata = {"fresnet": structure, "crc32": _checksum(structure, state)}
-    write_safetensors("save", state, path, metadata)
+    write_safetensors("save", named(params), path, {NETWORK: structure_of(params)})
 
 
 def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params:
@@ -95,70 +99,12 @@ def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params
         if is_repository(path):
             found, in_1x1 = download(str(path))
         else:
-            found, in_1x1 = local(_path(path))
+            found, in_1x1 = local(as_path(path))
         params = _read(found, stride_in_1x1 or in_1x1)
         _check_values(params)
     except FresnetError as error:
         raise FresnetError(f"cannot load {path!s}: {error}") from error
     return params
-
-
-def write_safetensors(
-    caller: str,
-    state: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a state dict whole or not at all.
-
-    Raises:
-      FresnetError: naming the file and the reason.
-    """
-
-    def write(temporary: Path) -> None:
-        save_file = _safetensors("save_file")
-        save_file(dict(state), temporary, {"format": "pt", **(metadata or {})})
-
-    _replace(caller, path, write)
-
-
-def write_pickle(caller: str, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """The same by `torch.save`."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            torch.save(dict(state), file)
-
-    _replace(caller, path, write)
-
-
-def _replace(caller: str, path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Let a file be written beside this one, under a name of its own, and then take its place."""
-    temporary = None
-    try:
-        target = Path(os.path.realpath(_path(path)))  # a link is kept
-        if target.exists() and not target.is_file():
-            raise FresnetError("it is no regular file")
-        unused = target.with_name(f".fresnet-{secrets.token_hex(8)}")
-        os.close(os.open(unused, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        temporary = unused
-        mode = (target if target.exists() else temporary).stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors narrows it
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
-    except Exception as error:
-        raise FresnetError(f"{caller} cannot write {path!s}: {reason(error)}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _path(path: str | os.PathLike[str]) -> Path:
-    if not isinstance(path, str | os.PathLike) or not str(path).strip("\0"):
-        raise FresnetError(f"expected a path; got {path!r}")
-    return Path(path)
 
 
 def _read(path: Path, stride_in_1x1: bool) -> Params:
@@ -173,23 +119,12 @@ def _read(path: Path, stride_in_1x1: bool) -> Params:
         raise FresnetError("it is no file of safetensors or torch.save")
     if start[8:] != b"{":
         return from_state_dict(_unpickled(path), stride_in_1x1=stride_in_1x1)
-    entries, metadata = _safe_entries(path)
-    structure = metadata.get("fresnet")
-    if structure is None:
+    entries, texts = read_safetensors(path)
+    if NETWORK not in texts:
         return from_state_dict(entries, stride_in_1x1=stride_in_1x1)
-    if metadata.get("crc32") != _checksum(structure, entries):
-        raise FresnetError("its checksum is not that of its content: the file is damaged")
+    structure = texts[NETWORK]
+    entries = {name: value for name, value in entries.items() if not name.startswith(BESIDES)}
     return assemble("load", _template(structure, entries), entries, "torchvision")
-
-
-def _safe_entries(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    safe_open = _safetensors("safe_open")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()  # it is no mapping
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except Exception as error:  # whatever a damaged file leads to, it is the file's fault
-        raise FresnetError(f"not a safetensors file: {reason(error)}") from error
 
 
 def _unpickled(path: Path) -> Any:
@@ -210,23 +145,9 @@ def _unpickled(path: Path) -> Any:
         ) from error
 
 
-def _safetensors(function: str) -> Callable[..., Any]:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise FresnetError("it takes safetensors: pip install 'fresnet[io]'") from error
-    found: Callable[..., Any] = getattr(safetensors.torch, function)
-    return found
-
-
-def _checksum(structure: str, state: Mapping[str, Tensor]) -> str:
-    """CRC-32 of the types, and of every entry's name, dtype, shape and bytes."""
-    checksum = crc32(structure.encode())
-    for name in sorted(state):
-        value = state[name].detach().cpu()
-        checksum = crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), checksum)
-        checksum = crc32(value.reshape(-1).view(torch.uint8).numpy().data, checksum)
-    return f"{checksum:08x}"
+def structure_of(params: Params) -> str:
+    """The types of a network's nodes."""
+    return json.dumps(_structure(params.weights))
 
 
 def _structure(node: Any) -> Any:

@@ -6,6 +6,7 @@ train_step = fresnet.training.make_train_step(optimizer)
 state, metrics = train_step(state, (x, y))
 """
 
+from fresnet.training.checkpoint import Restored, restore_state, save_state
 from fresnet.training.evaluation import Evaluation, evaluate
 from fresnet.training.gradients import gradients
 from fresnet.training.mixing import cutmix, mixup, one_of
@@ -16,6 +17,7 @@ from fresnet.training.targets import cross_entropy
 __all__ = [
     "Evaluation",
     "Metrics",
+    "Restored",
     "TrainState",
     "cross_entropy",
     "cutmix",
@@ -24,5 +26,7 @@ __all__ = [
     "make_train_step",
     "mixup",
     "one_of",
+    "restore_state",
+    "save_state",
     "start",
 ]

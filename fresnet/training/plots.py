@@ -60,7 +60,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
     figure.savefig(path, dpi=150)
 
 
-def _means(rows: list[tuple[float, ...]]) -> list[list[float]]:
+def _means(rows: Sequence[tuple[float, ...]]) -> list[list[float]]:
     """The columns of at most `POINTS` means of consecutive rows."""
     size = -(-len(rows) // POINTS)
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]

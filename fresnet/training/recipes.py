@@ -64,9 +64,9 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         ),
     }
 )
-"""The paper's (He et al. 2015, Sec. 3.4; it lowers the rate "when the error plateaus", here after the
+"""The paper's (He et al. 2015, Sec. 3.4; its rate drops "when the error plateaus", here after the
 epochs that became the custom), and those of torchvision's weights V1 and V2 (its references for
-classification; rates move with each step here, not with each epoch)."""
+classification; here rates move with each step, not with each epoch)."""
 
 
 def schedule_of(recipe: Recipe, steps_per_epoch: int) -> optim.Schedule:

@@ -19,7 +19,7 @@ from fresnet import data, tree
 from fresnet.data import Folder, Images, Order, Place
 from fresnet.errors import FresnetError
 from fresnet.files import save
-from fresnet.training.checkpoint import restore_state, save_state
+from fresnet.training.checkpoint import restore_state, save_state, saved_states
 from fresnet.training.evaluation import Evaluation, evaluate
 from fresnet.training.plots import draw_confusion, draw_curves
 from fresnet.training.processes import Processes
@@ -36,7 +36,7 @@ Broken: TypeAlias = Literal["raise", "skip"]
 
 
 class Run(NamedTuple):
-    """What the numbers of a run depend on, but for its images: a checkpoint goes on with no other."""
+    """What a run's numbers depend on, but for images: a checkpoint goes on with no other."""
 
     network: str  # in words: what it begins with
     recipe: Recipe
@@ -127,7 +127,7 @@ def train(
             left_out.extend(batch.broken)
             if record:
                 at = float(rate(torch.tensor(float(step - 1))))
-                record.step(step, loss=loss, accuracy=accuracy, rate=at, images=seen)
+                record.step(step, loss=loss, accuracy=accuracy, rate=at, images=int(seen))
 
         def checkpoint(step: int) -> None:
             unread.settle()
@@ -244,10 +244,11 @@ def _resumed(state: TrainState, out: Path, notes: Mapping[str, Any]) -> TrainSta
         here, there = notes.get(name), restored.notes.get(name)
         if here != there:
             raise FresnetError(
-                f"{out} holds a run with {name} {there}, not {here}: go on with the same, or choose "
-                "another folder"
+                f"{out} holds a run with {name} {there}, not {here}: go on with the same, or "
+                "choose another folder"
             )
-    return restored.state
+    resumed: TrainState = restored.state
+    return resumed
 
 
 def _notes(run: Run, folder: Folder) -> dict[str, Any]:
@@ -267,8 +268,8 @@ def _notes(run: Run, folder: Folder) -> dict[str, Any]:
 
 
 def _last_good(out: Path) -> str:
-    found = latest_state(out / CHECKPOINTS)
-    return f"the last checkpoint is {found}" if found else "there is no checkpoint yet"
+    found = saved_states(out / CHECKPOINTS)
+    return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
 
 
 def _left_out(out: Path) -> list[str]:

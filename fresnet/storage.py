@@ -1,0 +1,129 @@
+"""Files written whole or not at all, and read back checked."""
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from fresnet.errors import FresnetError, reason
+
+TEMPORARY = ".fresnet-"
+"""How the names of files begin that are being written; a process killed meanwhile leaves one."""
+
+
+def write_safetensors(
+    caller: str,
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a state dict whole or not at all.
+
+    Args:
+      texts: what its metadata are to hold; with a checksum over them and the entries.
+    Raises:
+      FresnetError: naming the file and the reason.
+    """
+
+    def write(temporary: Path) -> None:
+        metadata = {"format": "pt", **(texts or {})}
+        if texts:
+            metadata["crc32"] = _checksum(texts, state)
+        save_file = _safetensors("save_file")
+        save_file(dict(state), temporary, metadata)
+
+    _replace(caller, path, write)
+
+
+def write_pickle(caller: str, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """The same by `torch.save`."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+
+    _replace(caller, path, write)
+
+
+def _replace(caller: str, path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Let a file be written beside this one, under a name of its own, and then take its place."""
+    temporary = None
+    try:
+        target = Path(os.path.realpath(as_path(path)))  # a link is kept
+        if target.exists() and not target.is_file():
+            raise FresnetError("it is no regular file")
+        unused = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+        os.close(os.open(unused, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary = unused
+        mode = (target if target.exists() else temporary).stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors narrows it
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
+    except Exception as error:
+        raise FresnetError(f"{caller} cannot write {path!s}: {reason(error)}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name last through a power cut."""
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike) or not str(path).strip("\0"):
+        raise FresnetError(f"expected a path; got {path!r}")
+    return Path(path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's entries, and the texts that `write_safetensors` put into its metadata.
+
+    Raises:
+      FresnetError: if it is no such file, or if texts and entries are not those that were written.
+    """
+    safe_open = _safetensors("safe_open")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()  # it is no mapping
+            state = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata() or {}
+    except Exception as error:  # whatever a damaged file leads to, it is the file's fault
+        raise FresnetError(f"not a safetensors file: {reason(error)}") from error
+    texts = {name: text for name, text in metadata.items() if name.startswith("fresnet")}
+    if texts and metadata.get("crc32") != _checksum(texts, state):
+        raise FresnetError("its checksum is not that of its content: the file is damaged")
+    return state, texts
+
+
+def _safetensors(function: str) -> Callable[..., Any]:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise FresnetError("it takes safetensors: pip install 'fresnet[io]'") from error
+    found: Callable[..., Any] = getattr(safetensors.torch, function)
+    return found
+
+
+def _checksum(texts: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the texts, and of every entry's name, dtype, shape and bytes."""
+    crc = crc32("".join(texts[name] for name in sorted(texts)).encode())
+    for name in sorted(state):
+        value = state[name].detach().cpu()
+        crc = crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
+        crc = crc32(value.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
