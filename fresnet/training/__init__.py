@@ -9,6 +9,7 @@ state, metrics = train_step(state, (x, y))
 from fresnet.training.evaluation import Evaluation, evaluate
 from fresnet.training.gradients import gradients
 from fresnet.training.mixing import cutmix, mixup, one_of
+from fresnet.training.processes import Processes, check_same, joined, share
 from fresnet.training.state import TrainState, start
 from fresnet.training.step import Metrics, make_train_step
 from fresnet.training.targets import cross_entropy
@@ -16,13 +17,17 @@ from fresnet.training.targets import cross_entropy
 __all__ = [
     "Evaluation",
     "Metrics",
+    "Processes",
     "TrainState",
+    "check_same",
     "cross_entropy",
     "cutmix",
     "evaluate",
     "gradients",
+    "joined",
     "make_train_step",
     "mixup",
     "one_of",
+    "share",
     "start",
 ]
