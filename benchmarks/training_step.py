@@ -2,9 +2,9 @@
 
     python benchmarks/training_step.py            # eager; --compiled: both compiled whole
 
-Contenders take the same step, which is checked first; then turns, A B A B, in one process. A row gives
-the median of the times, the median ratio to the first within a round with its quartiles, and the peak
-of the memory above weights and velocity. Run it a second time with
+Contenders take the same step, which is checked first; then turns, A B A B, in one process. A row
+gives the median of the times, the median ratio to the first within a round with its quartiles, and
+the peak of the memory above weights and velocity. Run it a second time with
 
     MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 
@@ -42,10 +42,10 @@ def torchvision(x: Tensor, y: Tensor, compiled: bool) -> Callable[[], Tensor]:
     )
 
     def step() -> Tensor:
-        optimizer.zero_grad()
         loss = cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # here, so that what is above weights and velocity is the step's
         return loss.detach()
 
     return torch.compile(step) if compiled else step

@@ -3,10 +3,15 @@
 PyTorch's own collectives raise under `torch.func.grad`.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from fresnet.errors import FresnetError, reason
 
 Group = distributed.ProcessGroup
 
@@ -17,6 +22,9 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
 
     Its derivative is the sum over processes as well: a gradient is of the sum of their losses.
     Every process must take every derivative that one of them takes, in the same order.
+
+    Raises:
+      FresnetError: as `start_sum` does.
     """
     total: Tensor = _AllSum.apply(x, group)
     return total
@@ -26,7 +34,7 @@ class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, group: Group) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total, group=group)
+        start_sum(total, group)()
         return total
 
     @staticmethod
@@ -47,3 +55,38 @@ class _AllSum(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, None], x: Tensor, group: Group
     ) -> tuple[Tensor, int | None]:
         return all_sum(x, group), in_dims[0]
+
+
+def start_sum(buffer: Tensor, group: Group) -> Callable[[], None]:
+    """Start to replace what is in a buffer by its sum over processes; the result waits for it.
+
+    Raises:
+      FresnetError: now or in the waiting, if another process ends or does not answer in time.
+    """
+    with answered(group.rank(), group.size()):
+        work = distributed.all_reduce(buffer, group=group, async_op=True)
+
+    def wait() -> None:
+        with answered(group.rank(), group.size()):
+            work.wait()
+
+    return wait
+
+
+@contextmanager
+def answered(rank: int, size: int) -> Iterator[None]:
+    """Say in one line what it means when processes do not hear from one another.
+
+    Raises:
+      FresnetError: for PyTorch's errors, which depend on the backend, or on where it happens.
+    """
+    began = monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        said = reason(error).split("] ", 1)[-1].split(". ")[0]  # not where in gloo, nor advice
+        raise FresnetError(
+            f"process {rank} of {size} waited {monotonic() - began:.0f} s for another, which has "
+            "ended or does not answer; start the same command again to go on from the last "
+            f"checkpoint ({said})"
+        ) from None

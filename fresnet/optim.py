@@ -9,7 +9,6 @@ functions of the step, which is 0 at the first update.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -21,6 +20,8 @@ from fresnet.errors import FresnetError, describe
 Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
 Rate: TypeAlias = float | Tensor | Schedule
 Where: TypeAlias = Callable[[tree.Path], bool]
+Move: TypeAlias = Callable[..., Any]
+"""What becomes of a leaf: `(where, w, g, *moments) -> (w, *moments)`."""
 
 
 class Optimizer(NamedTuple):
@@ -102,18 +103,21 @@ def sgd(
     if nesterov and not has_velocity:
         raise FresnetError("sgd expects a momentum above 0 with nesterov; got 0")
 
-    def move(step: Tensor, decays: bool, w: Tensor, g: Tensor, *velocity: Tensor) -> Any:
-        rate = _at(learning_rate, step)
-        decay = _at(weight_decay, step) if decays else 0.0
-        if not decoupled:
-            g = g + decay * w
-        velocity = tuple(momentum * v + g for v in velocity)
-        ahead = g + momentum * velocity[0] if nesterov else velocity[0] if velocity else g
-        if decoupled:
-            w = w - rate * decay * w
-        return w - rate * ahead, *velocity
+    def at(step: Tensor) -> Move:
+        rate, decay = _at(learning_rate, step), _at(weight_decay, step)
 
-    return _optimizer(move, moments=1 if has_velocity else 0, decay_where=decay_where)
+        def move(decays: bool, w: Tensor, g: Tensor, *velocity: Tensor) -> Any:
+            if decays and not decoupled:
+                g = _plus(g, decay, w)
+            velocity = tuple(_plus(g, momentum, v) for v in velocity)
+            ahead = _plus(g, momentum, velocity[0]) if nesterov else velocity[0] if velocity else g
+            if decays and decoupled:
+                w = _plus(w, -rate * decay, w)
+            return _plus(w, -rate, ahead), *velocity
+
+        return move
+
+    return _optimizer(at, moments=1 if has_velocity else 0, decay_where=decay_where)
 
 
 def adamw(
@@ -144,15 +148,20 @@ def adamw(
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise FresnetError(f"adamw expects betas from 0 to below 1; got {betas}")
 
-    def move(step: Tensor, decays: bool, w: Tensor, g: Tensor, m: Tensor, s: Tensor) -> Any:
-        rate = _at(learning_rate, step)
-        decay = _at(weight_decay, step) if decays else 0.0
-        m, s = m.lerp(g, 1 - b1), b2 * s + (1 - b2) * g.square()
+    def at(step: Tensor) -> Move:
+        rate, decay = _at(learning_rate, step), _at(weight_decay, step)
         t = step + 1
-        root = (s / (1 - b2**t)).sqrt() + eps
-        return w * (1 - rate * decay) - rate / (1 - b1**t) * (m / root), m, s
 
-    return _optimizer(move, moments=2, decay_where=decay_where)
+        def move(decays: bool, w: Tensor, g: Tensor, m: Tensor, s: Tensor) -> Any:
+            m, s = m.lerp(g, 1 - b1), torch.addcmul(b2 * s, g, g, value=1 - b2)
+            if decays:
+                w = _plus(w, -rate * decay, w)
+            root = (s / (1 - b2**t)).sqrt() + eps
+            return _plus(w, -rate / (1 - b1**t), m / root), m, s
+
+        return move
+
+    return _optimizer(at, moments=2, decay_where=decay_where)
 
 
 def lars(
@@ -182,16 +191,21 @@ def lars(
     """
     _check("lars", learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
 
-    def move(step: Tensor, adapts: bool, w: Tensor, g: Tensor, v: Tensor) -> Any:
-        if adapts:
-            decay, size, slope = _at(weight_decay, step), w.norm(), g.norm()
-            factor = trust * size / (slope + decay * size)
-            usable = (size > 0) & (slope > 0)
-            g = torch.where(usable, factor * (g + decay * w), g)
-        v = momentum * v + g
-        return w - _at(learning_rate, step) * v, v
+    def at(step: Tensor) -> Move:
+        rate, decay = _at(learning_rate, step), _at(weight_decay, step)
 
-    return _optimizer(move, moments=1, decay_where=adapt_where)
+        def move(adapts: bool, w: Tensor, g: Tensor, v: Tensor) -> Any:
+            if adapts:
+                size, slope = w.norm(), g.norm()
+                factor = trust * size / (slope + decay * size)
+                usable = (size > 0) & (slope > 0)
+                g = torch.where(usable, factor * _plus(g, decay, w), g)
+            v = _plus(g, momentum, v)
+            return _plus(w, -rate, v), v
+
+        return move
+
+    return _optimizer(at, moments=1, decay_where=adapt_where)
 
 
 def clip_by_norm(grads: Any, max_norm: float | Tensor) -> Any:
@@ -251,11 +265,8 @@ def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
     return warmed
 
 
-def _optimizer(move: Callable[..., Any], *, moments: int, decay_where: Where) -> Optimizer:
-    """An optimizer from what becomes of a leaf:
-
-    (step, where, w, g, *moments) -> (w, *moments)
-    """
+def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where) -> Optimizer:
+    """An optimizer from what becomes of a leaf at a step."""
 
     def init(weights: Any) -> State:
         first = tree.leaves(weights)[0]
@@ -264,15 +275,25 @@ def _optimizer(move: Callable[..., Any], *, moments: int, decay_where: Where) ->
         return State(torch.zeros((), dtype=dtype, device=first.device), zeros)
 
     def update(grads: Any, state: State, weights: Any) -> tuple[Any, State]:
-        where = tree.unflatten(weights, [decay_where(path) for path in tree.paths(weights)])
-        moved = tree.map(partial(move, state.step), where, weights, grads, *state.moments)
-        flat = tree.leaves(moved)
-        weights, *new = (
-            tree.unflatten(weights, flat[i :: moments + 1]) for i in range(moments + 1)
-        )
+        where, move = map(decay_where, tree.paths(weights)), at(state.step)
+        taken = tree.leaves(tree.map(lambda _, g: g, weights, grads))[::-1]
+        del grads  # gradients that only this call holds go as weights come
+        others = zip(*map(tree.leaves, (weights, *state.moments)), strict=True)
+        moved = [
+            move(decays, w, taken.pop(), *moments)
+            for decays, (w, *moments) in zip(where, others, strict=True)
+        ]
+        weights, *new = (tree.unflatten(weights, leaves) for leaves in zip(*moved, strict=True))
         return weights, State(state.step + 1, tuple(new))
 
     return Optimizer(init, update)
+
+
+def _plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
+    """x + factor y in one pass, without factor y in between."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(x, y, factor)
+    return torch.add(x, y, alpha=factor)
 
 
 def _at(rate: Rate, step: Tensor) -> float | Tensor:

@@ -27,10 +27,11 @@ def recomputed(function: Function, *trees: Any) -> tuple[Tensor, Any]:
     """
     if torch.compiler.is_compiling():
         return function(*trees)
+    like = tree.map(lambda _: 0, trees)  # not the trees: nothing must keep x once it is used
     structure: list[Any] = []
 
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
-        y, seen = function(*tree.unflatten(trees, leaves))
+        y, seen = function(*tree.unflatten(like, leaves))
         structure[:] = [seen]
         return y, *tree.leaves(seen)
 
@@ -56,8 +57,19 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        pull = vjp(lambda *inputs: ctx.function(*inputs)[0], *ctx.saved_tensors)[1]
-        return None, *pull(cotangent)
+        if torch.is_grad_enabled():  # to be differentiated again
+            pull = vjp(lambda *inputs: ctx.function(*inputs)[0], *ctx.saved_tensors)[1]
+            return None, *pull(cotangent)
+        _, *needed = ctx.needs_input_grad
+        inputs = [
+            x.detach().requires_grad_(need)
+            for x, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            y, *_ = ctx.function(*inputs)
+        wanted = [x for x in inputs if x.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, cotangent, materialize_grads=True))
+        return None, *(next(found) if need else None for need in needed)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,5 +1,6 @@
 """A training step is torchvision's and `torch.optim`'s, and a pure function of state and batch."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from torchvision.transforms import v2
 
 import fresnet
 from fresnet import FresnetError, Params, moments, optim, training, tree
+from fresnet.recompute import recomputed
 from fresnet.training import TrainState, gradients, make_train_step, start
 from fresnet.training.step import TrainStep
 
@@ -161,6 +163,26 @@ def kept_bytes(recompute: bool) -> int:
 
 def test_recomputing_keeps_a_fraction() -> None:
     assert kept_bytes(recompute=True) < 0.5 * kept_bytes(recompute=False)
+
+
+def test_recomputing_lets_go_of_what_it_is_through_with() -> None:
+    """As a pass comes back to the first function, the input of the second is gone."""
+    alive: list[bool] = []
+
+    def first(x: Tensor) -> tuple[Tensor, tuple[()]]:
+        if middle:
+            alive.append(middle[0]() is not None)
+        return x.sin(), ()
+
+    middle: list[Any] = []
+    x = torch.ones(3, requires_grad=True)
+    y, _ = recomputed(first, x)
+    z, _ = recomputed(lambda y: (y.cos(), ()), y)
+    middle.append(weakref.ref(y))
+    del y
+    (slope,) = torch.autograd.grad(z.sum(), x)
+    assert alive == [False]
+    assert_close(slope, -x.sin().sin() * x.cos(), 1e-6)
 
 
 def graph_survives(differentiate: Callable[..., Any]) -> bool:

@@ -10,6 +10,7 @@ from fresnet.training.checkpoint import Restored, restore_state, save_state
 from fresnet.training.evaluation import Evaluation, evaluate
 from fresnet.training.gradients import gradients
 from fresnet.training.mixing import cutmix, mixup, one_of
+from fresnet.training.processes import Processes, check_same, joined, share
 from fresnet.training.state import TrainState, start
 from fresnet.training.step import Metrics, make_train_step
 from fresnet.training.targets import cross_entropy
@@ -17,16 +18,20 @@ from fresnet.training.targets import cross_entropy
 __all__ = [
     "Evaluation",
     "Metrics",
+    "Processes",
     "Restored",
     "TrainState",
+    "check_same",
     "cross_entropy",
     "cutmix",
     "evaluate",
     "gradients",
+    "joined",
     "make_train_step",
     "mixup",
     "one_of",
     "restore_state",
     "save_state",
+    "share",
     "start",
 ]

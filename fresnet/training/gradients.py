@@ -12,11 +12,11 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.func import grad_and_value
 
 from fresnet import transforms, tree
-from fresnet.collectives import Group, all_sum
+from fresnet.collectives import Group, all_sum, start_sum
 
 Weights = TypeVar("Weights")
 
@@ -94,7 +94,7 @@ class _Buckets:
         self._buffers: list[Tensor] = []
         self._awaited: list[int] = []  # gradients by each buffer
         self._empty = set(range(len(leaves)))
-        self._sums: list[distributed.Work] = []
+        self._sums: list[Callable[[], None]] = []  # each waits for one
         for number, bucket in enumerate(_dealt(leaves)):
             sizes = [leaves[i].numel() for i in bucket]
             buffer = leaves[bucket[0]].new_empty(sum(sizes))
@@ -119,15 +119,15 @@ class _Buckets:
 
     def _send(self) -> None:
         buffer = self._buffers[len(self._sums)]
-        self._sums.append(distributed.all_reduce(buffer, group=self._group, async_op=True))
+        self._sums.append(start_sum(buffer, self._group))
 
     def sums(self) -> list[Tensor]:
         for i in self._empty:
             self._views[i].zero_()
         while len(self._sums) < len(self._buffers):
             self._send()
-        for work in self._sums:
-            work.wait()
+        for wait in self._sums:
+            wait()
         return self._views
 
 

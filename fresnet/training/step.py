@@ -128,7 +128,7 @@ def make_train_step(
             x.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True
         )
         parts = [(stats, part, part_targets, images) for part, part_targets in shares]
-        grads, found = gradients(loss_of, weights, parts, group=group)
+        *grads, found = gradients(loss_of, weights, parts, group=group)
 
         losses, seen = zip(*found, strict=True)
         moments, right = zip(*seen, strict=True)
@@ -138,8 +138,9 @@ def make_train_step(
             moments = moments if norms_across else merge_across(moments, group)
             sums = all_sum(sums, group)
         if max_norm is not None:
-            grads = clip_by_norm(grads, max_norm)
-        weights, optimizer_state = optimizer.update(grads, state.optimizer, weights)
+            grads = [clip_by_norm(grads.pop(), max_norm)]
+        # Popped, each gradient is freed as soon as its weight is updated.
+        weights, optimizer_state = optimizer.update(grads.pop(), state.optimizer, weights)
         params = Params(weights, update(stats, moments, momentum=momentum))
         new = TrainState(
             step=state.step + 1,

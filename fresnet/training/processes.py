@@ -1,0 +1,156 @@
+"""Several processes as one job, started by `torchrun`, or one alone."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn
+from zlib import crc32
+
+import torch
+from torch import Tensor, distributed
+
+from fresnet import tree
+from fresnet.collectives import Group, all_sum, answered
+from fresnet.errors import FresnetError, describe
+
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process."""
+
+
+class Processes(NamedTuple):
+    """The job, as one of its processes sees it."""
+
+    group: Group | None
+    """All of them; None for a process alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+@contextmanager
+def joined(*, timeout_s: float = 60.0, backend: str | None = None) -> Iterator[Processes]:
+    """Join the other processes that `torchrun` started, and leave them at the end.
+
+    >>> with joined(backend="gloo") as processes:             # started without torchrun
+    ...     processes
+    Processes(group=None, rank=0, size=1, device=device(type='cpu'))
+
+    Args:
+      timeout_s: how long a process may let the others wait, with a checkpoint for example, until
+        they give it up.
+      backend: by default "nccl" where there are GPUs, a process to each, and else "gloo".
+    Raises:
+      FresnetError: if the environment is torchrun's only in part, if a machine has fewer GPUs than
+        processes, or if another process ends or does not answer in time: at the start, or within,
+        in whatever waits for it. With NCCL it is PyTorch's watchdog that ends this process then.
+      SystemExit: on SIGTERM, by which torchrun ends the others when one has ended.
+    """
+    found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    rank, size, local = (int(found.get(name, standard)) for name, standard in _ALONE.items())
+    device = _device(local) if backend == "nccl" else torch.device("cpu")
+    if size == 1:
+        yield Processes(None, rank, size, device)
+        return
+    missing = [name for name in ENVIRONMENT if name not in found]
+    if missing:
+        raise FresnetError(f"joined expects what torchrun sets; {', '.join(missing)} is not set")
+    with answered(rank, size):
+        distributed.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if backend == "nccl" else None,
+        )
+    try:
+        with _ended_by_signal(rank, size):
+            yield Processes(distributed.group.WORLD, rank, size, device)
+    finally:
+        distributed.destroy_process_group()
+
+
+_ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+def share(images: int, processes: int) -> int:
+    """How many images of a batch each process takes.
+
+    >>> share(64, 4)
+    16
+
+    Raises:
+      FresnetError: if they are not as many for each.
+    """
+    fewer = images // processes * processes
+    if fewer != images or images < 1:
+        fits = f"{fewer} or {fewer + processes}" if fewer > 0 else f"{processes}"
+        raise FresnetError(
+            f"a batch of {images} images does not divide among {processes} processes; {fits} would"
+        )
+    return images // processes
+
+
+def check_same(state: Any, group: Group | None) -> None:
+    """Refuse states that differ between processes, if only by a bit.
+
+    Steps keep equal states equal, so states that differ come from other checkpoints or options.
+
+    Args:
+      state: a tree of tensors, such as a `TrainState`.
+      group: whose processes all call this; None for a process alone, which agrees with itself.
+    Raises:
+      FresnetError: on every process, naming one and where its state differs from the first one's.
+    """
+    if group is None:
+        return
+    structure = [crc32(repr(tree.map(describe, state)).encode())]
+    places = ["in structure", *(f"at {path}" for path in tree.paths(state))]
+    leaves = tree.leaves(state)
+    # The structure first: of other trees there may be another number of leaves.
+    for checksums in (structure, [*structure, *map(_checksum, leaves)]):
+        table = torch.zeros(group.size(), len(checksums), dtype=torch.int64)
+        table[group.rank()] = torch.tensor(checksums)
+        table = all_sum(table.to(leaves[0].device), group).cpu()
+        for rank, column in (table != table[0]).nonzero().tolist():
+            raise FresnetError(
+                "processes expect to begin with the same state; that of process "
+                f"{rank} differs from process 0's {places[column]}: from another checkpoint?"
+            )
+
+
+def _checksum(leaf: Tensor) -> int:
+    return crc32(leaf.detach().cpu().flatten().view(torch.uint8).numpy())
+
+
+def _device(local: int) -> torch.device:
+    if local >= torch.cuda.device_count():
+        raise FresnetError(
+            f"joined expects a GPU for each process of a machine, at least {local + 1}; "
+            f"got {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def _ended_by_signal(rank: int, size: int) -> Iterator[None]:
+    """Say so when this process is ended by SIGTERM, unless that is seen to already."""
+
+    def end(*_: object) -> NoReturn:
+        raise SystemExit(
+            f"process {rank} of {size} was told to end, as when another has ended; start the same "
+            "command again to go on from the last checkpoint"
+        )
+
+    unseen = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not unseen or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
