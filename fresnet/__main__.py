@@ -1,4 +1,4 @@
-"""`python -m fresnet`: look at networks, classify images, convert checkpoints."""
+"""`python -m fresnet`: look at networks, train them, classify images, convert checkpoints."""
 
 import argparse
 import io
@@ -32,6 +32,11 @@ EXAMPLES = {
     "convert": """examples:
   python -m fresnet convert checkpoint.pth resnet50.safetensors
   python -m fresnet convert microsoft/resnet-50 resnet50.pth --layout timm""",
+    "train": """examples:
+  python -m fresnet train imagenet --recipe v1 --dry-run
+  torchrun --nproc-per-node 8 -m fresnet train imagenet --recipe v2 --bfloat16
+  python -m fresnet train photos --weights resnet50.safetensors --epochs 20
+The same command again goes on from the last checkpoint in --out.""",
 }
 WEIGHTS = "a checkpoint (.safetensors, .pth), or owner/name at Hugging Face"
 BATCH = 16
@@ -44,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # file names may be anything
     args = _parser().parse_args(arguments)
     try:
-        print(args.run(args), flush=True)
+        said = args.run(args)
+        if said:
+            print(said, flush=True)
     except BrokenPipeError:  # as of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except FresnetError as error:
@@ -102,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("target", metavar="OUT", type=Path, help="a .safetensors, .pth, .pt or .bin")
     sub.add_argument("--layout", choices=LAYOUTS, default="torchvision", help="default torchvision")
     _add_stride(sub)
+
+    sub = command("train", _train, "a network on a folder of images by a published recipe")
+    _add_training(sub)
     return parser
 
 
@@ -116,6 +126,46 @@ def _add_stride(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="bottlenecks stride in their first convolution, as in the paper",
     )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("folder", type=Path, metavar="DIR", help="holds train/CLASS/IMAGE and val/CLASS/IMAGE")
+    option("--validation", type=Path, metavar="DIR", help="holds CLASS/IMAGE; default DIR/val")
+    option("--recipe", default="v1", metavar="NAME", help="paper, v1 or v2; default v1")
+    option("--arch", default="resnet50", metavar="NAME", help="default resnet50")
+    option("--weights", metavar="FILE", help="a checkpoint to begin with instead, its head fitted")
+    for name, kind, what in (
+        ("epochs", int, "instead of the recipe's"),
+        ("batch", int, "images a step, of all processes; the rate goes with it"),
+        ("rate", float, "the highest learning rate"),
+        ("crop", int, "the side of the squares, in training and evaluation"),
+    ):
+        option(f"--{name}", type=kind, metavar="N", help=what)
+    option("--seed", type=int, default=0, metavar="N", help="default 0")
+    option("--bfloat16", action="store_true", help="compute in it, with float32 weights behind")
+    option(
+        "--micro-batches", type=int, default=1, metavar="N", help="parts that a batch is cut into"
+    )
+    option("--recompute", action="store_true", help="keep fewer activations, compute them again")
+    option("--norms-across", action="store_true", help="norms normalise all processes' images")
+    option("--workers", type=int, metavar="N", help="that read images; default a CPU's each")
+    option("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    option("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default runs/train")
+    option("--keep", type=int, default=3, metavar="N", help="checkpoints; default 3")
+    option("--save-every", type=int, metavar="N", help="steps, besides after each epoch")
+    option(
+        "--timeout", type=float, default=300, metavar="S", help="for another process; default 300"
+    )
+    option("--dry-run", action="store_true", help="say what would be done, and try one step")
+
+
+def _train(args: argparse.Namespace) -> str:
+    try:
+        from fresnet.training.command import run
+    except ImportError as error:
+        raise FresnetError(f"it takes pip install 'fresnet[train]': {error}") from error
+    return run(args)
 
 
 def _summary(args: argparse.Namespace) -> str:

@@ -92,6 +92,12 @@ def init(
     return Params(weights, fresh_stats(weights))
 
 
+def fresh_head(seed: int, channels: int, classes: int) -> Head:
+    """A head as `init` draws it, for a network that was trained on other classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return _Draw(generator, torch.float32, generator.device).head(channels, classes)
+
+
 def fresh_stats(weights: Weights) -> Stats:
     """The statistics beside these weights, every mean 0 and every var 1."""
     return Stats(

@@ -89,9 +89,8 @@ def optimizer_of(recipe: Recipe, steps_per_epoch: int) -> optim.Optimizer:
 
 
 def mixing_of(recipe: Recipe) -> Mixing | None:
-    mixings = [mixup(recipe.mixup)] * bool(recipe.mixup) + [cutmix(recipe.cutmix)] * bool(
-        recipe.cutmix
-    )
+    kinds = ((mixup, recipe.mixup), (cutmix, recipe.cutmix))
+    mixings = [mixing(alpha) for mixing, alpha in kinds if alpha]
     return one_of(*mixings) if len(mixings) > 1 else mixings[0] if mixings else None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+from torch import distributed
 
 from fresnet import data, tree
 from fresnet.data import Folder, Images, Order, Place
@@ -22,15 +23,16 @@ from fresnet.files import save
 from fresnet.training.checkpoint import restore_state, save_state, saved_states
 from fresnet.training.evaluation import Evaluation, evaluate
 from fresnet.training.plots import draw_confusion, draw_curves
-from fresnet.training.processes import Processes
+from fresnet.training.processes import Processes, check_same
 from fresnet.training.recipes import Recipe, average_decay_of, mixing_of, optimizer_of, schedule_of
 from fresnet.training.record import read_log, recording
 from fresnet.training.state import TrainState, start
-from fresnet.training.step import Metrics, make_train_step
+from fresnet.training.step import Metrics, TrainStep, make_train_step
 from fresnet.training.targets import cross_entropy
 from fresnet.types import Params
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, NETWORK = "checkpoints", "network.safetensors"
+CURVES, CONFUSION = "curves.png", "confusion.png"
 
 Broken: TypeAlias = Literal["raise", "skip"]
 
@@ -84,23 +86,12 @@ def train(
     """
     training, validation = folders
     recipe, main = run.recipe, processes.rank == 0
-    order = Order(len(training.files), recipe.batch, run.seed, recipe.repeats)
+    state, train_step, order = assemble(run, params, len(training.files), processes, recompute)
     per_epoch = data.steps_per_epoch(order)
     steps, rate = recipe.epochs * per_epoch, schedule_of(recipe, per_epoch)
-    optimizer, notes = optimizer_of(recipe, per_epoch), _notes(run, training)
-    state = start(params, optimizer, seed=run.seed, average=recipe.average > 0)
+    notes = _notes(run, training)
     state = _resumed(state, out, notes)
-    train_step = make_train_step(
-        optimizer,
-        loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
-        mixing=mixing_of(recipe),
-        precision=run.precision,
-        micro_batches=run.micro_batches,
-        recompute=recompute,
-        average_decay=average_decay_of(recipe),
-        group=processes.group,
-        norms_across=run.norms_across,
-    )
+    check_same(state, processes.group)
     images = Images(training, partial(data.augment, augmentation=recipe.augmentation), run.seed)
     places = data.batches(
         order, int(state.position), steps, rank=processes.rank, ranks=processes.size
@@ -133,12 +124,12 @@ def train(
             unread.settle()
             if not all(leaf.isfinite().all() for leaf in tree.leaves(state.params)):
                 raise FresnetError(f"weights are not finite after step {step}; {_last_good(out)}")
-            files = left_out if stopped() else processes.gathered(left_out)
-            left_out.clear()
+            files = left_out if stopped() else _gathered(left_out, processes)
             if record:
                 record.left_out(step, files)
                 record.sync()
                 save_state(state, out / CHECKPOINTS, step=step, keep=keep, notes=notes)
+            left_out.clear()
 
         unread, step = _Late(read), int(state.step)
         try:
@@ -166,10 +157,32 @@ def train(
         state.average or state.params, found or evaluation(state), tuple(_left_out(out))
     )
     if main:
-        save(outcome.params, out / "network.safetensors")
-        draw_curves(read_log(out), per_epoch, out / "curves.png")
-        draw_confusion(outcome.evaluation.confusion, training.classes, out / "confusion.png")
+        save(outcome.params, out / NETWORK)
+        draw_curves(read_log(out), per_epoch, out / CURVES)
+        draw_confusion(outcome.evaluation.confusion, training.classes, out / CONFUSION)
     return outcome
+
+
+def assemble(
+    run: Run, params: Params, images: int, processes: Processes, recompute: bool = False
+) -> tuple[TrainState, TrainStep, Order]:
+    """The state before the first step of a run on so many images, its step, and their order."""
+    recipe = run.recipe
+    order = Order(images, recipe.batch, run.seed, recipe.repeats)
+    optimizer = optimizer_of(recipe, data.steps_per_epoch(order))
+    train_step = make_train_step(
+        optimizer,
+        loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
+        mixing=mixing_of(recipe),
+        precision=run.precision,
+        micro_batches=run.micro_batches,
+        recompute=recompute,
+        average_decay=average_decay_of(recipe),
+        group=processes.group,
+        norms_across=run.norms_across,
+    )
+    state = start(params, optimizer, seed=run.seed, average=recipe.average > 0)
+    return state, train_step, order
 
 
 class _Late:
@@ -265,6 +278,15 @@ def _notes(run: Run, folder: Folder) -> dict[str, Any]:
     for field, value in run._asdict().items():
         add(field, value)
     return notes
+
+
+def _gathered(names: list[str], processes: Processes) -> list[str]:
+    """Those of all processes."""
+    if processes.group is None:
+        return names
+    everyone: list[list[str]] = [[]] * processes.size
+    distributed.all_gather_object(everyone, names, group=processes.group)
+    return [name for one in everyone for name in one]
 
 
 def _last_good(out: Path) -> str:

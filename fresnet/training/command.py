@@ -1,0 +1,203 @@
+"""`python -m fresnet train`: a recipe on a folder of images."""
+
+import argparse
+import os
+import textwrap
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fresnet import data, tree
+from fresnet.data import Folder, Images, scan
+from fresnet.errors import FresnetError, reason, suggestion
+from fresnet.files import load
+from fresnet.init import fresh_head, init
+from fresnet.specs import SPECS
+from fresnet.training.processes import Processes, joined, share
+from fresnet.training.recipes import (
+    RECIPES,
+    Recipe,
+    average_decay_of,
+    schedule_of,
+    with_batch,
+    with_crop,
+)
+from fresnet.training.run import (
+    CHECKPOINTS,
+    CONFUSION,
+    CURVES,
+    NETWORK,
+    Outcome,
+    Run,
+    assemble,
+    train,
+)
+from fresnet.types import Params
+
+
+def run(args: argparse.Namespace) -> str:
+    with joined(timeout_s=args.timeout) as processes:
+        recipe = _recipe(args)
+        share(recipe.batch, processes.size)
+        training = scan(args.folder / "train")
+        validation = scan(args.validation or args.folder / "val", classes=training.classes)
+        params = _network(args, len(training.classes))
+        params = tree.map(lambda leaf: leaf.to(processes.device), params)
+        plan = Run(
+            network=f"{args.weights or args.arch}, {len(training.classes)} classes",
+            recipe=recipe,
+            seed=args.seed,
+            precision=torch.bfloat16 if args.bfloat16 else None,
+            micro_batches=args.micro_batches,
+            norms_across=args.norms_across,
+        )
+        if args.dry_run:
+            said = _tried(plan, params, (training, validation), processes, args)
+            return said if processes.rank == 0 else ""
+        workers = _cpus() // processes.size if args.workers is None else args.workers
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            outcome = train(
+                plan,
+                params,
+                (training, validation),
+                args.out,
+                processes,
+                recompute=args.recompute,
+                workers=workers,
+                broken="skip" if args.skip_broken else "raise",
+                keep=args.keep,
+                save_every=args.save_every,
+            )
+        except OSError as error:
+            raise FresnetError(f"cannot write to {args.out}: {reason(error)}") from error
+        except KeyboardInterrupt:
+            return f"stopped; the same command goes on from {args.out / CHECKPOINTS}"
+        return _told(outcome, args.out) if processes.rank == 0 else ""
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The one that is named, changed as the options say."""
+    if args.recipe not in RECIPES:
+        raise FresnetError(f"unknown --recipe {args.recipe!r}; {suggestion(args.recipe, RECIPES)}")
+    recipe = RECIPES[args.recipe]
+    for name in ("epochs", "batch", "crop", "rate"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise FresnetError(f"--{name} expects a positive number; got {value}")
+    if args.epochs is not None:
+        if not args.epochs > recipe.warm_up:
+            raise FresnetError(
+                f"--epochs expects more than the {recipe.warm_up} that {args.recipe} warms up; "
+                f"got {args.epochs}"
+            )
+        drops = tuple(round(drop * args.epochs / recipe.epochs) for drop in recipe.drops)
+        recipe = recipe._replace(epochs=args.epochs, drops=drops)
+    if args.batch is not None:
+        recipe = with_batch(recipe, args.batch)
+    if args.crop is not None:
+        recipe = with_crop(recipe, args.crop)
+    return recipe if args.rate is None else recipe._replace(rate=args.rate)
+
+
+def _network(args: argparse.Namespace, classes: int) -> Params:
+    """The network to begin with, on the CPU."""
+    if args.arch not in SPECS:
+        raise FresnetError(f"unknown --arch {args.arch!r}; {suggestion(args.arch, SPECS)}")
+    if args.weights is None:
+        return init(args.seed, SPECS[args.arch], num_classes=classes)
+    weights, stats = load(args.weights)
+    if len(weights.head.bias) != classes:
+        head = fresh_head(args.seed, weights.head.weight.shape[1], classes)
+        weights = weights._replace(head=head)
+    return Params(tree.map(Tensor.float, weights), tree.map(Tensor.float, stats))
+
+
+def _tried(
+    plan: Run,
+    params: Params,
+    folders: tuple[Folder, Folder],
+    processes: Processes,
+    args: argparse.Namespace,
+) -> str:
+    """What a run would be, in a table, after one step of it."""
+    recipe, (training, validation) = plan.recipe, folders
+    state, train_step, order = assemble(
+        plan, params, len(training.files), processes, args.recompute
+    )
+    per_epoch = data.steps_per_epoch(order)
+    transform = partial(data.augment, augmentation=recipe.augmentation)
+    places = data.batches(order, 0, 1, rank=processes.rank, ranks=processes.size)
+    began = time.perf_counter()
+    (batch,) = data.loader(
+        Images(training, transform, plan.seed),
+        places,
+        broken="skip" if args.skip_broken else "raise",
+    )
+    read = time.perf_counter()
+    x, y = batch.x.to(processes.device), batch.y.to(processes.device)
+    _, metrics = train_step(state, (x, y))
+    loss = float(metrics.loss)
+    took = time.perf_counter() - read
+    rate = schedule_of(recipe, per_epoch)
+    steps = recipe.epochs * per_epoch
+    marks = [0, recipe.warm_up, *recipe.drops, recipe.epochs // 2, recipe.epochs - 1]
+    rates = (
+        f"{float(rate(torch.tensor(float(epoch * per_epoch)))):.3g} from epoch {epoch + 1}"
+        for epoch in sorted(set(marks))
+    )
+    parameters = sum(leaf.numel() for leaf in tree.leaves(params.weights))
+    shared = f", shared by {processes.size} processes" if processes.group else ""
+    rows = {
+        "network": f"{plan.network}, {parameters:,} parameters",
+        "images": f"{len(training.files):,} to train on, {len(validation.files):,} to validate",
+        "batches": f"{recipe.batch} images{shared}",
+        "length": f"{recipe.epochs} epochs of {per_epoch:,} steps, {steps:,} in all",
+        "rate": "; ".join(rates),
+        "decay": f"{recipe.weight_decay:g}" + ("" if recipe.decay_norms else ", of all but norms"),
+        "training": _words(recipe.augmentation),
+        "labels": f"smoothed by {recipe.label_smoothing:g}, mixup {recipe.mixup:g}, "
+        f"cutmix {recipe.cutmix:g}",
+        "average": f"decay {average_decay_of(recipe):.6g} a step" if recipe.average else "none",
+        "evaluation": _words(recipe.preset),
+        "first step": f"loss {loss:.3f}; {read - began:.2f} s to read images, {took:.2f} s more",
+        "all steps": f"about {steps * took / 3600:.3g} h, if images are read meanwhile",
+    }
+    lines = (
+        textwrap.fill(text, 79, initial_indent=f"{name:12}", subsequent_indent=" " * 12)
+        for name, text in rows.items()
+    )
+    return "\n".join(lines)
+
+
+def _words(settings: Any) -> str:
+    """A NamedTuple's fields that say something, on one line."""
+    return ", ".join(
+        f"{name} ({_words(value)})"
+        if hasattr(value, "_asdict")
+        else f"{name} {getattr(value, '__name__', value)}".replace("_", " ")
+        for name, value in settings._asdict().items()
+        if value
+    )
+
+
+def _told(outcome: Outcome, out: Path) -> str:
+    found, broken = outcome.evaluation, outcome.broken
+    lines = [
+        f"top 1 {found.top1:.2%}, top 5 {found.top5:.2%}, loss {found.loss:.3f} "
+        f"on {found.images:,} images",
+        f"wrote {NETWORK}, {CURVES}, {CONFUSION} and log.jsonl to {out}",
+    ]
+    if broken:
+        shown = broken[:10]
+        lines += [f"left out {len(broken)} images that cannot be read:", *shown]
+        lines += [f"and {len(broken) - len(shown)} more, in log.jsonl"] * (len(broken) > len(shown))
+    return "\n".join(lines)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
