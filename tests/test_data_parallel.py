@@ -72,7 +72,9 @@ def even(size: int) -> list[int]:
 CASES = {
     "tied": Case(uneven, {"norms_across": True}),
     "recomputed": Case(uneven, {"norms_across": True, "recompute": True}),
-    "clipped": Case(uneven, {"norms_across": True, "max_norm": 0.1}),
+    "clipped": Case(
+        uneven, {"norms_across": True, "max_norm": 0.1}, lambda size: {"max_norm": 0.1}
+    ),
     "in micro-batches": Case(
         even, {"norms_across": True, "micro_batches": 2}, lambda size: {"micro_batches": 2}
     ),
