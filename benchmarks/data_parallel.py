@@ -1,14 +1,15 @@
-"""A training step of two processes: fresnet against DistributedDataParallel of torchvision's module.
+"""A training step of two processes: fresnet against torchvision in DistributedDataParallel.
 
-    python benchmarks/data_parallel.py           # ten minutes; --quick for one round
+    python benchmarks/data_parallel.py           # five minutes; --quick for one round
 
 ResNet-50, SGD with momentum and weight decay (torch's with foreach=True), float32, channels last,
 two gloo processes of one thread each, the same images on both sides. After one step from the same
 weights losses must agree to 1e-4, updates and running statistics to 2%, by which two correct
-implementations may differ in float32. Then all take turns in the same processes, A B A B; a row
-gives the median of each one's times with their quartiles, and the median ratio to the first within
-a round with its quartiles. glibc first gives its pages back after every large tensor, then, in
-processes started anew, keeps them.
+implementations may differ in float32. Then both take turns in the same processes, A B A B, four
+rounds to fill their heaps and eleven that count. A row gives the median step with its quartiles,
+the processor time of a step likewise, which hardly feels what else the machine does, and the ratio
+of each to the first row's in the same round. First glibc gives pages back after large tensors,
+then, in processes started anew, it keeps them. `docs/scaling.md` has the results.
 """
 
 import argparse
@@ -17,10 +18,10 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -38,15 +39,19 @@ KEEP_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
 }
-Contender = Callable[[], Tensor]
-"""Takes a step, and returns the loss."""
 
 
-def stock(
-    x: Tensor, y: Tensor, **options: Any
-) -> tuple[Contender, Callable[[], dict[str, Tensor]]]:
+class Contender(NamedTuple):
+    step: Callable[[], Tensor]
+    """Trains, and returns the loss of all images."""
+
+    look: Callable[[], Mapping[str, Tensor]]
+    """Weights and running statistics under torchvision's names."""
+
+
+def stock(x: Tensor, y: Tensor) -> Contender:
     model = reference.module(fresnet.RESNET50, 0, dtype=torch.float32)
-    parallel = DistributedDataParallel(model, **options)
+    parallel = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(
         parallel.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, foreach=True
     )
@@ -56,12 +61,14 @@ def stock(
         loss = cross_entropy(parallel(x), y)
         loss.backward()
         optimizer.step()
-        return loss.detach()
+        loss = loss.detach() / PROCESSES
+        distributed.all_reduce(loss)
+        return loss
 
-    return step, lambda: {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+    return Contender(step, model.state_dict)
 
 
-def ours(x: Tensor, y: Tensor) -> tuple[Contender, Callable[[], dict[str, Tensor]]]:
+def ours(x: Tensor, y: Tensor) -> Contender:
     params = reference.params(reference.module(fresnet.RESNET50, 0, dtype=torch.float32))
     optimizer = fresnet.optim.sgd(0.01, momentum=0.9, weight_decay=1e-4)
     state = fresnet.training.start(params, optimizer)
@@ -72,7 +79,7 @@ def ours(x: Tensor, y: Tensor) -> tuple[Contender, Callable[[], dict[str, Tensor
         state, metrics = train_step(state, (x, y))
         return metrics.loss
 
-    return step, lambda: fresnet.to_state_dict(state.params)
+    return Contender(step, lambda: fresnet.to_state_dict(state.params))
 
 
 def work(rank: int, folder: str, rounds: int, batch: int, side: int) -> None:
@@ -80,51 +87,52 @@ def work(rank: int, folder: str, rounds: int, batch: int, side: int) -> None:
     distributed.init_process_group(
         "gloo", f"file://{folder}/store", rank=rank, world_size=PROCESSES
     )
-    generator = torch.Generator().manual_seed(rank)
-    x = torch.randn(batch, 3, side, side, generator=generator)
+    # The same images to both processes: DistributedDataParallel keeps the first one's statistics.
+    x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.arange(batch) % 10
-    both = {
-        "DistributedDataParallel": stock(x, y),
-        "the same, gradients as views of buckets": stock(x, y, gradient_as_bucket_view=True),
-        "fresnet": ours(x, y),
-    }
-    check(both)
-    contenders = {name: step for name, (step, _) in both.items()}
-    times = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, step in contenders.items():
+    contenders = {"DistributedDataParallel": stock(x, y), "fresnet": ours(x, y)}
+    check_agreement(*contenders.values())
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for _ in range(4 + rounds):
+        for name, contender in contenders.items():
             distributed.barrier()
-            start = time.perf_counter()
-            step()
+            start, start_processor = time.perf_counter(), time.process_time()
+            contender.step()
             distributed.barrier()
-            times[name].append(time.perf_counter() - start)
+            own = time.perf_counter() - start, time.process_time() - start_processor
+            times[name].append(own)
     if rank == 0:
-        report(times)
+        report({name: own[-rounds:] for name, own in times.items()})
     distributed.destroy_process_group()
 
 
-def check(contenders: Mapping[str, Any]) -> None:
-    """After a step from the same weights: losses, and what became of weights and statistics."""
-    reached = []
-    for step, look in contenders.values():
-        before = {name: value.clone() for name, value in look().items()}
-        loss = step()
-        distributed.all_reduce(loss)
-        reached.append((loss, {k: v - before[k] for k, v in look().items() if k in before}))
-    print(reached[0][0], reached[1][0], reached[2][0])
+def check_agreement(a: Contender, b: Contender) -> None:
+    """One step from the same weights."""
+    before = {name: value.clone() for name, value in a.look().items()}
+    losses = [contender.step() for contender in (a, b)]
+    assert abs(losses[1] / losses[0] - 1) < 1e-4, losses
+    first, second = a.look(), b.look()
+    for name, value in before.items():
+        if value.is_floating_point():
+            moved, other = first[name] - value, second[name] - value
+            assert (moved - other).norm() <= 0.02 * moved.norm() + 1e-5, name
 
 
-def report(times: Mapping[str, list[float]]) -> None:
+def report(times: Mapping[str, list[tuple[float, float]]]) -> None:
+    print("| | step, s | ratio | processor, s | ratio |\n| --- | --- | --- | --- | --- |")
     base = next(iter(times.values()))
-    print("| | median s (quartiles) | ratio (quartiles) |\n| --- | --- | --- |")
     for name, own in times.items():
-        ratios = [a / b for a, b in zip(own, base, strict=True)]
-        print(f"| {name} | {spread(own)} | {spread(ratios)} |", flush=True)
+        columns = []
+        for of_own, of_base in zip(zip(*own, strict=True), zip(*base, strict=True), strict=True):
+            ratios = [a / b for a, b in zip(of_own, of_base, strict=True)]
+            columns += [spread(of_own), spread(ratios)]
+        print(f"| {name} | {' | '.join(columns)} |", flush=True)
 
 
-def spread(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+def spread(values: Sequence[float]) -> str:
+    """The median and the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
@@ -135,7 +143,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round instead of eleven")
     rounds = 1 if parser.parse_args().quick else 11
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {PROCESSES} processes")
-    for pages, setting in (("default", {}), ("keeps its pages", KEEP_PAGES)):
+    settings: dict[str, dict[str, str]] = {"default": {}, "keeps its pages": KEEP_PAGES}
+    for pages, setting in settings.items():
         os.environ.update(setting)
         for batch, side in ((8, 224), (32, 64)):
             print(f"\n### {batch} images of {side}x{side} a process; allocator: {pages}\n")

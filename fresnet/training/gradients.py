@@ -95,7 +95,7 @@ class _Buckets:
         self._awaited: list[int] = []  # gradients by each buffer
         self._empty = set(range(len(leaves)))
         self._sums: list[Callable[[], None]] = []  # each waits for one
-        for number, bucket in enumerate(_dealt(leaves)):
+        for number, bucket in enumerate(dealt(leaves)):
             sizes = [leaves[i].numel() for i in bucket]
             buffer = leaves[bucket[0]].new_empty(sum(sizes))
             self._buffers.append(buffer)
@@ -131,7 +131,7 @@ class _Buckets:
         return self._views
 
 
-def _dealt(leaves: Sequence[Tensor]) -> list[list[int]]:
+def dealt(leaves: Sequence[Tensor]) -> list[list[int]]:
     """The leaves' numbers, the last first, in buckets of about so many bytes and one dtype."""
     buckets: list[list[int]] = []
     room = 0

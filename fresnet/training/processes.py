@@ -19,6 +19,9 @@ from fresnet.errors import FresnetError, describe
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""
 
+ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+"""What a process goes by that is told nothing."""
+
 
 class Processes(NamedTuple):
     """The job, as one of its processes sees it."""
@@ -51,7 +54,7 @@ def joined(*, timeout_s: float = 60.0, backend: str | None = None) -> Iterator[P
     """
     found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    rank, size, local = (int(found.get(name, standard)) for name, standard in _ALONE.items())
+    rank, size, local = (int(found.get(name, standard)) for name, standard in ALONE.items())
     device = _device(local) if backend == "nccl" else torch.device("cpu")
     if size == 1:
         yield Processes(None, rank, size, device)
@@ -70,9 +73,6 @@ def joined(*, timeout_s: float = 60.0, backend: str | None = None) -> Iterator[P
             yield Processes(distributed.group.WORLD, rank, size, device)
     finally:
         distributed.destroy_process_group()
-
-
-_ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def share(images: int, processes: int) -> int:
@@ -122,7 +122,7 @@ def check_same(state: Any, group: Group | None) -> None:
 
 
 def _checksum(leaf: Tensor) -> int:
-    return crc32(leaf.detach().cpu().flatten().view(torch.uint8).numpy())
+    return crc32(leaf.detach().cpu().flatten().view(torch.uint8).numpy().data)
 
 
 def _device(local: int) -> torch.device:
