@@ -7,6 +7,7 @@ asks for another size, of which 360 are held out for testing.
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -94,7 +95,7 @@ def least_loss(smoothing: float, classes: int = 10) -> float:
 
 
 def draw_curves(
-    history: tuple[tuple[float, float], ...], per_epoch: int, smoothing: float, path: Path
+    history: Sequence[tuple[float, float]], per_epoch: int, smoothing: float, path: Path
 ) -> None:
     """Loss and accuracy of each batch, and their means over the 11 batches around it."""
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -14,12 +14,13 @@ import pytest
 import reference
 import torch
 import train_digits
-from assertions import assert_close, assert_same
+from assertions import assert_close, assert_same, assert_trees_close
 from digits import load
 from torch.nn.functional import conv2d, cross_entropy, relu
 
 import fresnet
-from fresnet import tree
+from fresnet import optim, training, tree
+from fresnet.storage import read_safetensors
 from fresnet.types import Identity, Projection, ZeroPad
 
 FOLDER = Path(train_digits.__file__).parent
@@ -44,9 +45,10 @@ def run(name: str, *arguments: str | Path) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def checkpoint(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return content
+def checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The last one's entries and texts."""
+    (path,) = (folder / "checkpoints").iterdir()
+    return read_safetensors(path)
 
 
 def interrupt(process: subprocess.Popen[str], after: int) -> str:
@@ -68,31 +70,30 @@ def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_p
     code, out, err = run("train_digits.py", *QUICK, "--out", straight)
     assert code == 0, err
     assert "test accuracy" in out
-    assert {p.name for p in straight.iterdir()} == {"checkpoint.pt", "curves.png", "digits.png"}
+    assert {p.name for p in straight.iterdir()} == {"checkpoints", "curves.png", "digits.png"}
 
     process = start("train_digits.py", *QUICK, "--out", broken)
     assert "--resume goes on" in interrupt(process, after=13)
     assert process.returncode == 1
-    steps = len(checkpoint(broken)["history"])
-    assert 3 <= steps < 22
+    assert 3 <= checkpoint(broken)[0]["state.step"] < 22
     code, resumed, err = run("train_digits.py", *QUICK, "--out", broken, "--resume")
     assert code == 0, err
     assert resumed.splitlines()[0] == out.splitlines()[0]
-    assert len(checkpoint(broken)["history"]) == 22
-    assert_same(checkpoint(broken)["model"], checkpoint(straight)["model"])
-    assert_same(checkpoint(broken)["velocity"], checkpoint(straight)["velocity"])
-    assert checkpoint(broken)["history"] == checkpoint(straight)["history"]
+    assert checkpoint(broken)[0]["state.step"] == 22
+    assert_same(checkpoint(broken)[0], checkpoint(straight)[0])
+    assert checkpoint(broken)[1] == checkpoint(straight)[1]  # history and all
 
     model = reference.torchvision.models.resnet18(num_classes=10)
-    model.load_state_dict(checkpoint(broken)["model"], strict=True)
+    (path,) = (broken / "checkpoints").iterdir()
+    model.load_state_dict(fresnet.to_state_dict(fresnet.load(path)), strict=True)
 
     code, _, err = run("train_digits.py", "--arch", "resnet34", "--out", broken, "--resume")
     assert code == 1
-    assert "was started with --arch resnet18, not resnet34" in err
-    (broken / "checkpoint.pt").write_bytes(b"broken")
+    assert "is of another state: expected layer1.2.conv1.weight" in err
+    path.write_bytes(b"broken")
     code, _, err = run("train_digits.py", *QUICK, "--out", broken, "--resume")
     assert code == 1
-    assert "is not a checkpoint of this program" in err
+    assert "every checkpoint is damaged" in err
     assert "Traceback" not in err
 
 
@@ -100,7 +101,7 @@ def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--resume",), "nothing to resume: there is no"),
+        (("--resume",), "nothing to resume: there is no checkpoint in"),
         (("--epochs", "0"), "--epochs must be at least 1; got 0"),
         (("--arch", "resnet51"), "invalid choice: 'resnet51'"),
     ],
@@ -117,7 +118,9 @@ def test_wrong_arguments_end_with_one_line(
 def test_its_steps_are_torch_optims() -> None:
     train, _ = load()
     params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
-    state = train_digits.State(params, tree.map(torch.zeros_like, params.weights), ())
+    constant = optim.sgd(0.05, momentum=0.9, weight_decay=5e-4)
+    state = training.start(params, constant)
+    train_step = training.make_train_step(constant, loss_fn=train_digits.LOSS)
     model = reference.torchvision.models.resnet18(num_classes=10)
     model.load_state_dict(fresnet.to_state_dict(params))
     model.to(memory_format=torch.channels_last).train()
@@ -127,8 +130,8 @@ def test_its_steps_are_torch_optims() -> None:
         optimizer.zero_grad()
         cross_entropy(model(x), y, label_smoothing=0.1).backward()
         optimizer.step()
-        state = train_digits.train_step(state, x, y, 0.05)
-    assert_same(state.params.weights, reference.params(model).weights)
+        state, _ = train_step(state, (x, y))
+    assert_trees_close(state.params.weights, reference.params(model).weights, 1e-3)
 
 
 def test_every_epoch_shows_each_digit_at_most_once_in_another_order() -> None:
@@ -144,10 +147,11 @@ def test_every_epoch_shows_each_digit_at_most_once_in_another_order() -> None:
 
 
 def test_the_learning_rate_warms_up_then_falls_to_zero() -> None:
-    rates = [train_digits.learning_rate(step, 100, 10) for step in range(101)]
-    assert rates[9] == rates[10] == max(rates) == train_digits.PEAK_RATE
-    assert all(a < b for a, b in pairwise(rates[:10]))
-    assert all(a > b for a, b in pairwise(rates[10:]))
+    schedule = train_digits.rate_for(epochs=10, per_epoch=10)
+    rates = [float(schedule(torch.tensor(float(step)))) for step in range(101)]
+    assert rates[20] == max(rates) == pytest.approx(train_digits.PEAK_RATE)
+    assert all(a < b for a, b in pairwise(rates[:21]))
+    assert all(a > b for a, b in pairwise(rates[20:]))
     assert rates[100] == pytest.approx(0)
 
 
