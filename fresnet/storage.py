@@ -13,7 +13,7 @@ from torch import Tensor
 from fresnet.errors import FresnetError, reason
 
 TEMPORARY = ".fresnet-"
-"""How the names of files begin that are being written; a process killed meanwhile leaves one."""
+"""How the names of files begin that are being written, before 16 hexadecimal digits."""
 
 
 def write_safetensors(
@@ -74,6 +74,11 @@ def _replace(caller: str, path: str | os.PathLike[str], write: Callable[[Path], 
             temporary.unlink(missing_ok=True)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """What processes were writing that were killed, or still are."""
+    return list(folder.glob(TEMPORARY + "[0-9a-f]" * 16))
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the new name last through a power cut."""
     if os.name == "posix":  # elsewhere folders cannot be opened
@@ -105,7 +110,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # whatever a damaged file leads to, it is the file's fault
         raise FresnetError(f"not a safetensors file: {reason(error)}") from error
     texts = {name: text for name, text in metadata.items() if name.startswith("fresnet")}
-    if texts and metadata.get("crc32") != _checksum(texts, state):
+    ours = texts or "crc32" in metadata  # the names of texts may be what is damaged
+    if ours and metadata.get("crc32") != _checksum(texts, state):
         raise FresnetError("its checksum is not that of its content: the file is damaged")
     return state, texts
 
@@ -125,5 +131,6 @@ def _checksum(texts: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         value = state[name].detach().cpu()
         crc = crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
-        crc = crc32(value.reshape(-1).view(torch.uint8).numpy().data, crc)
+        column = value.reshape(-1)[:, None]  # whose last stride is 1, also if its only one is not
+        crc = crc32(column.view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
