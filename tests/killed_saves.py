@@ -7,6 +7,7 @@ test runner is forked.
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ NOBODY = 65534
 class Kill(NamedTuple):
     """The moment that a process kills itself at."""
 
-    function: str  # save_file, fsync, replace or unlink
+    function: str  # save_file, fsync, replace, unlink or rmtree
     call: int  # counted from 1, over all saves
     when: str  # before it, after it, or, of save_file, halfway
 
@@ -117,8 +118,8 @@ def _save(order: Order, writer: int) -> None:
 def _arrange(kill: Kill) -> None:
     """Wrap the function so that one of its calls is this process's last."""
     owners: dict[str, Any]
-    owners = {"save_file": safetensors.torch, "fsync": os, "replace": Path, "unlink": Path}
-    owner = owners[kill.function]
+    owners = {"save_file": safetensors.torch, "fsync": os, "rmtree": shutil}
+    owner = owners.get(kill.function, Path)
     function, calls = getattr(owner, kill.function), iter(range(1, sys.maxsize))
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -128,6 +129,7 @@ def _arrange(kill: Kill) -> None:
         result = function(*args, **kwargs)
         if last and kill.when == "halfway":
             os.truncate(args[1], args[1].stat().st_size // 2)
+            shutil.copy(args[1], args[1].with_name(".tmpA1b2C3"))  # where safetensors writes first
         if last:
             os.kill(os.getpid(), signal.SIGKILL)
         return result

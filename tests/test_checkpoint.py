@@ -121,7 +121,12 @@ def test_notes_come_back(tmp_path: Path) -> None:
 
 
 @examples(40)
-@given(steps=st.lists(st.integers(0, 10**13), min_size=1, max_size=8), keep=st.integers(1, 4))
+@given(
+    steps=st.lists(
+        st.integers(0, 99) | st.integers(10**12 - 9, 10**12 + 9), min_size=1, max_size=8
+    ),
+    keep=st.integers(1, 4),
+)
 def test_the_last_few_are_kept_and_the_newest_is_restored(
     tmp_path_factory: pytest.TempPathFactory, steps: list[int], keep: int
 ) -> None:
@@ -152,7 +157,8 @@ def test_files_of_killed_saves_go_and_others_are_left_alone(tmp_path: Path) -> N
     for name in others:
         (tmp_path / name).write_text("mine")
     (tmp_path / "step-000000000000.safetensors").mkdir()
-    (tmp_path / ".fresnet-0123456789abcdef").touch()
+    (tmp_path / ".fresnet-0123456789abcdef").mkdir()
+    (tmp_path / ".fresnet-0123456789abcdef" / "file").write_bytes(b"half")
     for step in (1, 2, 3):
         path = save_state(state_of(step), tmp_path, step=step, keep=1)
     left = {found.name for found in tmp_path.iterdir()}
@@ -172,8 +178,7 @@ def test_the_older_go_only_when_the_new_one_lies_on_the_disk(
         return replace(self, target)
 
     def removed(self: Path, missing_ok: bool) -> None:
-        if self.exists():
-            order.append("unlink")
+        order.append("unlink")
         unlink(self, missing_ok)
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: order.append("fsync"))
@@ -212,7 +217,8 @@ KILLS = [
         ("save_file", 1, ("before", "halfway", "after")),
         ("fsync", 2, ("before", "after")),
         ("replace", 1, ("before", "after")),
-        ("unlink", 2, ("before", "after")),
+        ("unlink", 1, ("before", "after")),
+        ("rmtree", 1, ("before", "after")),
     ]
     for call in range(1, 3 * per_save + 1)
     for when in moments

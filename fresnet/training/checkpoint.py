@@ -15,7 +15,7 @@ from fresnet import tree
 from fresnet.errors import FresnetError, describe, reason
 from fresnet.files import BESIDES, NETWORK, structure_of
 from fresnet.interop import names
-from fresnet.storage import as_path, leftovers, read_safetensors, write_safetensors
+from fresnet.storage import as_path, read_safetensors, remove_leftovers, write_safetensors
 from fresnet.types import Params
 
 STATE = "fresnet.state"
@@ -63,7 +63,7 @@ def save_state(
     entries = _entries("save_state", state)
     about = {
         "step": step,
-        "notes": notes or {},
+        "notes": dict(notes or {}),
         "strides": {name: leaf.stride() for name, leaf in entries.items()},
         "nodes": _nodes(state),
     }
@@ -80,12 +80,12 @@ def save_state(
     path = folder / f"step-{step:012}.safetensors"
     write_safetensors("save_state", _apart(entries), path, texts)
     # Higher steps than this one's are damaged, or were gone back from: they push nothing out.
-    older = [file for file in saved_states(folder) if _step_of(file) <= step][keep:]
-    for file in [*older, *leftovers(folder)]:
+    for old in [file for file in saved_states(folder) if _step_of(file) <= step][keep:]:
         try:
-            file.unlink(missing_ok=True)
+            old.unlink(missing_ok=True)
         except OSError as error:
-            raise FresnetError(f"save_state cannot remove {file}: {reason(error)}") from error
+            raise FresnetError(f"save_state cannot remove {old}: {reason(error)}") from error
+    remove_leftovers(folder)
     return path
 
 
@@ -112,7 +112,7 @@ def restore_state(like: Any, folder: str | os.PathLike[str]) -> Restored | None:
             continue
         about = json.loads(texts[STATE])
         _check_same(path, _nodes(like), about["nodes"])
-        _check_same(path, *({n: describe(e[n]) for n in e} for e in (places, entries)))
+        _check_same(path, _described(places), _described(entries))
         if damaged:
             warnings.warn(f"{'; '.join(damaged)}; going on from {path}", stacklevel=2)
         leaves = [
@@ -190,9 +190,14 @@ def _apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _laid_out(leaf: Tensor, strides: Sequence[int], device: torch.device) -> Tensor:
     result = torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=device)
-    once = tuple(slice(None) if stride else slice(1) for stride in strides)  # expanded: stride 0
+    # What an expanded dimension, of stride 0, repeats lies in memory once.
+    once = tuple(slice(None) if stride else slice(1) for stride in strides)
     result[once].copy_(leaf[once])
     return result
+
+
+def _described(entries: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: describe(leaf) for name, leaf in entries.items()}
 
 
 def _check_same(path: Path, here: Mapping[str, str], there: Mapping[str, str]) -> None:
