@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from fresnet.errors import FresnetError, reason
 
 TEMPORARY = ".fresnet-"
-"""How the names of files begin that are being written; a process killed meanwhile leaves one."""
+"""How the names of folders begin in which files are being written, before 16 hexadecimal digits."""
 
 
 def write_safetensors(
@@ -51,27 +52,39 @@ def write_pickle(caller: str, state: Mapping[str, Tensor], path: str | os.PathLi
 
 
 def _replace(caller: str, path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Let a file be written beside this one, under a name of its own, and then take its place."""
+    """Let a file be written in a folder of its own beside this one, and then take its place.
+
+    In a folder, since safetensors writes beside its target too: whatever is left when the process
+    is killed can be told to be ours.
+    """
     temporary = None
     try:
         target = Path(os.path.realpath(as_path(path)))  # a link is kept
         if target.exists() and not target.is_file():
             raise FresnetError("it is no regular file")
         unused = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-        os.close(os.open(unused, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        unused.mkdir()
         temporary = unused
-        mode = (target if target.exists() else temporary).stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors narrows it
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
+        written = temporary / "file"
+        written.touch()
+        mode = (target if target.exists() else written).stat().st_mode
+        write(written)
+        written.chmod(mode)  # safetensors narrows it
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
+        written.replace(target)
         _sync_folder(target.parent)
     except Exception as error:
         raise FresnetError(f"{caller} cannot write {path!s}: {reason(error)}") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What processes were writing to this folder when they were killed."""
+    for temporary in folder.glob(TEMPORARY + "[0-9a-f]" * 16):
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -105,7 +118,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # whatever a damaged file leads to, it is the file's fault
         raise FresnetError(f"not a safetensors file: {reason(error)}") from error
     texts = {name: text for name, text in metadata.items() if name.startswith("fresnet")}
-    if texts and metadata.get("crc32") != _checksum(texts, state):
+    ours = texts or "crc32" in metadata  # the names of texts may be what is damaged
+    if ours and metadata.get("crc32") != _checksum(texts, state):
         raise FresnetError("its checksum is not that of its content: the file is damaged")
     return state, texts
 
@@ -125,5 +139,6 @@ def _checksum(texts: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         value = state[name].detach().cpu()
         crc = crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
-        crc = crc32(value.reshape(-1).view(torch.uint8).numpy().data, crc)
+        column = value.reshape(-1)[:, None]  # whose last stride is 1, also if its only one is not
+        crc = crc32(column.view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"

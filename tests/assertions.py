@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
+from fresnet.errors import describe
 
 
 def assert_close(actual: Tensor, expected: Tensor, relative: float, name: str = "tensor") -> None:
@@ -47,6 +48,21 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert torch.equal(a, b), name
 
 
+def assert_identical(actual: Any, expected: Any) -> None:
+    """The same node types, and leaves of the same strides and bits, NaNs included."""
+    tree.map(torch.equal, actual, expected)  # refuses other node types, those without leaves too
+    for name, a, b in zip(
+        tree.paths(expected), tree.leaves(actual), tree.leaves(expected), strict=True
+    ):
+        assert describe(a) == describe(b), name
+        assert a.stride() == b.stride(), name
+        assert bits(a) == bits(b), name
+
+
+def bits(x: Tensor) -> bytes:
+    return x.detach().reshape(-1)[:, None].view(torch.uint8).numpy().tobytes()
+
+
 @contextmanager
 def unmutated(*trees: Any) -> Iterator[None]:
     """No leaf is written to: neither its values nor its version counter changes."""
@@ -55,7 +71,7 @@ def unmutated(*trees: Any) -> Iterator[None]:
     yield
     for leaf, (value, version) in zip(leaves, before, strict=True):
         assert leaf._version == version
-        assert torch.equal(leaf, value)
+        assert bits(leaf) == bits(value)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Every Hypothesis strategy of the suite."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 import fresnet
 from fresnet import Spec
+from fresnet.check import DTYPES
 from fresnet.data import Order, steps_per_epoch
+from fresnet.training import TrainState, start
 from fresnet.types import (
     BLOCKS,
     SHORTCUTS,
@@ -123,6 +125,82 @@ def tiny_params(draw: st.DrawFn, dilated: bool = True) -> fresnet.Params:
             lambda s: s * torch.rand(s.shape, generator=generator, dtype=s.dtype) + 0.5,
             params.stats,
         ),
+    )
+
+
+@st.composite
+def train_states(draw: st.DrawFn, params: fresnet.Params | None = None) -> TrainState:
+    """States of tiny networks, every leaf away from where `start` puts it.
+
+    Now and then with frozen norms, and with an average.
+    """
+    params = draw(tiny_params()) if params is None else params
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    params = fresnet.tree.map(lambda leaf: leaf.to(dtype), params)
+    if draw(st.booleans()):
+        params = fresnet.freeze(params, lambda path: path[-1] == "norm1")
+    optimizer = draw(st.sampled_from(OPTIMIZERS))
+    state = start(params, optimizer, seed=draw(seeds), average=draw(st.booleans()))
+    generator = torch.Generator().manual_seed(draw(seeds))
+
+    def moved(leaf: Tensor) -> Tensor:
+        return leaf * (1 + torch.rand(leaf.shape, generator=generator, dtype=leaf.dtype))
+
+    moments = fresnet.tree.map(lambda leaf: moved(leaf + 1), state.optimizer.moments)
+    return state._replace(
+        step=torch.tensor(draw(st.integers(0, 2**63 - 1))),
+        optimizer=state.optimizer._replace(step=state.optimizer.step + 7, moments=moments),
+        average=fresnet.tree.map(moved, state.average),
+        position=torch.tensor(draw(st.integers(0, 2**63 - 1))),
+    )
+
+
+OPTIMIZERS = (
+    fresnet.optim.sgd(0.1),
+    fresnet.optim.sgd(0.1, momentum=0.9),
+    fresnet.optim.adamw(0.1),
+    fresnet.optim.lars(0.1),
+)
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> Tensor:
+    """Any bits, infinities and NaNs among them, of many dtypes, in any layout."""
+    dtype = draw(st.sampled_from([*DTYPES, torch.int64, torch.uint8, torch.bool]))
+    shape = draw(st.lists(st.integers(0, 4) | st.just(1), max_size=4))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    size = (*(2 * n for n in shape), dtype.itemsize)
+    noise = torch.randint(256, size, generator=generator, dtype=torch.uint8)
+    x = noise[..., 0] < 128 if dtype is torch.bool else noise.view(dtype)[..., 0]
+    for dim, length in enumerate(shape):  # every second, the first half, or one of them repeated
+        once = x.narrow(dim, 0, min(length, 1)).expand(*x.shape[:dim], length, *x.shape[dim + 1 :])
+        halves = [x.unflatten(dim, (length, 2)).select(dim + 1, 0), x.narrow(dim, 0, length), once]
+        x = draw(st.sampled_from(halves)) if length else x
+    x = draw(st.sampled_from([x, x.contiguous()]))
+    return x.permute(draw(st.permutations(range(len(shape)))))
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> Any:
+    """Tuples, NamedTuples, lists and dicts, whose leaves may lie in each other's memory."""
+    owners = draw(st.lists(strided(), min_size=1, max_size=3))
+    leaves = st.sampled_from([*owners, *(x.movedim(0, -1) for x in owners if x.ndim), owners[0]])
+    return draw(
+        st.recursive(
+            leaves,
+            lambda nodes: (
+                st.lists(nodes, max_size=3)
+                | st.lists(nodes, max_size=3).map(tuple)
+                | st.builds(Pair, nodes, nodes)
+                | st.dictionaries(names | st.integers(0, 9), nodes, max_size=3)
+            ),
+            max_leaves=8,
+        )
     )
 
 

@@ -331,6 +331,28 @@ def test_a_changed_value_is_noticed(tmp_path: Path) -> None:
     assert refusal(path) == "its checksum is not that of its content: the file is damaged"
 
 
+def test_a_change_anywhere_in_the_metadata_is_noticed_or_makes_no_difference(
+    tmp_path: Path,
+) -> None:
+    """Without the name of the structure, entries alone would make a network of other types."""
+    path = tmp_path / "a.safetensors"
+    params = fresnet.freeze(fresnet.init(0, Spec(BottleneckV1, (1,), width=2), num_classes=3))
+    fresnet.save(params, path)
+    content = path.read_bytes()
+    loads = 0
+    for place in range(content.index(b'"__metadata__"'), content.index(b'"},') + 1):
+        byte = content[place] ^ 1 << place % 7
+        path.write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
+        try:
+            loaded = fresnet.load(path)
+        except FresnetError:
+            continue
+        assert_same(loaded, params)
+        tree.map(torch.equal, loaded, params)  # refuses other node types
+        loads += 1
+    assert loads < 15  # where the file says that PyTorch wrote it
+
+
 def metadata(structure: Any) -> dict[str, str]:
     """Of a file whose checksum is right, whatever its structure."""
     text = structure if isinstance(structure, str) else json.dumps(structure)

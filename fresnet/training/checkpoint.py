@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from fresnet import tree
 from fresnet.errors import FresnetError, describe, reason
 from fresnet.files import BESIDES, NETWORK, structure_of
 from fresnet.interop import names
-from fresnet.storage import TEMPORARY, read_safetensors, write_safetensors
+from fresnet.storage import as_path, read_safetensors, remove_leftovers, write_safetensors
 from fresnet.types import Params
 
 STATE = "fresnet.state"
@@ -45,36 +45,47 @@ def save_state(
 
     Args:
       state: any tree of tensors, such as a `TrainState`.
-      folder: made if it is not there.
+      folder: made if it is not there. One process at a time saves to it.
       step: the number in the file's name: the newest has the highest.
-      keep: how many files remain.
+      keep: how many files remain, this one and those of lower steps.
       notes: what else to remember, as JSON has it.
     Returns:
       The file.
     Raises:
-      FresnetError: if it cannot be written. What was there before is still there.
+      FresnetError: if an argument is not such, or if it cannot be written. What was there before
+        is still there.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if type(keep) is not int or keep < 1:
         raise FresnetError(f"save_state expects keep to be a positive integer; got {keep!r}")
-    entries = dict(zip(_names(state), tree.leaves(state), strict=True))
+    if type(step) is not int or step < 0:
+        raise FresnetError(f"save_state expects step to be an integer from 0 on; got {step!r}")
+    entries = _entries("save_state", state)
     about = {
         "step": step,
         "notes": dict(notes or {}),
         "strides": {name: leaf.stride() for name, leaf in entries.items()},
-        "types": _types(state),
+        "nodes": _nodes(state),
     }
-    texts = {STATE: json.dumps(about)}
+    try:
+        texts = {STATE: json.dumps(about)}
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FresnetError(f"save_state expects notes as JSON has them; {reason(error)}") from error
     if network := _network(state):
         texts[NETWORK] = structure_of(getattr(state, network))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FresnetError(f"save_state cannot make {folder}: {reason(error)}") from error
     path = folder / f"step-{step:012}.safetensors"
     write_safetensors("save_state", _apart(entries), path, texts)
-    for old in [*saved_states(folder)[keep:], *folder.glob(f"{TEMPORARY}*")]:
-        old.unlink(missing_ok=True)
+    # Higher steps than this one's are damaged, or were gone back from: they push nothing out.
+    for old in [file for file in saved_states(folder) if _step_of(file) <= step][keep:]:
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:
+            raise FresnetError(f"save_state cannot remove {old}: {reason(error)}") from error
+    remove_leftovers(folder)
     return path
 
 
@@ -87,8 +98,9 @@ def restore_state(like: Any, folder: str | os.PathLike[str]) -> Restored | None:
       like: a state of the same structure, shapes and dtypes, such as the one before the first step.
         Leaves come to the devices of its leaves.
     Raises:
-      FresnetError: if all are damaged, or if the newest that is not is of another structure.
+      FresnetError: if none can be read, or if the newest that can is of another structure.
     """
+    places = _entries("restore_state", like)
     damaged = []
     for path in saved_states(folder):
         try:
@@ -99,29 +111,34 @@ def restore_state(like: Any, folder: str | os.PathLike[str]) -> Restored | None:
             damaged.append(f"{path}: {error}")
             continue
         about = json.loads(texts[STATE])
-        _check_same(path, like, entries, about["types"])
+        _check_same(path, _nodes(like), about["nodes"])
+        _check_same(path, _described(places), _described(entries))
         if damaged:
             warnings.warn(f"{'; '.join(damaged)}; going on from {path}", stacklevel=2)
         leaves = [
-            torch.empty_strided(leaf.shape, about["strides"][name], dtype=leaf.dtype).copy_(leaf)
-            for name, leaf in ((name, entries[name]) for name in _names(like))
+            _laid_out(entries[name], about["strides"][name], place.device)
+            for name, place in places.items()
         ]
-        moved = [
-            leaf.to(place.device) for leaf, place in zip(leaves, tree.leaves(like), strict=True)
-        ]
-        return Restored(tree.unflatten(like, moved), about["step"], about["notes"], path)
+        return Restored(tree.unflatten(like, leaves), about["step"], about["notes"], path)
     if damaged:
-        raise FresnetError(f"every checkpoint is damaged: {'; '.join(damaged)}")
+        raise FresnetError(f"no checkpoint can be read: {'; '.join(damaged)}")
     return None
 
 
 def saved_states(folder: str | os.PathLike[str]) -> list[Path]:
     """The files of states in a folder, the newest first."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FresnetError(f"expected a folder of checkpoints; {folder} is none")
-    found = folder.glob("step-*.safetensors") if folder.is_dir() else []
-    return sorted((p for p in found if re.fullmatch(r"step-\d+", p.stem)), reverse=True)
+    try:
+        found = list(as_path(folder).iterdir())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise FresnetError(f"cannot list the checkpoints in {folder}: {reason(error)}") from error
+    states = (p for p in found if re.fullmatch(r"step-\d{12,}\.safetensors", p.name))
+    return sorted((p for p in states if p.is_file()), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def _network(state: Any) -> str | None:
@@ -130,22 +147,32 @@ def _network(state: Any) -> str | None:
     return next((f for f in fields if isinstance(getattr(state, f, None), Params)), None)
 
 
-def _names(state: Any) -> list[str]:
-    """Of each leaf: the network's as `save` has them, the others by their paths."""
+def _entries(caller: str, state: Any) -> dict[str, Tensor]:
+    """Each leaf, under the name that `save` has for it in a network, others under their paths."""
     network = _network(state)
     networks = iter(names(getattr(state, network)) if network else ())
-    return [
-        next(networks) if path[0] == network else BESIDES + ".".join(map(str, path))
-        for path in tree.paths(state)
-    ]
+    entries: dict[str, Tensor] = {}
+    for path, leaf in zip(tree.paths(state), tree.leaves(state), strict=True):
+        in_network = network and path[0] == network
+        name = next(networks) if in_network else BESIDES + ".".join(map(str, path))
+        if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+            raise FresnetError(f"{caller} expects tensors; got {describe(leaf)} for {name}")
+        if name in entries:
+            raise FresnetError(f"{caller} expects one leaf of each name; got two {name}")
+        entries[name] = leaf
+    return entries
 
 
-def _types(node: Any) -> Any:
-    """The types of a tree's nodes, as JSON has it."""
+def _nodes(node: Any, name: str = "state") -> dict[str, str]:
+    """The type of each node, those without leaves too."""
     if isinstance(node, Tensor):
-        return 0
+        return {}
+    fields = node if isinstance(node, dict) else getattr(node, "_fields", range(len(node)))
     children = node.values() if isinstance(node, dict) else node
-    return [type(node).__name__, *map(_types, children)]
+    nodes = {name: type(node).__name__}
+    for field, child in zip(fields, children, strict=True):
+        nodes |= _nodes(child, f"{name}.{field}")
+    return nodes
 
 
 def _apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,14 +188,21 @@ def _apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _check_same(path: Path, like: Any, entries: Mapping[str, Tensor], types: Any) -> None:
+def _laid_out(leaf: Tensor, strides: Sequence[int], device: torch.device) -> Tensor:
+    result = torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=device)
+    # What an expanded dimension, of stride 0, repeats lies in memory once.
+    once = tuple(slice(None) if stride else slice(1) for stride in strides)
+    result[once].copy_(leaf[once])
+    return result
+
+
+def _described(entries: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: describe(leaf) for name, leaf in entries.items()}
+
+
+def _check_same(path: Path, here: Mapping[str, str], there: Mapping[str, str]) -> None:
     """Refuse what is whole, but another network's, optimizer's or precision's."""
-    expected = dict(zip(_names(like), tree.leaves(like), strict=True))
-    for name in [*expected, *entries]:
-        here, there = (
-            describe(side[name]) if name in side else "none" for side in (expected, entries)
-        )
-        if here != there:
-            raise FresnetError(f"{path} is of another state: expected {name} {here}; got {there}")
-    if types != _types(like):
-        raise FresnetError(f"{path} is of another state: its nodes are of other types")
+    for name in [*here, *there]:
+        expected, got = (side.get(name, "none") for side in (here, there))
+        if expected != got:
+            raise FresnetError(f"{path} is of another state: expected {name} {expected}; got {got}")
