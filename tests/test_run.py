@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -134,6 +133,40 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return line.removeprefix("fresnet train: ")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_is_its_steps_and_evaluations(digits: Path, tmp_path: Path, case: str) -> None:
+    """Of the recipe's images in their order, and of what the last leaves: its average, if any."""
+    recipe, training, validation = CASES[case], scan(digits / "train"), scan(digits / "val")
+    optimizer = optimizer_of(recipe, PER_EPOCH)
+    state = begin(PARAMS, optimizer, seed=3, average=case == "v2")
+    train_step = make_train_step(
+        optimizer,
+        loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
+        mixing=mixing_of(recipe),
+        average_decay=average_decay_of(recipe),
+    )
+    images = Images(training, partial(augment, augmentation=recipe.augmentation), 3)
+    order = Order(IMAGES, 10, 3, recipe.repeats)
+    losses = []
+    for batch in loader(images, batches(order, 0, STEPS)):
+        state, metrics = train_step(state, (batch.x, batch.y))
+        losses.append(float(metrics.loss))
+    outcome = call(digits, tmp_path, case)
+    assert_same(outcome.params, state.average if case == "v2" else state.params)
+    assert [line["train"]["loss"] for line in read_log(tmp_path) if "train" in line] == losses
+    x, y = preprocess(validation.files, recipe.preset), torch.tensor(validation.labels)
+    expected = evaluate(outcome.params, [(x, y)])
+    assert_same(outcome.evaluation.confusion, expected.confusion)
+    assert outcome.evaluation[:-1] == pytest.approx(expected[:-1])
+    last = list(read_log(tmp_path))[-1]
+    assert last == {
+        "step": STEPS,
+        "evaluation": {
+            name: getattr(outcome.evaluation, name) for name in ("loss", "top1", "top5", "images")
+        },
+    }
+
+
 # Stopped and started again
 
 
@@ -206,7 +239,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
 
 @pytest.mark.slow
-@examples(40)
+@examples(30)
 @given(
     case=st.sampled_from(list(CASES)),
     micro_batches=st.integers(1, 2),
@@ -314,23 +347,20 @@ def inode(path: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0])
 def test_a_killed_command_ends_with_the_bits_of_one_that_is_not(
-    digits: Path, tmp_path: Path, seed: int
+    digits: Path, tmp_path: Path
 ) -> None:
     options = [digits, *TRAIN[:-1], 1, "--recipe", "v2", "--epochs", 12, "--save-every", 3]
     assert main(["train", *map(str, options), "--out", str(tmp_path / "whole")]) == 0
-    out, delays = tmp_path / "killed", random.Random(seed)
-    killed = 0
-    for _ in range(3):
-        before = inode(out / "log.jsonl")
+    out, log = tmp_path / "killed", tmp_path / "killed" / "log.jsonl"
+    for delay in (0.7, 0.2):
+        before = inode(log)
         process = start(*options, "--out", out)
-        until(lambda before=before: inode(out / "log.jsonl") != before, process)  # type: ignore[misc]
-        time.sleep(delays.uniform(0.05, 0.7))
+        until(lambda before=before: inode(log) != before, process)  # type: ignore[misc]
+        time.sleep(delay)
         process.kill()
         process.communicate()
-        killed += process.returncode == -signal.SIGKILL
-    assert killed > 1
+        assert process.returncode == -signal.SIGKILL
     process = start(*options, "--out", out)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -343,7 +373,9 @@ def test_two_processes_of_which_one_is_killed_are_gone_on_with_by_one(
     digits: Path, tmp_path: Path
 ) -> None:
     """And, normalising across, they do what one does, but for rounding."""
-    options = [digits, *TRAIN, "--norms-across", "--epochs", 15, "--timeout", 20]
+    fresnet.save(PARAMS, tmp_path / "tiny.safetensors")
+    options = [digits, *TRAIN, "--norms-across", "--epochs", 40, "--timeout", 20]
+    options += ["--weights", tmp_path / "tiny.safetensors"]
     assert main(["train", *map(str, options), "--out", str(tmp_path / "one")]) == 0
     out = tmp_path / "two"
     job = start(*options, "--out", out, torchrun=True)
@@ -358,13 +390,14 @@ def test_two_processes_of_which_one_is_killed_are_gone_on_with_by_one(
     assert len(said) == 1
     assert "goes on from" in said[0] or "start the same command again to go on" in said[0]
     shared = sum("train" in line for line in read_log(out))
-    assert 2 * PER_EPOCH <= shared < 15 * PER_EPOCH
+    assert PER_EPOCH <= shared < 40 * PER_EPOCH
     assert main(["train", *map(str, options), "--out", str(out)]) == 0
     two, one = (list(read_log(folder)) for folder in (out, tmp_path / "one"))
-    assert [line["step"] for line in two] == [line["step"] for line in one]
-    for a, b in zip(two[:16], one[:16], strict=True):
+    for a, b in zip(two, one, strict=True):
+        assert a.keys() == b.keys()
+        assert a["step"] == b["step"]
         for kind in a.keys() - {"step"}:
-            assert a[kind]["loss"] == pytest.approx(b[kind]["loss"], rel=1e-3)
+            assert a[kind]["loss"] == pytest.approx(b[kind]["loss"], rel=1e-4)
             assert a[kind]["images"] == b[kind]["images"]
 
 
@@ -737,9 +770,10 @@ def test_curves_of_a_log_that_was_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 60])
-def test_confusion(tmp_path: Path, classes: int) -> None:
+@pytest.mark.parametrize("name", ["dog {}", "$dog_{}$", "a dog that answers to the name of {}" * 4])
+def test_confusion(tmp_path: Path, classes: int, name: str) -> None:
     confusion = torch.randint(0, 4, (classes, classes)) + 30 * torch.eye(classes, dtype=torch.int64)
-    names = [f"a kind of dog {i}" for i in range(classes)]
+    names = [name.format(*[i] * 4) for i in range(classes)]
     plots.draw_confusion(confusion, names, tmp_path / "confusion.png")
     assert imread(tmp_path / "confusion.png").std() > 0.05
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fresnet.training.record import Line
@@ -35,6 +36,7 @@ def draw_curves(lines: Iterable[Line], per_epoch: int, path: Path) -> None:
     right.plot(at, [100 * share for share in top5], "o:", markersize=3, label="validation, top 5")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102))
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=150)
@@ -50,14 +52,20 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
     picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="taken for", ylabel="class")
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
+        names = [_label(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), names)
         for i, j in confusion.nonzero().tolist():
             colour = "white" if shares[i, j] > 50 else "black"
             count = str(int(confusion[i, j]))
             axes.text(j, i, count, ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
     figure.savefig(path, dpi=150)
+
+
+def _label(name: str) -> str:
+    """Not too long, and no formula."""
+    return (name if len(name) <= 24 else f"{name[:21]}...").replace("$", r"\$")
 
 
 def _means(rows: Sequence[tuple[float, ...]]) -> list[list[float]]:
