@@ -31,11 +31,22 @@ from torch.optim import lr_scheduler
 import fresnet
 from fresnet import FresnetError, Params, Spec, optim, tree
 from fresnet.__main__ import main
-from fresnet.data import AreaCrop, Augmentation, ScaleCrop, scan
-from fresnet.preprocess import PRESETS
+from fresnet.data import (
+    AreaCrop,
+    Augmentation,
+    Images,
+    Order,
+    ScaleCrop,
+    augment,
+    batches,
+    loader,
+    scan,
+)
+from fresnet.preprocess import PRESETS, preprocess
 from fresnet.storage import read_safetensors
-from fresnet.training import plots, share
+from fresnet.training import cross_entropy, evaluate, make_train_step, plots, share
 from fresnet.training import run as running
+from fresnet.training import start as begin
 from fresnet.training.checkpoint import saved_states
 from fresnet.training.processes import Processes
 from fresnet.training.recipes import (
