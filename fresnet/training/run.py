@@ -97,7 +97,7 @@ def train(
     state = _resumed(state, out, notes)
     step = int(state.step)
     # Read before the first process writes there, and so before they agree on the state.
-    due = step % per_epoch == 0 < step and step not in _evaluated(out)
+    due = step % per_epoch == 0 < step and step not in _evaluations(out)
     check_same(state, processes.group)
     images = Images(training, partial(data.augment, augmentation=recipe.augmentation), run.seed)
     places = data.batches(
@@ -137,25 +137,24 @@ def train(
                 record.sync()
                 save_state(state, out / CHECKPOINTS, step=step, keep=keep, notes=notes)
 
-        def evaluation(step: int) -> Evaluation:
-            found = _evaluation(run, validation, processes, state, workers, broken, seen)
-            leave_out(step)
-            return found
-
         def seen(batch: data.Batch) -> None:
             left_out.extend(batch.broken)
             if stopped():
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt  # the state is saved, and this is made up for
 
-        def recorded(step: int) -> Evaluation:
-            found = evaluation(step)
+        def evaluation() -> Evaluation:
+            return _evaluation(run, validation, processes, state, workers, broken, seen)
+
+        def evaluated(step: int) -> Evaluation:
+            found = evaluation()
+            leave_out(step)
             if record:
                 record.evaluation(step, step // per_epoch, recipe.epochs, found)
             return found
 
         unread = _Late(read)
         try:
-            found = recorded(step) if due else None
+            found = evaluated(step) if due else None
             batches = data.loader(images, places, workers=workers, broken=broken)
             for batch in stack.enter_context(closing(batches)):
                 x, y = (t.to(processes.device, non_blocking=True) for t in (batch.x, batch.y))
@@ -168,8 +167,8 @@ def train(
                 if stop:
                     raise KeyboardInterrupt
                 if epoch_ends:
-                    found = recorded(step)
-            found = found or evaluation(step)
+                    found = evaluated(step)
+            found = found or evaluation()  # once more, after its end
         except Exception as error:
             if not stopped():
                 raise
@@ -326,7 +325,7 @@ def _last_good(out: Path) -> str:
     return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
 
 
-def _evaluated(out: Path) -> set[int]:
+def _evaluations(out: Path) -> set[int]:
     """The steps after which there was an evaluation."""
     return {line["step"] for line in read_log(out) if "evaluation" in line}
 
