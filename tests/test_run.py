@@ -178,6 +178,17 @@ def test_a_run_is_its_steps_and_evaluations(digits: Path, tmp_path: Path, case: 
     }
 
 
+def test_norms_across_one_process_are_its_norms() -> None:
+    """So that a run of several goes on with one."""
+    ends = []
+    for across in (False, True):
+        plan = Run("tiny", CASES["v1"], norms_across=across)
+        state, train_step, _ = running.assemble(plan, PARAMS, IMAGES, ALONE)
+        batch = torch.ones(4, 3, 16, 16).cumsum(3), torch.arange(4)
+        ends.append(train_step(state, batch))
+    assert_same(*ends)
+
+
 # Stopped and started again
 
 
@@ -503,16 +514,24 @@ def test_a_loss_that_is_no_number(capsys: pytest.CaptureFixture[str], folders: P
 
 @pytest.mark.parametrize("at", [PER_EPOCH + 2, 2 * PER_EPOCH])
 @pytest.mark.parametrize("broken", ["loss", "weights", "stats"])
+@pytest.mark.parametrize("stopped", [False, True])
 def test_what_is_not_finite_is_never_saved(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, broken: str
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    broken: str,
+    stopped: bool,
 ) -> None:
-    """Nor evaluated: the checkpoint before stays the last."""
+    """Nor evaluated: the checkpoint before stays the last, even if a signal comes meanwhile."""
 
     def assemble(*args: Any) -> Any:
         state, train_step, order = real(*args)
 
         def breaking(state: Any, batch: Any) -> Any:
             new, metrics = train_step(state, batch)
+            if new.step == at and stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
             if new.step == at and broken == "loss":
                 metrics = metrics._replace(loss=metrics.loss * torch.inf)
             elif new.step == at:

@@ -84,7 +84,7 @@ def train(
     Raises:
       FresnetError: if the checkpoint is of another run, if a loss or a weight is not finite, if an
         image cannot be read, a file not be written, or another process does not answer.
-      KeyboardInterrupt: once the state is saved, at SIGINT or SIGTERM.
+      KeyboardInterrupt: at SIGINT or SIGTERM, once the state is saved; at a second one at once.
     """
     training, validation = folders
     recipe, main = run.recipe, processes.rank == 0
@@ -110,7 +110,7 @@ def train(
         stopped = stack.enter_context(_stop_signals())
 
         def read(step: int, metrics: Metrics, batch: data.Batch) -> None:
-            loss, accuracy, seen = (value.item() for value in metrics)
+            loss, accuracy, count = (value.item() for value in metrics)
             if not math.isfinite(loss):
                 epoch, number = divmod(step - 1, per_epoch)
                 raise FresnetError(
@@ -120,7 +120,7 @@ def train(
             left_out.extend(batch.broken)
             if record:
                 at = float(rate(torch.tensor(float(step - 1))))
-                record.step(step, loss=loss, accuracy=accuracy, rate=at, images=int(seen))
+                record.step(step, loss=loss, accuracy=accuracy, rate=at, images=int(count))
 
         def leave_out(step: int, together: bool = True) -> None:
             files = _gathered(left_out, processes) if together else left_out
@@ -218,8 +218,8 @@ class _Late:
 
     def settle(self) -> None:
         if self._unread:
-            numbers, self._unread = self._unread, ()
-            self._read(*numbers)
+            self._read(*self._unread)
+            self._unread = ()  # not if it raises: what is wrong stays wrong
 
 
 @contextmanager
