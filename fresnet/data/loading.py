@@ -1,6 +1,7 @@
 """Images read from their files, augmented, and put together to batches by other processes."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import abc
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -80,7 +81,7 @@ def loader(
     *,
     workers: int = 0,
     broken: Literal["raise", "skip"] = "raise",
-) -> Iterator[Batch]:
+) -> abc.Generator[Batch, None, None]:
     """The batches of these places, in their order, read ahead by worker processes.
 
         order = Order(len(images), batch=256, seed=0)
@@ -112,7 +113,7 @@ def loader(
     return _batches(data, broken)
 
 
-def _batches(data: "DataLoader[Any]", broken: str) -> Iterator[Batch]:
+def _batches(data: "DataLoader[Any]", broken: str) -> abc.Generator[Batch, None, None]:
     # Started in the main thread, DataLoader handles SIGCHLD, and a worker's death would raise in
     # whatever the main thread is at, such as a training step.
     with ThreadPoolExecutor(1) as starter:

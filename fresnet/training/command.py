@@ -1,6 +1,7 @@
 """`python -m fresnet train`: a recipe on a folder of images."""
 
 import argparse
+import math
 import os
 import textwrap
 import time
@@ -25,6 +26,7 @@ from fresnet.training.recipes import (
     schedule_of,
     with_batch,
     with_crop,
+    with_epochs,
 )
 from fresnet.training.run import (
     CHECKPOINTS,
@@ -75,8 +77,10 @@ def run(args: argparse.Namespace) -> str:
             )
         except OSError as error:
             raise FresnetError(f"cannot write to {args.out}: {reason(error)}") from error
-        except KeyboardInterrupt:
-            return f"stopped; the same command goes on from {args.out / CHECKPOINTS}"
+        except KeyboardInterrupt as stop:
+            raise FresnetError(
+                f"stopped; the same command goes on from {args.out / CHECKPOINTS}"
+            ) from stop
         return _told(outcome, args.out) if processes.rank == 0 else ""
 
 
@@ -85,18 +89,15 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe not in RECIPES:
         raise FresnetError(f"unknown --recipe {args.recipe!r}; {suggestion(args.recipe, RECIPES)}")
     recipe = RECIPES[args.recipe]
-    for name in ("epochs", "batch", "crop", "rate"):
+    for name in ("epochs", "batch", "crop", "rate", "micro_batches", "keep", "save_every"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise FresnetError(f"--{name} expects a positive number; got {value}")
+        if value is not None and not 0 < value < math.inf:
+            option = name.replace("_", "-")
+            raise FresnetError(f"--{option} expects a positive number; got {value}")
+    if not 0 <= args.seed < 2**63:
+        raise FresnetError(f"--seed expects a number from 0 to below 2**63; got {args.seed}")
     if args.epochs is not None:
-        if not args.epochs > recipe.warm_up:
-            raise FresnetError(
-                f"--epochs expects more than the {recipe.warm_up} that {args.recipe} warms up; "
-                f"got {args.epochs}"
-            )
-        drops = tuple(round(drop * args.epochs / recipe.epochs) for drop in recipe.drops)
-        recipe = recipe._replace(epochs=args.epochs, drops=drops)
+        recipe = with_epochs(recipe, args.epochs)
     if args.batch is not None:
         recipe = with_batch(recipe, args.batch)
     if args.crop is not None:
@@ -143,29 +144,32 @@ def _tried(
     _, metrics = train_step(state, (x, y))
     loss = float(metrics.loss)
     took = time.perf_counter() - read
-    rate = schedule_of(recipe, per_epoch)
     steps = recipe.epochs * per_epoch
-    marks = [0, recipe.warm_up, *recipe.drops, recipe.epochs // 2, recipe.epochs - 1]
-    rates = (
-        f"{float(rate(torch.tensor(float(epoch * per_epoch)))):.3g} from epoch {epoch + 1}"
-        for epoch in sorted(set(marks))
-    )
     parameters = sum(leaf.numel() for leaf in tree.leaves(params.weights))
-    shared = f", shared by {processes.size} processes" if processes.group else ""
     rows = {
         "network": f"{plan.network}, {parameters:,} parameters",
         "images": f"{len(training.files):,} to train on, {len(validation.files):,} to validate",
-        "batches": f"{recipe.batch} images{shared}",
-        "length": f"{recipe.epochs} epochs of {per_epoch:,} steps, {steps:,} in all",
-        "rate": "; ".join(rates),
+        "batches": f"{recipe.batch:,} images"
+        + f", {recipe.batch // processes.size:,} in each process" * (processes.size > 1)
+        + f", in {plan.micro_batches} parts" * (plan.micro_batches > 1),
+        "length": f"{recipe.epochs:,} epochs of {per_epoch:,} steps, {steps:,} in all",
+        "rate": _rates(recipe, per_epoch),
         "decay": f"{recipe.weight_decay:g}" + ("" if recipe.decay_norms else ", of all but norms"),
         "training": _words(recipe.augmentation),
-        "labels": f"smoothed by {recipe.label_smoothing:g}, mixup {recipe.mixup:g}, "
-        f"cutmix {recipe.cutmix:g}",
+        "labels": ", ".join(
+            f"{name} {value:g}"
+            for name, value in (
+                ("smoothed by", recipe.label_smoothing),
+                ("mixup", recipe.mixup),
+                ("cutmix", recipe.cutmix),
+            )
+            if value
+        )
+        or "as they are",
         "average": f"decay {average_decay_of(recipe):.6g} a step" if recipe.average else "none",
         "evaluation": _words(recipe.preset),
         "first step": f"loss {loss:.3f}; {read - began:.2f} s to read images, {took:.2f} s more",
-        "all steps": f"about {steps * took / 3600:.3g} h, if images are read meanwhile",
+        "all steps": f"{_duration(steps * took)} at that rate, if images are read meanwhile",
     }
     lines = (
         textwrap.fill(text, 79, initial_indent=f"{name:12}", subsequent_indent=" " * 12)
@@ -174,15 +178,41 @@ def _tried(
     return "\n".join(lines)
 
 
-def _words(settings: Any) -> str:
-    """A NamedTuple's fields that say something, on one line."""
-    return ", ".join(
-        f"{name} ({_words(value)})"
-        if hasattr(value, "_asdict")
-        else f"{name} {getattr(value, '__name__', value)}".replace("_", " ")
-        for name, value in settings._asdict().items()
-        if value
+def _rates(recipe: Recipe, per_epoch: int) -> str:
+    """Where the learning rate begins, and where it comes to."""
+    rate = schedule_of(recipe, per_epoch)
+    cosine = () if recipe.drops else ((recipe.warm_up + recipe.epochs) / 2, recipe.epochs)
+    first, *later = (
+        f"{float(rate(torch.tensor(float(round(epoch * per_epoch))))):.3g} after {epoch:.3g}"
+        for epoch in sorted({0, recipe.warm_up, *recipe.drops, *cosine})
     )
+    return ", ".join([first.replace("after 0", "at first"), *later]) + " epochs"
+
+
+def _words(settings: Any) -> str:
+    """What it asks for, but for what is custom."""
+    return ", ".join(
+        _word(name.replace("_", " "), value)
+        for name, value in settings._asdict().items()
+        if value and name not in ("mean", "std", "corner")
+    )
+
+
+def _word(name: str, value: Any) -> str:
+    if hasattr(value, "_asdict"):
+        return f"{name} ({_words(value)})"
+    if value is True:
+        return name
+    if isinstance(value, tuple):
+        return f"{name} {value[0]:.3g} to {value[1]:.3g}"
+    return f"{name} {getattr(value, '__name__', value)}"
+
+
+def _duration(seconds: float) -> str:
+    for length, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {name}"
+    return f"{seconds:.3g} seconds"
 
 
 def _told(outcome: Outcome, out: Path) -> str:

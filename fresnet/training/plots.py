@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fresnet.training.record import Line
@@ -25,8 +26,8 @@ def draw_curves(lines: Iterable[Line], per_epoch: int, path: Path) -> None:
             evaluations.append((epoch, found["loss"], found["top1"], found["top5"]))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs, losses, accuracies = _means(train)
-    at, evaluation_losses, top1, top5 = zip(*evaluations, strict=True)
+    epochs, losses, accuracies = _means(train) or ([], [], [])
+    at, evaluation_losses, top1, top5 = zip(*evaluations, strict=True) if evaluations else [()] * 4
     left.plot(epochs, losses, label="training")
     left.plot(at, evaluation_losses, "o-", markersize=3, label="validation")
     left.set(xlabel="epoch", ylabel="loss")
@@ -35,6 +36,7 @@ def draw_curves(lines: Iterable[Line], per_epoch: int, path: Path) -> None:
     right.plot(at, [100 * share for share in top5], "o:", markersize=3, label="validation, top 5")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102))
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=150)
@@ -47,11 +49,12 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
     side = 2.5 + 0.45 * len(classes) if few else 9
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="taken for", ylabel="class")
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
+        names = [_label(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), names)
         for i, j in confusion.nonzero().tolist():
             colour = "white" if shares[i, j] > 50 else "black"
             count = str(int(confusion[i, j]))
@@ -60,9 +63,14 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
     figure.savefig(path, dpi=150)
 
 
+def _label(name: str) -> str:
+    """Not too long, and no formula."""
+    return (name if len(name) <= 24 else f"{name[:21]}...").replace("$", r"\$")
+
+
 def _means(rows: Sequence[tuple[float, ...]]) -> list[list[float]]:
     """The columns of at most `POINTS` means of consecutive rows."""
-    size = -(-len(rows) // POINTS)
+    size = max(1, -(-len(rows) // POINTS))
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
     means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
     return [list(column) for column in zip(*means, strict=True)]

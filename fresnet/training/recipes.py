@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from fresnet import optim
 from fresnet.data import AreaCrop, Augmentation, ScaleCrop
+from fresnet.errors import FresnetError
 from fresnet.preprocess import PRESETS, Preset
 from fresnet.training.mixing import Mixing, cutmix, mixup, one_of
 
@@ -18,7 +19,7 @@ class Recipe(NamedTuple):
     rate: float  # the highest learning rate
     augmentation: Augmentation
     preset: Preset  # how images are evaluated
-    drops: tuple[int, ...] = ()  # epochs after which the rate is a tenth; none: half a cosine
+    drops: tuple[float, ...] = ()  # epochs after which the rate is a tenth; none: half a cosine
     warm_up: int = 0  # epochs
     weight_decay: float = 1e-4
     decay_norms: bool = True
@@ -73,7 +74,8 @@ def schedule_of(recipe: Recipe, steps_per_epoch: int) -> optim.Schedule:
     """The learning rate, a function of the step."""
     warm_up = recipe.warm_up * steps_per_epoch
     if recipe.drops:
-        after = optim.steps(recipe.rate, at=[d * steps_per_epoch - warm_up for d in recipe.drops])
+        drops = [round(drop * steps_per_epoch) - warm_up for drop in recipe.drops]
+        after = optim.steps(recipe.rate, at=drops)
     else:
         after = optim.cosine(recipe.rate, over=recipe.epochs * steps_per_epoch - warm_up)
     return optim.warm_up(after, over=warm_up, start=0.01) if warm_up else after
@@ -97,6 +99,23 @@ def mixing_of(recipe: Recipe) -> Mixing | None:
 def average_decay_of(recipe: Recipe) -> float:
     """Of a step."""
     return max(0.0, 1 - recipe.average * recipe.batch / recipe.epochs)
+
+
+def with_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    """A longer or shorter recipe, its drops in proportion; it warms up as long.
+
+    >>> with_epochs(RECIPES["paper"], 20).drops
+    (5.0, 10.0, 15.0)
+
+    Raises:
+      FresnetError: if it would end before it has warmed up.
+    """
+    if not epochs > recipe.warm_up:
+        raise FresnetError(
+            f"expected more epochs than the {recipe.warm_up} that the recipe warms up; got {epochs}"
+        )
+    drops = tuple(drop * epochs / recipe.epochs for drop in recipe.drops)
+    return recipe._replace(epochs=epochs, drops=drops)
 
 
 def with_batch(recipe: Recipe, batch: int) -> Recipe:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from fresnet.training.evaluation import Evaluation
@@ -24,10 +27,8 @@ class Record:
     Each line of the log is an object, such as {"step": 7, "train": {"loss": 1.5}}.
     """
 
-    def __init__(self, folder: Path, bar: "tqdm[Any]") -> None:
-        self._file = (folder / LOG).open("a")
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=bar.n + 1)
-        self._bar = bar
+    def __init__(self, log: TextIO, board: "_Board", bar: "tqdm[Any]") -> None:
+        self._log, self._board, self._bar = log, board, bar
 
     def step(self, step: int, *, loss: float, accuracy: float, rate: float, images: int) -> None:
         self._write(step, "train", loss=loss, accuracy=accuracy, rate=rate, images=images)
@@ -44,23 +45,40 @@ class Record:
 
     def left_out(self, step: int, files: Sequence[str]) -> None:
         if files:
-            self._write(step, "left_out", files=files)
+            self._line(step, "left_out", files=files)
 
     def sync(self) -> None:
         """Leave nothing to be lost with the power."""
-        os.fsync(self._file.fileno())
+        os.fsync(self._log.fileno())
 
-    def close(self) -> None:
-        self._bar.close()
-        self._board.close()
-        self._file.close()
+    def _write(self, step: int, kind: str, **values: float) -> None:
+        self._line(step, kind, **values)
+        self._board.write(step, {f"{kind}/{name}": value for name, value in values.items()})
 
-    def _write(self, step: int, kind: str, **values: Any) -> None:
-        self._file.write(json.dumps({"step": step, kind: values}) + "\n")
+    def _line(self, step: int, kind: str, **values: Any) -> None:
+        self._log.write(json.dumps({"step": step, kind: values}) + "\n")
+        self._log.flush()
+
+
+class _Board:
+    """A file of TensorBoard's, in which scalars of this step and later ones replace older files'.
+
+    It is written at once: a `SummaryWriter` has a thread of its own, to which errors come, and
+    which the loader's workers would be forked beside.
+    """
+
+    def __init__(self, file: BinaryIO, first: int) -> None:
+        self._file, self._writer = file, RecordWriter(file)
+        self._add(file_version="brain.Event:2")
+        self._add(step=first, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(step=step, summary=Summary(value=scalars))
+
+    def _add(self, **content: Any) -> None:
+        self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
 
 
 @contextmanager
@@ -69,16 +87,22 @@ def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
 
     What a killed run wrote of steps after its last checkpoint is cut off.
     """
-    kept = folder / f".{LOG}"
+    kept, events = folder / f".{LOG}", folder / "tensorboard"
     with kept.open("w") as file:
         lines = (line for line in read_log(folder) if line["step"] <= after)
         file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
     kept.replace(folder / LOG)
-    record = Record(folder, tqdm(total=steps, initial=after, disable=None, bar_format=BAR))
-    try:
-        yield record
-    finally:
-        record.close()
+    events.mkdir(exist_ok=True)
+    # Files are read in the order of their names.
+    name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+    with (
+        (folder / LOG).open("a") as log,
+        (events / name).open("wb") as board,
+        tqdm(total=steps, initial=after, disable=None, bar_format=BAR) as bar,
+    ):
+        yield Record(log, _Board(board, after + 1), bar)
 
 
 def read_log(folder: Path) -> Iterator[Line]:
@@ -86,9 +110,9 @@ def read_log(folder: Path) -> Iterator[Line]:
     path = folder / LOG
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for line in file:
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 return

@@ -8,15 +8,17 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from fresnet import data, tree
+from fresnet.collectives import answered
 from fresnet.data import Folder, Images, Order, Place
 from fresnet.errors import FresnetError
 from fresnet.files import save
@@ -51,7 +53,7 @@ class Run(NamedTuple):
 class Outcome(NamedTuple):
     params: Params  # or their average, if the recipe keeps one
     evaluation: Evaluation
-    broken: tuple[str, ...]  # training images that were left out
+    broken: tuple[str, ...]  # "file: reason" of images that were left out
 
 
 def train(
@@ -82,80 +84,98 @@ def train(
     Raises:
       FresnetError: if the checkpoint is of another run, if a loss or a weight is not finite, if an
         image cannot be read, a file not be written, or another process does not answer.
-      KeyboardInterrupt: once the state is saved, at SIGINT or SIGTERM.
+      KeyboardInterrupt: at SIGINT or SIGTERM, once the state is saved; at a second one at once.
     """
     training, validation = folders
     recipe, main = run.recipe, processes.rank == 0
+    if save_every is not None and save_every < 1:
+        raise FresnetError(f"train expects save_every to be at least 1; got {save_every}")
     state, train_step, order = assemble(run, params, len(training.files), processes, recompute)
     per_epoch = data.steps_per_epoch(order)
     steps, rate = recipe.epochs * per_epoch, schedule_of(recipe, per_epoch)
     notes = _notes(run, training)
     state = _resumed(state, out, notes)
+    step = int(state.step)
+    # Read before the first process writes there, and so before they agree on the state.
+    due = step % per_epoch == 0 < step and step not in _evaluations(out)
     check_same(state, processes.group)
     images = Images(training, partial(data.augment, augmentation=recipe.augmentation), run.seed)
     places = data.batches(
         order, int(state.position), steps, rank=processes.rank, ranks=processes.size
     )
-    evaluation = partial(_evaluation, run, validation, processes, workers=workers, broken=broken)
-    found: Evaluation | None = None
-    left_out: list[str] = []  # since the last checkpoint
+    left_out: list[str] = []  # and not yet in the log
 
     with ExitStack() as stack:
-        record = None
-        if main:
-            record = stack.enter_context(recording(out, steps=steps, after=int(state.step)))
+        record = stack.enter_context(recording(out, steps=steps, after=step)) if main else None
         stopped = stack.enter_context(_stop_signals())
 
         def read(step: int, metrics: Metrics, batch: data.Batch) -> None:
-            loss, accuracy, seen = (value.item() for value in metrics)
+            loss, accuracy, count = (value.item() for value in metrics)
             if not math.isfinite(loss):
                 epoch, number = divmod(step - 1, per_epoch)
-                files = ", ".join(training.files[place.image] for place in batch.places[:3])
                 raise FresnetError(
                     f"the loss is {loss} at step {step}, batch {number + 1} of epoch {epoch + 1}, "
-                    f"which has {files}, ...; {_last_good(out)}"
+                    f"which has {_few(batch, training)}; {_last_good(out)}"
                 )
             left_out.extend(batch.broken)
             if record:
                 at = float(rate(torch.tensor(float(step - 1))))
-                record.step(step, loss=loss, accuracy=accuracy, rate=at, images=int(seen))
+                record.step(step, loss=loss, accuracy=accuracy, rate=at, images=int(count))
 
-        def checkpoint(step: int) -> None:
+        def leave_out(step: int, together: bool = True) -> None:
+            files = _gathered(left_out, processes) if together else left_out
+            if record:
+                record.left_out(step, files)
+            left_out.clear()
+
+        def checkpoint(step: int, together: bool = True) -> None:
             unread.settle()
             if not all(leaf.isfinite().all() for leaf in tree.leaves(state.params)):
                 raise FresnetError(f"weights are not finite after step {step}; {_last_good(out)}")
-            files = left_out if stopped() else _gathered(left_out, processes)
+            leave_out(step, together)
             if record:
-                record.left_out(step, files)
                 record.sync()
                 save_state(state, out / CHECKPOINTS, step=step, keep=keep, notes=notes)
-            left_out.clear()
 
-        unread, step = _Late(read), int(state.step)
+        def seen(batch: data.Batch) -> None:
+            left_out.extend(batch.broken)
+            if stopped():
+                raise KeyboardInterrupt  # the state is saved, and this is made up for
+
+        def evaluation() -> Evaluation:
+            return _evaluation(run, validation, processes, state, workers, broken, seen)
+
+        def evaluated(step: int) -> Evaluation:
+            found = evaluation()
+            leave_out(step)
+            if record:
+                record.evaluation(step, step // per_epoch, recipe.epochs, found)
+            return found
+
+        unread = _Late(read)
         try:
-            for batch in data.loader(images, places, workers=workers, broken=broken):
+            found = evaluated(step) if due else None
+            batches = data.loader(images, places, workers=workers, broken=broken)
+            for batch in stack.enter_context(closing(batches)):
                 x, y = (t.to(processes.device, non_blocking=True) for t in (batch.x, batch.y))
                 state, metrics = train_step(state, (x, y))
                 step += 1
                 unread.put(step, metrics, batch)
-                if step % per_epoch == 0:
-                    unread.settle()
-                    found = evaluation(state)
-                    if record:
-                        record.evaluation(step, step // per_epoch, recipe.epochs, found)
-                if stopped() or step % per_epoch == 0 or (save_every and step % save_every == 0):
-                    checkpoint(step)
-                if stopped():
+                stop, epoch_ends = stopped(), step % per_epoch == 0
+                if stop or epoch_ends or (save_every and step % save_every == 0):
+                    checkpoint(step, together=not stop)
+                if stop:
                     raise KeyboardInterrupt
+                if epoch_ends:
+                    found = evaluated(step)
+            found = found or evaluation()  # once more, after its end
         except Exception as error:
             if not stopped():
                 raise
-            checkpoint(step)  # the others have stopped sooner, within this step
+            checkpoint(step, together=False)  # the others have stopped sooner, within this step
             raise KeyboardInterrupt from error
 
-    outcome = Outcome(
-        state.average or state.params, found or evaluation(state), tuple(_left_out(out))
-    )
+    outcome = Outcome(state.average or state.params, found, tuple(_left_out(out)))
     if main:
         save(outcome.params, out / NETWORK)
         draw_curves(read_log(out), per_epoch, out / CURVES)
@@ -179,7 +199,7 @@ def assemble(
         recompute=recompute,
         average_decay=average_decay_of(recipe),
         group=processes.group,
-        norms_across=run.norms_across,
+        norms_across=run.norms_across and processes.group is not None,
     )
     state = start(params, optimizer, seed=run.seed, average=recipe.average > 0)
     return state, train_step, order
@@ -198,8 +218,8 @@ class _Late:
 
     def settle(self) -> None:
         if self._unread:
-            numbers, self._unread = self._unread, ()
-            self._read(*numbers)
+            self._read(*self._unread)
+            self._unread = ()  # not if it raises: what is wrong stays wrong
 
 
 @contextmanager
@@ -228,24 +248,24 @@ def _evaluation(
     folder: Folder,
     processes: Processes,
     state: TrainState,
-    *,
     workers: int,
     broken: Broken,
+    seen: Callable[[data.Batch], None],
 ) -> Evaluation:
     """Of the average, if there is one; each process takes its share of the images."""
     images = Images(folder, partial(data.prepare, preset=run.recipe.preset), seed=0)
     share = range(processes.rank, len(images), processes.size)
-    size = -(-run.recipe.batch // (processes.size * run.micro_batches))
-    places = [
-        [Place(epoch=0, place=i, image=i) for i in share[first : first + size]]
-        for first in range(0, len(share), size)
-    ]
+    count = -(-len(share) * processes.size * run.micro_batches // run.recipe.batch)
+    # None much smaller than another, so that a broken image is seldom all of one.
+    places = [[Place(epoch=0, place=i, image=i) for i in share[k::count]] for k in range(count)]
     dtype = state.params.weights.head.bias.dtype
-    batches = (
-        (batch.x.to(processes.device, dtype), batch.y.to(processes.device))
-        for batch in data.loader(images, places, workers=workers, broken=broken)
-    )
-    return evaluate(state.average or state.params, batches, group=processes.group)
+
+    def placed(batch: data.Batch) -> tuple[Tensor, Tensor]:
+        seen(batch)
+        return batch.x.to(processes.device, dtype), batch.y.to(processes.device)
+
+    with closing(data.loader(images, places, workers=workers, broken=broken)) as batches:
+        return evaluate(state.average or state.params, map(placed, batches), group=processes.group)
 
 
 def _resumed(state: TrainState, out: Path, notes: Mapping[str, Any]) -> TrainState:
@@ -253,13 +273,17 @@ def _resumed(state: TrainState, out: Path, notes: Mapping[str, Any]) -> TrainSta
     restored = restore_state(state, out / CHECKPOINTS)
     if restored is None:
         return state
-    for name in notes.keys() | restored.notes.keys():
-        here, there = notes.get(name), restored.notes.get(name)
-        if here != there:
-            raise FresnetError(
-                f"{out} holds a run with {name} {there}, not {here}: go on with the same, or "
-                "choose another folder"
-            )
+    others = [
+        f"{name} {shorten(str(there.get(name)), 40)}, not {shorten(str(notes.get(name)), 40)}"
+        for there in (restored.notes,)
+        for name in dict.fromkeys([*notes, *there])
+        if there.get(name) != notes.get(name)
+    ]
+    if others:
+        raise FresnetError(
+            f"{out} holds a run of {'; of '.join(others)}: go on with the same, or choose another "
+            "folder"
+        )
     resumed: TrainState = restored.state
     return resumed
 
@@ -285,13 +309,25 @@ def _gathered(names: list[str], processes: Processes) -> list[str]:
     if processes.group is None:
         return names
     everyone: list[list[str]] = [[]] * processes.size
-    distributed.all_gather_object(everyone, names, group=processes.group)
+    with answered(processes.rank, processes.size):
+        distributed.all_gather_object(everyone, names, group=processes.group)
     return [name for one in everyone for name in one]
+
+
+def _few(batch: data.Batch, folder: Folder) -> str:
+    """The first of its files."""
+    named = [folder.files[place.image] for place in batch.places[:3]]
+    return ", ".join([*named, "..."] if len(batch.places) > 3 else named)
 
 
 def _last_good(out: Path) -> str:
     found = saved_states(out / CHECKPOINTS)
     return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
+
+
+def _evaluations(out: Path) -> set[int]:
+    """The steps after which there was an evaluation."""
+    return {line["step"] for line in read_log(out) if "evaluation" in line}
 
 
 def _left_out(out: Path) -> list[str]:
