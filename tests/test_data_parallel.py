@@ -1,6 +1,7 @@
 """What processes of a job do together is what one process does, and one that stops ends the job."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -443,8 +444,8 @@ def test_a_process_that_stops_ends_the_job_with_one_message(how: str) -> None:
     said += rest
     assert torchrun.returncode != 0
     [message] = [line for line in said.splitlines() if line.startswith("error: process")]
-    waited = "5 s" if how == "SIGSTOP" else r"0 s"
-    assert message.startswith(f"error: process 0 of 2 waited {waited} for another, which has ended")
+    waited = "[5-9] s" if how == "SIGSTOP" else "[0-4] s"
+    assert re.match(f"error: process 0 of 2 waited {waited} for another, which has ended", message)
     assert START in message
     assert "gloo" not in said
     assert "is done" not in said

@@ -175,12 +175,12 @@ def train(
             checkpoint(step, together=False)  # the others have stopped sooner, within this step
             raise KeyboardInterrupt from error
 
-    outcome = Outcome(state.average or state.params, found, tuple(_left_out(out)))
-    if main:
-        save(outcome.params, out / NETWORK)
-        draw_curves(read_log(out), per_epoch, out / CURVES)
-        draw_confusion(outcome.evaluation.confusion, training.classes, out / CONFUSION)
-    return outcome
+        outcome = Outcome(state.average or state.params, found, tuple(_left_out(out)))
+        if main:
+            save(outcome.params, out / NETWORK)
+            draw_curves(read_log(out), per_epoch, out / CURVES)
+            draw_confusion(outcome.evaluation.confusion, training.classes, out / CONFUSION)
+        return outcome
 
 
 def assemble(
