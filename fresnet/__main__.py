@@ -15,7 +15,7 @@ from torch import Tensor
 from fresnet import __version__, forward, init, load, preprocess, save, summary, to_state_dict
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.interop import LAYOUTS, foreign_to, untold
-from fresnet.preprocess import PRESETS
+from fresnet.preprocess import PRESETS, Preset
 from fresnet.specs import SPECS
 from fresnet.storage import write_pickle, write_safetensors
 from fresnet.types import Params
@@ -35,7 +35,7 @@ EXAMPLES = {
     "train": """examples:
   python -m fresnet train imagenet --recipe v1 --dry-run
   torchrun --nproc-per-node 8 -m fresnet train imagenet --recipe v2 --bfloat16
-  python -m fresnet train photos --weights resnet50.safetensors --epochs 20
+  python -m fresnet train photos --weights resnet50.safetensors --batch 32
 The same command again goes on from the last checkpoint in --out.""",
 }
 WEIGHTS = "a checkpoint (.safetensors, .pth), or owner/name at Hugging Face"
@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--preset",
         default="imagenet-v1",
-        help=f"how images are prepared: {', '.join(PRESETS)}; default imagenet-v1",
+        help=f"how images are prepared: {', '.join(PRESETS)}, or RESIZE,CROP,INTERPOLATION; "
+        "default imagenet-v1",
     )
     sub.add_argument("--json", action="store_true", help="as JSON")
     _add_stride(sub)
@@ -133,8 +134,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     option("folder", type=Path, metavar="DIR", help="holds train/CLASS/IMAGE and val/CLASS/IMAGE")
     option("--validation", type=Path, metavar="DIR", help="holds CLASS/IMAGE; default DIR/val")
     option("--recipe", default="v1", metavar="NAME", help="paper, v1 or v2; default v1")
-    option("--arch", default="resnet50", metavar="NAME", help="default resnet50")
-    option("--weights", metavar="FILE", help="a checkpoint to begin with instead, its head fitted")
+    option("--arch", metavar="NAME", help="default resnet50")
+    option("--weights", metavar="FILE", help="to begin with; other classes: a fresh head")
     for name, kind, what in (
         ("epochs", int, "instead of the recipe's"),
         ("batch", int, "images a step, of all processes; the rate goes with it"),
@@ -192,7 +193,7 @@ def _predict(args: argparse.Namespace) -> str:
         raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")
     found = []
     for image, probabilities in zip(
-        args.images, _probabilities(params, args.images, args.preset), strict=True
+        args.images, _probabilities(params, args.images, _preset(args.preset)), strict=True
     ):
         predictions = [
             {"class": index, "label": labels[index], "probability": probability}
@@ -202,7 +203,19 @@ def _predict(args: argparse.Namespace) -> str:
     return json.dumps(found, indent=2) if args.json else "\n\n".join(map(_table, found))
 
 
-def _probabilities(params: Params, images: Sequence[str], preset: str) -> Iterator[Tensor]:
+def _preset(text: str) -> str | Preset:
+    """A preset's name, or one of its own such as "256,224,bilinear"."""
+    if "," not in text:
+        return text
+    match text.split(","):
+        case [resize, crop, "bilinear" | "bicubic" as interpolation] if (
+            resize.isdecimal() and crop.isdecimal() and 0 < int(crop) <= int(resize)
+        ):
+            return Preset(int(resize), int(crop), interpolation)
+    raise FresnetError(f"--preset expects a name or, say, 256,224,bilinear; got {text}")
+
+
+def _probabilities(params: Params, images: Sequence[str], preset: str | Preset) -> Iterator[Tensor]:
     stem = params.weights.stem[0]
     for start in range(0, len(images), BATCH):
         x = preprocess(images[start : start + BATCH], preset)

@@ -275,6 +275,11 @@ def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where
         return State(torch.zeros((), dtype=dtype, device=first.device), zeros)
 
     def update(grads: Any, state: State, weights: Any) -> tuple[Any, State]:
+        if len(state.moments) != moments:
+            raise FresnetError(
+                f"update expects a state with {moments} moments, as its own init makes it; "
+                f"got one with {len(state.moments)}"
+            )
         where, move = map(decay_where, tree.paths(weights)), at(state.step)
         taken = tree.leaves(tree.map(lambda _, g: g, weights, grads))[::-1]
         del grads  # gradients that only this call holds go as weights come

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import vjp
 
-from fresnet import tree
+from fresnet import transforms, tree
 
 Function = Callable[..., tuple[Tensor, Any]]
 
@@ -18,14 +18,14 @@ Function = Callable[..., tuple[Tensor, Any]]
 def recomputed(function: Function, *trees: Any) -> tuple[Tensor, Any]:
     """What the function makes of these trees, none of it kept until its derivative is taken.
 
-    Compiled, it is left to the compiler what to keep.
+    Compiled, it is left to the compiler what to keep; in forward mode nothing is kept anyway.
 
     Args:
       function: from trees of tensors to `(y, seen)`: a tensor, and a tree that is constant with
         respect to all of them. It must be pure, for it is called again.
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transforms.forward_mode(*tree.leaves(trees)):
         return function(*trees)
     like = tree.map(lambda _: 0, trees)  # not the trees: nothing must keep x once it is used
     structure: list[Any] = []
@@ -51,9 +51,7 @@ class _Recompute(torch.autograd.Function):
         ctx.function, *tensors = inputs
         _, *seen = output
         ctx.mark_non_differentiable(*seen)
-        ctx.constants = len(seen)
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,12 +68,3 @@ class _Recompute(torch.autograd.Function):
         wanted = [x for x in inputs if x.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, cotangent, materialize_grads=True))
         return None, *(next(found) if need else None for need in needed)
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        moved = tuple(
-            torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)
-        )
-        tangent = jvp(lambda *inputs: ctx.function(*inputs)[0], inputs, moved)[1]
-        return tangent, *[None] * ctx.constants

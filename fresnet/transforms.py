@@ -25,6 +25,13 @@ def differentiated(*inputs: Tensor) -> bool:
     )
 
 
+def forward_mode(*inputs: Tensor) -> bool:
+    """Whether what is computed here of these tensors is to be differentiated in forward mode."""
+    return _KINDS.Jvp in _stack() or any(
+        unpack_dual(_unwrapped(tensor)).tangent is not None for tensor in inputs
+    )
+
+
 def fused_norm_is_exact(*inputs: Tensor) -> bool:
     """Whether PyTorch's fused batch normalisation is right in every derivative to be taken here.
 
@@ -42,10 +49,14 @@ def _is_differentiated_outside(tensor: Tensor) -> bool:
 
     Its own reverse mode alone is left to the operation: it can ask how often.
     """
-    in_transform = active()
+    in_transform, tensor = active(), _unwrapped(tensor)
+    return unpack_dual(tensor).tangent is not None or (in_transform and tensor.requires_grad)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    return unpack_dual(tensor).tangent is not None or (in_transform and tensor.requires_grad)
+    return tensor
 
 
 def _stack() -> list[_functorch.TransformType]:

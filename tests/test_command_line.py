@@ -147,6 +147,10 @@ def test_convert(
         ("predict china.png --weights net.safetensors --labels few", "few has 1 labels; the netwo"),
         ("predict china.png --weights net.safetensors --labels flower.jpg", "cannot read labels f"),
         ("predict china.png --weights net.safetensors --preset tim", "did you mean 'timm'"),
+        (
+            "predict china.png --weights net.safetensors --preset 2,4,bilinear",
+            "or, say, 256,224,bil",
+        ),
         ("convert net.safetensors out.onnx", "OUT expects a .safetensors, .pth, .pt or .bin; got"),
         ("convert plain.safetensors out.pth", "expects a network that torchvision has; got NoShor"),
         ("convert net.safetensors no/out.pth", "convert cannot write no/out.pth: No such file or"),

@@ -42,7 +42,7 @@ from fresnet.data import (
     loader,
     scan,
 )
-from fresnet.preprocess import PRESETS, preprocess
+from fresnet.preprocess import PRESETS, Preset, preprocess
 from fresnet.storage import read_safetensors
 from fresnet.training import cross_entropy, evaluate, make_train_step, plots, share
 from fresnet.training import run as running
@@ -459,6 +459,8 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --micro-batches 11 --batch 10", "of 11 micro-batches expects as many images; got"),
         ("good --seed 99999999999999999999", "--seed expects"),
         ("good --workers -1", "loader expects workers of at least 0; got -1"),
+        ("good --batch 1000", "a batch of 1000 images is more than the"),
+        ("good --arch resnet20 --weights a.pth", "--weights says itself which network it is"),
         ("good --out file", "cannot write to file: File exists"),
         ("good --out file/out", "cannot write to file/out: Not a directory"),
         ("good --out /proc/out", "cannot write to /proc/out: No such file or directory"),
@@ -468,7 +470,8 @@ def test_bad_input_is_refused_in_a_line(
     capsys: pytest.CaptureFixture[str], folders: Path, arguments: str, reason: str
 ) -> None:
     options = () if "--micro" in arguments or "--workers" in arguments else ("--workers", "0")
-    said = refused(capsys, "--arch", "resnet20", "--crop", "16", *options, *arguments.split())
+    arch = () if "--weights" in arguments else ("--arch", "resnet20")
+    said = refused(capsys, *arch, "--crop", "16", "--batch", "10", *options, *arguments.split())
     assert reason in said
     assert not any(folders.glob("runs/*/checkpoints/*"))
 
@@ -586,7 +589,7 @@ def test_broken_images_are_left_out_and_named_once(
         lines = capsys.readouterr().out.splitlines()
         at = lines.index("left out 3 images that cannot be read:")
         assert [line.split(": ")[0] for line in lines[at + 1 :]] == damaged
-        assert "on 17 images" in lines[at - 2]
+        assert "on 17 images" in lines[at - 4]
         log = [line["left_out"]["files"] for line in read_log(Path("out")) if "left_out" in line]
         assert sum(map(len, log)) == 3 * len(damaged)
 
@@ -809,6 +812,43 @@ def test_confusion(tmp_path: Path, classes: int, name: str) -> None:
     assert imread(tmp_path / "confusion.png").std() > 0.05
 
 
+def test_a_folder_is_one_runs_at_a_time(capsys: pytest.CaptureFixture[str], folders: Path) -> None:
+    Path("out").mkdir()
+    hold = "import fcntl, sys; f = open('out/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; print('held', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "held\n"
+        said = refused(capsys, "good", *TRAIN, "--out", "out")
+        assert said == "another run is writing to out: choose another folder"
+        other.stdin.close()
+    assert not any(Path("out").glob("*.jsonl"))
+
+
+def test_predict_takes_what_a_run_says_at_its_end(
+    capsys: pytest.CaptureFixture[str], folders: Path
+) -> None:
+    """Its classes by name, and its own way of preparing images."""
+    assert main(["train", "good", *TRAIN, "--epochs", "1", "--out", "out"]) == 0
+    told = " ".join(capsys.readouterr().out.splitlines()[-2:]).replace("\\ ", "")
+    command = told.partition(" predict IMAGE ")[2].split()
+    images = sorted(map(str, Path("good/val").rglob("*.png")))
+    assert main(["predict", *images, "--json", *command]) == 0
+    found = json.loads(capsys.readouterr().out)
+    params, preset = fresnet.load("out/network.safetensors"), Preset(18, 16, "bilinear")
+    expected = fresnet.forward(params, preprocess(images, preset)).softmax(1).max(1)
+    classes = scan("good/train").classes
+    for one, best, probability in zip(found, expected.indices, expected.values, strict=True):
+        first = one["predictions"][0]
+        assert first["label"] == classes[best]
+        assert first["probability"] == pytest.approx(probability.item(), rel=1e-4)
+
+
 def test_a_run_tells_its_result_again_after_its_end(
     capsys: pytest.CaptureFixture[str], folders: Path
 ) -> None:
@@ -818,7 +858,7 @@ def test_a_run_tells_its_result_again_after_its_end(
     assert [line[:12] for line in said[:2]] == ["epoch 1 of 2", "epoch 2 of 2"]
     log = (folders / "out" / "log.jsonl").read_text()
     assert main(options) == 0
-    assert capsys.readouterr().out.splitlines() == said[2:]
+    assert capsys.readouterr().out.splitlines() == ["going on after step 8 of 8", *said[2:]]
     assert (folders / "out" / "log.jsonl").read_text() == log
     for line in log.splitlines():
         assert json.loads(line)["step"] <= 2 * PER_EPOCH

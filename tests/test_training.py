@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, images, labels, seeds, small_specs, tiny_params, training_images
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, linearize, vmap
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
@@ -342,6 +343,47 @@ def test_in_bfloat16_all_but_the_network_stays_wide(wide: torch.dtype) -> None:
     assert_trees_close(state.params.stats, moments.update(params.stats, seen), 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # of linearize
+def test_in_forward_mode_recomputing_changes_nothing() -> None:
+    weights, direction = PARAMS.weights, tree.map(torch.cos, PARAMS.weights)
+    plain, twice = ((lambda w, r=r: loss_of(PARAMS, r)(w, X, Y)[0]) for r in (False, True))
+
+    def slope(function: Any) -> Callable[[Any], Tensor]:
+        return lambda w: jvp(function, (w,), (direction,))[1]
+
+    for expected, actual in (
+        (slope(slope(plain)), slope(slope(twice))),
+        (lambda w: linearize(plain, w)[1](direction), lambda w: linearize(twice, w)[1](direction)),
+        (lambda w: tree.ravel(grad(slope(plain))(w)), lambda w: tree.ravel(grad(slope(twice))(w))),
+    ):
+        assert_close(actual(weights), expected(weights), 1e-10)
+    with forward_ad.dual_level():
+        dual = tree.map(forward_ad.make_dual, weights, direction)
+        tangents = [forward_ad.unpack_dual(f(dual)).tangent for f in (plain, twice)]
+        assert_close(tangents[1], tangents[0], 1e-10)
+
+
+def test_probabilities_are_targets_too() -> None:
+    train_step, state = make_train_step(SGD), start(PARAMS, SGD)
+    hard = train_step(state, (X, Y))
+    soft = train_step(state, (X, F.one_hot(Y, 5).double()))
+    assert_trees_close(soft[0].params, hard[0].params, 1e-10)
+    assert soft[1].accuracy == hard[1].accuracy
+
+
+def test_mixing_does_not_go_by_defaults() -> None:
+    """Those of PyTorch for devices and dtypes are anybody's to set."""
+    targets, generators = F.one_hot(Y, 5).double(), [torch.Generator().manual_seed(1)] * 2
+    state = generators[0].get_state()
+    expected = MIXINGS["one"](X, targets, generators[0])
+    generators[1].set_state(state)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same(MIXINGS["one"](X, targets, generators[1]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_an_ensemble_of_rates_trains_in_one_vmap() -> None:
     def step(rate: Tensor) -> TrainState:
         optimizer = optim.sgd(rate)
@@ -408,7 +450,7 @@ def test_evaluation_counts(params: Params, x: Tensor) -> None:
 NARROW = tree.map(lambda leaf: leaf.bfloat16(), PARAMS.weights)
 STATE = start(PARAMS, SGD)
 STEP = make_train_step(SGD)
-OTHER: Any = SimpleNamespace(params=PARAMS, weights=PARAMS.weights, group="all")
+OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, group="all")
 """What types forbid."""
 
 
@@ -430,6 +472,29 @@ OTHER: Any = SimpleNamespace(params=PARAMS, weights=PARAMS.weights, group="all")
         (lambda: make_train_step(SGD, group=OTHER.group), "to be a process group .*; got a str"),
         (lambda: start(OTHER.weights, SGD), "start expects Params"),
         (lambda: start(Params(NARROW, PARAMS.stats), SGD), "start expects"),
+        (
+            lambda: make_train_step(SGD, loss_fn=F.cross_entropy)(STATE, (X, Y)),
+            r"a loss for each image, \(4,\); got \(\)",
+        ),
+        (
+            lambda: make_train_step(SGD, loss_fn=lambda logits, y: logits)(STATE, (X, Y)),
+            r"a loss for each image, \(4,\); got \(4, 5\)",
+        ),
+        (lambda: make_train_step(SGD, precision=torch.float16), "got torch.float16"),
+        (lambda: make_train_step(SGD, average_decay=2.0), "average_decay from 0 to 1; got 2.0"),
+        (lambda: make_train_step(SGD, momentum=2.0), "momentum to be a number from 0 to 1"),
+        (
+            lambda: vmap(make_train_step(SGD, mixing=MIXINGS["one"]), (0, None))(
+                tree.stack([STATE, STATE]), (X, Y)
+            ),
+            "a train step that mixes does not map",
+        ),
+        (
+            lambda: SGD.update(PARAMS.weights, optim.sgd(0.1).init(PARAMS.weights), PARAMS.weights),
+            "a state with 1 moments, as its own init makes it; got one with 0",
+        ),
+        (lambda: training.evaluate(PARAMS, [(OTHER.x, Y)]), "x to be a tensor"),
+        (lambda: training.mixup(float("inf")), "mixup expects alpha to be a positive number"),
         (lambda: training.mixup(0.0), "mixup expects alpha to be a positive number; got 0.0"),
         (lambda: training.cutmix(-1), "cutmix expects alpha to be a positive number; got -1"),
         (lambda: training.evaluate(PARAMS, []), "at least one image; got none"),

@@ -4,6 +4,13 @@ train = scan("imagenet/train")
 images = Images(train, partial(augment, augmentation=Augmentation(AreaCrop(224))), seed=0)
 order = Order(len(images), batch=256, seed=0)
 for x, y, *_ in loader(images, batches(order, start=0, stop=450_000), workers=8): ...
+
+Going on from a state, start=int(state.position). `fresnet.training` takes such batches as they are:
+
+val = scan("imagenet/val", classes=train.classes)
+images = Images(val, partial(prepare, preset="imagenet-v1"), seed=0)
+order = Order(len(images), batch=256, seed=0)
+evaluate(params, loader(images, batches(order, 0, steps_per_epoch(order)), workers=8))
 """
 
 try:

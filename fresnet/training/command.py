@@ -32,6 +32,7 @@ from fresnet.training.run import (
     CHECKPOINTS,
     CONFUSION,
     CURVES,
+    LABELS,
     NETWORK,
     Outcome,
     Run,
@@ -47,10 +48,15 @@ def run(args: argparse.Namespace) -> str:
         share(recipe.batch, processes.size)
         training = scan(args.folder / "train")
         validation = scan(args.validation or args.folder / "val", classes=training.classes)
-        params = _network(args, len(training.classes))
+        if recipe.batch > len(training.files):
+            raise FresnetError(
+                f"a batch of {recipe.batch} images is more than the {len(training.files)} in "
+                f"{training.root}: choose a smaller --batch; the rate goes with it"
+            )
+        name, params = _network(args, len(training.classes))
         params = tree.map(lambda leaf: leaf.to(processes.device), params)
         plan = Run(
-            network=f"{args.weights or args.arch}, {len(training.classes)} classes",
+            network=f"{name}, {len(training.classes)} classes",
             recipe=recipe,
             seed=args.seed,
             precision=torch.bfloat16 if args.bfloat16 else None,
@@ -81,7 +87,7 @@ def run(args: argparse.Namespace) -> str:
             raise FresnetError(
                 f"stopped; the same command goes on from {args.out / CHECKPOINTS}"
             ) from stop
-        return _told(outcome, args.out) if processes.rank == 0 else ""
+        return _told(outcome, recipe, args.out) if processes.rank == 0 else ""
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -105,17 +111,21 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return recipe if args.rate is None else recipe._replace(rate=args.rate)
 
 
-def _network(args: argparse.Namespace, classes: int) -> Params:
-    """The network to begin with, on the CPU."""
-    if args.arch not in SPECS:
-        raise FresnetError(f"unknown --arch {args.arch!r}; {suggestion(args.arch, SPECS)}")
+def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
+    """The network to begin with, in words and on the CPU."""
     if args.weights is None:
-        return init(args.seed, SPECS[args.arch], num_classes=classes)
+        arch = args.arch or "resnet50"
+        if arch not in SPECS:
+            raise FresnetError(f"unknown --arch {arch!r}; {suggestion(arch, SPECS)}")
+        return arch, init(args.seed, SPECS[arch], num_classes=classes)
+    if args.arch is not None:
+        raise FresnetError("--weights says itself which network it is; got --arch as well")
     weights, stats = load(args.weights)
+    name = f"{args.weights} with its head"
     if len(weights.head.bias) != classes:
         head = fresh_head(args.seed, weights.head.weight.shape[1], classes)
-        weights = weights._replace(head=head)
-    return Params(tree.map(Tensor.float, weights), tree.map(Tensor.float, stats))
+        weights, name = weights._replace(head=head), f"{args.weights} with a fresh head"
+    return name, Params(tree.map(Tensor.float, weights), tree.map(Tensor.float, stats))
 
 
 def _tried(
@@ -215,12 +225,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
-def _told(outcome: Outcome, out: Path) -> str:
-    found, broken = outcome.evaluation, outcome.broken
+def _told(outcome: Outcome, recipe: Recipe, out: Path) -> str:
+    found, broken, preset = outcome.evaluation, outcome.broken, recipe.preset
     lines = [
         f"top 1 {found.top1:.2%}, top 5 {found.top5:.2%}, loss {found.loss:.3f} "
         f"on {found.images:,} images",
-        f"wrote {NETWORK}, {CURVES}, {CONFUSION} and log.jsonl to {out}",
+        f"wrote {NETWORK}, {LABELS}, {CURVES}, {CONFUSION} and log.jsonl to {out}",
+        f"python -m fresnet predict IMAGE --weights {out / NETWORK} \\",
+        f"    --labels {out / LABELS} --preset {preset.resize},{preset.crop},"
+        f"{preset.interpolation}",
     ]
     if broken:
         shown = broken[:10]

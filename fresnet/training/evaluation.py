@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fresnet.check import check_group, check_params
+from fresnet.check import check_call, check_group, check_params
 from fresnet.collectives import Group, all_sum
 from fresnet.errors import FresnetError
 from fresnet.net import forward
+from fresnet.training.step import Batch
 from fresnet.training.targets import check_classes, cross_entropy
 from fresnet.types import Params
 
@@ -29,9 +30,7 @@ class Evaluation(NamedTuple):
     """How many images of class i were taken for class j, int64 `[k k]`, on the CPU."""
 
 
-def evaluate(
-    params: Params, batches: Iterable[tuple[Tensor, Tensor]], *, group: Group | None = None
-) -> Evaluation:
+def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = None) -> Evaluation:
     """Classify batches by the running statistics and compare with their classes.
 
     >>> import torch, fresnet
@@ -42,7 +41,8 @@ def evaluate(
 
     Args:
       params: the network.
-      batches: images `[b c h w]` in the dtype of the weights, and their classes `[b]`.
+      batches: images `[b c h w]` in the dtype of the weights, their classes `[b]`, and what else
+        there is, as in the batches of `fresnet.data`.
       group: processes that evaluate together, each with a share of the batches, or with none.
     Raises:
       FresnetError: if there is no image at all, or if images or classes are not what the network
@@ -55,7 +55,8 @@ def evaluate(
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=bias.device)
     sums = torch.zeros(2, dtype=torch.float64, device=bias.device)  # of losses, of hits among five
     with torch.no_grad():
-        for x, y in batches:
+        for x, y, *_ in batches:
+            check_call("evaluate", params, x)
             check_classes("evaluate", x, y, classes)
             logits = forward(params, x).double()
             best = logits.topk(min(5, classes)).indices

@@ -42,7 +42,7 @@ def gradients(
 
     Args:
       loss_fn: from weights and a part to `(loss [], seen)`, `seen` a tree that no derivative is
-        taken of.
+        taken of. What else it depends on is a constant to it, but under `torch.func`.
       weights: a tree: where the gradient is taken.
       parts: trees of tensors, the further arguments of `loss_fn`.
       group: processes over whose parts, too, is summed; each has as many. Sums are sent while the
@@ -55,15 +55,17 @@ def gradients(
         return _composed(loss_fn, weights, parts, group)
     leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(weights)]
     buckets = None if group is None else _Buckets(leaves, len(parts), group)
-    grads: Sequence[Tensor] = ()
+    grads: list[Tensor] = []
     found = []
     for part in parts:
         with torch.enable_grad():
             loss, seen = loss_fn(tree.unflatten(weights, leaves), *part)
-        new = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        new = [*torch.autograd.grad(loss, leaves, materialize_grads=True)]
         found.append((loss.detach(), tree.map(Tensor.detach, seen)))
         del loss, seen
-        grads = [a + b for a, b in zip(grads, new, strict=True)] if grads and not buckets else new
+        if grads and not buckets:
+            new = [grads.pop() + new.pop() for _ in leaves][::-1]  # popped, they go one by one
+        grads = new
     return tree.unflatten(weights, buckets.sums() if buckets else grads), found
 
 

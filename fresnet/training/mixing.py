@@ -6,13 +6,16 @@ probabilities of their classes `[b k]`. Each image is mixed with the one before 
 
 from collections.abc import Callable
 from functools import partial
-from math import sqrt
-from typing import TypeAlias
+from math import inf, sqrt
+from typing import Any, TypeAlias
 
 import torch
 from torch import Generator, Tensor
 
 from fresnet.errors import FresnetError
+
+CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+"""Where generators are, whatever PyTorch's defaults."""
 
 Mixing: TypeAlias = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
 
@@ -52,7 +55,10 @@ def _cutmix(
 ) -> tuple[Tensor, Tensor]:
     share = _share(alpha, generator)
     height, width = x.shape[2:]
-    column, row = (int(torch.randint(side, (1,), generator=generator)) for side in (width, height))
+    column, row = (
+        int(torch.randint(side, (1,), generator=generator, device="cpu"))
+        for side in (width, height)
+    )
     half = 0.5 * sqrt(1 - share)
     top, bottom = max(row - int(half * height), 0), min(row + int(half * height), height)
     left, right = max(column - int(half * width), 0), min(column + int(half * width), width)
@@ -65,13 +71,13 @@ def _cutmix(
 def _one_of(
     mixings: tuple[Mixing, ...], x: Tensor, targets: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    chosen = int(torch.multinomial(torch.ones(len(mixings)), 1, generator=generator))
+    chosen = int(torch.multinomial(torch.ones(len(mixings), **CPU), 1, generator=generator))
     return mixings[chosen](x, targets, generator)
 
 
 def _share(alpha: float, generator: Generator) -> float:
     """From Beta(alpha, alpha). `torch.distributions`, which draws it so, takes no generator."""
-    return float(torch._sample_dirichlet(torch.tensor([alpha, alpha]), generator=generator)[0])
+    return float(torch._sample_dirichlet(torch.full((2,), alpha, **CPU), generator=generator)[0])
 
 
 def _blend(values: Tensor, share: float) -> Tensor:
@@ -79,6 +85,6 @@ def _blend(values: Tensor, share: float) -> Tensor:
 
 
 def _positive(caller: str, alpha: float) -> float:
-    if type(alpha) not in (int, float) or not alpha > 0:
+    if type(alpha) not in (int, float) or not 0 < alpha < inf:
         raise FresnetError(f"{caller} expects alpha to be a positive number; got {alpha!r}")
     return float(alpha)

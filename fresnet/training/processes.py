@@ -122,7 +122,8 @@ def check_same(state: Any, group: Group | None) -> None:
 
 
 def _checksum(leaf: Tensor) -> int:
-    return crc32(leaf.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    column = leaf.detach().cpu().flatten()[:, None]  # whose last stride is 1
+    return crc32(column.view(torch.uint8).numpy().tobytes())
 
 
 def _device(local: int) -> torch.device:

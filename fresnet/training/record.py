@@ -102,6 +102,8 @@ def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
         (events / name).open("wb") as board,
         tqdm(total=steps, initial=after, disable=None, bar_format=BAR) as bar,
     ):
+        if after:
+            bar.write(f"going on after step {after:,} of {steps:,}")
         yield Record(log, _Board(board, after + 1), bar)
 
 

@@ -1,10 +1,12 @@
 """A whole run on folders of images: recipe, data, steps, evaluations, checkpoints and record.
 
 Stopped at any moment and started again, it goes on from its last checkpoint and ends with the same
-bits as if it had never been stopped; by other numbers of processes, with the same but for rounding.
+bits as if it had never been stopped. By another number of processes it goes on as well: to rounding
+the same where norms go across them and nothing is mixed, else with the norms of other shares.
 """
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, NamedTuple, TypeAlias
+from zlib import crc32
 
 import torch
 from torch import Tensor, distributed
@@ -34,6 +37,7 @@ from fresnet.training.targets import cross_entropy
 from fresnet.types import Params
 
 CHECKPOINTS, NETWORK = "checkpoints", "network.safetensors"
+LABELS = "labels.txt"
 CURVES, CONFUSION = "curves.png", "confusion.png"
 
 Broken: TypeAlias = Literal["raise", "skip"]
@@ -103,23 +107,28 @@ def train(
     places = data.batches(
         order, int(state.position), steps, rank=processes.rank, ranks=processes.size
     )
+    dtype = state.params.weights.head.bias.dtype
     left_out: list[str] = []  # and not yet in the log
 
     with ExitStack() as stack:
-        record = stack.enter_context(recording(out, steps=steps, after=step)) if main else None
+        record = None
+        if main:
+            stack.enter_context(_alone(out))
+            record = stack.enter_context(recording(out, steps=steps, after=step))
         stopped = stack.enter_context(_stop_signals())
 
         def read(step: int, metrics: Metrics, batch: data.Batch) -> None:
             loss, accuracy, count = (value.item() for value in metrics)
+            at = float(rate(torch.tensor(float(step - 1))))
             if not math.isfinite(loss):
                 epoch, number = divmod(step - 1, per_epoch)
                 raise FresnetError(
                     f"the loss is {loss} at step {step}, batch {number + 1} of epoch {epoch + 1}, "
-                    f"which has {_few(batch, training)}; {_last_good(out)}"
+                    f"which has {_few(batch, training)}, at a learning rate of {at:.3g}; "
+                    f"{_last_good(out)}"
                 )
             left_out.extend(batch.broken)
             if record:
-                at = float(rate(torch.tensor(float(step - 1))))
                 record.step(step, loss=loss, accuracy=accuracy, rate=at, images=int(count))
 
         def leave_out(step: int, together: bool = True) -> None:
@@ -157,7 +166,8 @@ def train(
             found = evaluated(step) if due else None
             batches = data.loader(images, places, workers=workers, broken=broken)
             for batch in stack.enter_context(closing(batches)):
-                x, y = (t.to(processes.device, non_blocking=True) for t in (batch.x, batch.y))
+                x = batch.x.to(processes.device, dtype, non_blocking=True)
+                y = batch.y.to(processes.device, non_blocking=True)
                 state, metrics = train_step(state, (x, y))
                 step += 1
                 unread.put(step, metrics, batch)
@@ -178,6 +188,7 @@ def train(
         outcome = Outcome(state.average or state.params, found, tuple(_left_out(out)))
         if main:
             save(outcome.params, out / NETWORK)
+            (out / LABELS).write_text("".join(f"{name}\n" for name in training.classes))
             draw_curves(read_log(out), per_epoch, out / CURVES)
             draw_confusion(outcome.evaluation.confusion, training.classes, out / CONFUSION)
         return outcome
@@ -220,6 +231,22 @@ class _Late:
         if self._unread:
             self._read(*self._unread)
             self._unread = ()  # not if it raises: what is wrong stays wrong
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a folder to one run at a time, where there are locks."""
+    try:
+        import fcntl
+    except ImportError:  # as on Windows
+        yield
+        return
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
+        except BlockingIOError as error:
+            raise FresnetError(f"another run is writing to {out}: choose another folder") from error
+        yield
 
 
 @contextmanager
@@ -290,7 +317,12 @@ def _resumed(state: TrainState, out: Path, notes: Mapping[str, Any]) -> TrainSta
 
 def _notes(run: Run, folder: Folder) -> dict[str, Any]:
     """The run and its images in words, flat, for a checkpoint."""
-    notes = {"images": len(folder.files), "classes": " ".join(folder.classes)}
+    files = "\n".join(os.path.relpath(file, folder.root) for file in folder.files)
+    notes: dict[str, Any] = {
+        "images": len(folder.files),
+        "classes": " ".join(folder.classes),
+        "files' checksum": f"{crc32(files.encode(errors='surrogateescape')):08x}",
+    }
 
     def add(name: str, value: Any) -> None:
         if hasattr(value, "_asdict"):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fresnet import tree
-from fresnet.check import check_call, check_group, stats_dtype
+from fresnet import transforms, tree
+from fresnet.check import check_call, check_group, check_momentum, stats_dtype
 from fresnet.collectives import Group, all_sum
 from fresnet.errors import FresnetError, describe
 from fresnet.moments import merge, merge_across, update
@@ -22,7 +22,7 @@ from fresnet.training.targets import check_classes, cross_entropy
 from fresnet.types import Params, Stats, Weights
 
 Tree = TypeVar("Tree")
-Batch: TypeAlias = tuple[Tensor, Tensor]
+Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any, Any]
 TrainStep: TypeAlias = Callable[[TrainState, Batch], "tuple[TrainState, Metrics]"]
 
 
@@ -55,8 +55,10 @@ def make_train_step(
 ) -> TrainStep:
     """A step of training, `(state, batch) -> (state, metrics)`; a batch is `(x, y)`.
 
-    x `[b c h w]` are images in the dtype of the weights, y `[b]` their classes. The step is pure:
-    the same state and batch give the same bits, and neither is written to.
+    x `[b c h w]` are images in the dtype of the weights; y their classes, int64 `[b]`, or the
+    probabilities of all classes `[b k]`. What else a batch holds, as `fresnet.data`'s do, is left
+    alone. The step is pure: the same state and batch give the same bits, and neither is written
+    to. So it maps over ensembles, unless it mixes: a generator's state does not.
 
     >>> import torch, fresnet
     >>> optimizer = fresnet.optim.sgd(0.1, momentum=0.9)
@@ -69,8 +71,10 @@ def make_train_step(
 
     Args:
       optimizer: from `fresnet.optim`.
-      loss_fn: from logits `[b k]` and targets to each image's loss `[b]`. Targets are classes
-        `[b]` or, mixed, probabilities `[b k]`.
+      loss_fn: from logits `[b k]` and targets to each image's loss `[b]`, not reduced. Targets are
+        y or, mixed, probabilities `[b k]`. Binary cross-entropy, for example, is
+        `lambda logits, targets: binary_cross_entropy_with_logits(logits, targets,
+        reduction="none").mean(1)`.
       mixing: what is done to each batch, from `fresnet.training.mixing`.
       precision: what the network computes in, by default the weights' own dtype. In bfloat16 it
         reads rounded weights; the weights themselves, their gradients, the optimizer, the
@@ -86,13 +90,24 @@ def make_train_step(
       group: the processes that train together, each with a share of the batch, which may be of
         unequal sizes. The loss is the mean over all their images; their states stay the same to
         the bit.
-      norms_across: whether norms normalise all shares as one. If so, the processes together do
-        what one does with the whole batch.
+      norms_across: whether norms normalise all shares as one. If so, and if no share is cut or
+        mixed, which goes by its own neighbours, the processes together do what one does with the
+        whole batch.
     Raises:
       FresnetError: if an option is not such. The step raises it if the state, the images or the
         classes are not what the network takes, or if a share has fewer images than micro_batches.
     """
     check_group("make_train_step", group)
+    check_momentum("make_train_step", momentum)
+    if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise FresnetError(
+            f"make_train_step expects precision to be torch.bfloat16, float32 or float64; "
+            f"got {precision!r}"
+        )
+    if not 0 <= average_decay <= 1:
+        raise FresnetError(
+            f"make_train_step expects average_decay from 0 to 1; got {average_decay}"
+        )
     if type(micro_batches) is not int or micro_batches < 1:
         raise FresnetError(
             f"make_train_step expects micro_batches to be a positive integer; got {micro_batches!r}"
@@ -114,10 +129,16 @@ def make_train_step(
             logits, seen = _to(x.dtype, run(narrow, x.to(precision)))
         classes = targets if targets.ndim == 1 else targets.argmax(1)
         right = (logits.argmax(1) == classes).sum()
-        return loss_fn(logits, targets).sum() / images, (seen, right)
+        losses = loss_fn(logits, targets)
+        if losses.shape != x.shape[:1]:
+            raise FresnetError(
+                f"a train step expects loss_fn to return a loss for each image, ({len(x)},); got "
+                f'{tuple(losses.shape)}: reduction="none", and a mean over classes?'
+            )
+        return losses.sum() / images, (seen, right)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        x, y = batch
+        x, y, *_ = batch
         _check(state, x, y, micro_batches)
         weights, stats = state.params
         x, targets, rng = _mixed(mixing, state, x, y)
@@ -165,11 +186,13 @@ def _mixed(
     """Images, targets and the next state of the generator."""
     if mixing is None:
         return x, y, state.rng
-    generator = torch.Generator()
-    generator.set_state(state.rng)
-    probabilities = F.one_hot(y, len(state.params.weights.head.bias)).to(x.dtype)
-    x, targets = mixing(x, probabilities, generator)
-    return x, targets, generator.get_state()
+    if transforms.active():
+        raise FresnetError("a train step that mixes does not map: a generator's state does not")
+    generator = torch.Generator("cpu")
+    generator.set_state(state.rng.cpu())
+    probabilities = y if y.ndim == 2 else F.one_hot(y, len(state.params.weights.head.bias))
+    x, targets = mixing(x, probabilities.to(x.dtype), generator)
+    return x, targets, generator.get_state().to(state.rng.device)
 
 
 def _averaged(state: TrainState, params: Params, decay: float) -> Any:
@@ -186,7 +209,9 @@ def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
     if type(state) is not TrainState:
         raise FresnetError(f"a train step expects a TrainState; got {describe(state)}")
     check_call("a train step", state.params, x)
-    check_classes("a train step", x, y, len(state.params.weights.head.bias))
+    classes = len(state.params.weights.head.bias)
+    if not isinstance(y, Tensor) or not y.is_floating_point() or y.shape != (len(x), classes):
+        check_classes("a train step", x, y, classes)
     if len(x) < micro_batches:
         raise FresnetError(
             f"a train step of {micro_batches} micro-batches expects as many images; got {len(x)}"
