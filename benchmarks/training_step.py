@@ -4,7 +4,8 @@
 
 Contenders take the same step, which is checked first; then turns, A B A B, in one process. A row
 gives the median of the times, the median ratio to the first within a round with its quartiles, and
-the peak of the memory above weights and velocity. Run it a second time with
+the peak of the memory above weights and velocity: resident, and what PyTorch has allocated, which
+does not count the holes that a heap has. Run it a second time with
 
     MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 
@@ -12,17 +13,20 @@ for glibc to keep its pages, which otherwise come fresh from the system for ever
 """
 
 import argparse
+import gc
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile, record_function
 from transforms import images, peak_memory
 
 import fresnet
@@ -69,12 +73,13 @@ def ours(x: Tensor, y: Tensor, compiled: bool, *, recompute: bool = False) -> Ca
 
 def compare(batch: int, side: int, rounds: int, compiled: bool) -> None:
     x, y = images(batch, side)
-    contenders = {
-        "torchvision": torchvision(x, y, compiled),
-        "fresnet": ours(x, y, compiled),
+    builds = {
+        "torchvision": partial(torchvision, x, y, compiled),
+        "fresnet": partial(ours, x, y, compiled),
     }
     if not compiled:
-        contenders["fresnet, recompute"] = ours(x, y, compiled, recompute=True)
+        builds["fresnet, recompute"] = partial(ours, x, y, compiled, recompute=True)
+    contenders = {name: build() for name, build in builds.items()}
     for _ in range(2):  # the second step sees what the first one did
         losses = [step() for step in contenders.values()]
     for loss in losses:
@@ -87,7 +92,8 @@ def compare(batch: int, side: int, rounds: int, compiled: bool) -> None:
             times[name].append(time.perf_counter() - start)
     print(
         f"\n### {batch} images of {side}x{side}{', compiled' * compiled}\n\n"
-        "| | median s | ratio (quartiles) | peak MiB |\n| --- | --- | --- | --- |"
+        "| | median s | ratio (quartiles) | resident MiB | allocated MiB |\n"
+        "| --- | --- | --- | --- | --- |"
     )
     for name, step in contenders.items():
         ratios = [a / b for a, b in zip(times[name], times["torchvision"], strict=True)]
@@ -95,7 +101,31 @@ def compare(batch: int, side: int, rounds: int, compiled: bool) -> None:
         spread = f"{middle:.3f} ({low:.3f} to {high:.3f})"
         median = statistics.median(times[name])
         peak = statistics.median(peak_memory(step) for _ in range(3))
-        print(f"| {name} | {median:.3f} | {spread} | {peak:.0f} |", flush=True)
+        allocated = "" if compiled else f"{peak_allocated(builds[name]):.0f}"
+        print(f"| {name} | {median:.3f} | {spread} | {peak:.0f} | {allocated} |", flush=True)
+
+
+def peak_allocated(build: Callable[[], Callable[[], Tensor]]) -> float:
+    """MiB that PyTorch has allocated at most within a second step, above what is there before.
+
+    The whole life of a contender is traced, so that what is freed is known.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step = build()
+        step()
+        gc.collect()
+        with record_function("second step"):
+            step()
+    assert trace.profiler is not None
+    events = sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    now = before = peak = 0
+    for event in events:
+        if event.name() == "second step":
+            before = peak = now
+        elif event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return float(peak - before) / 2**20
 
 
 def main() -> None:
