@@ -59,8 +59,9 @@ def check_lockstep(
         truth.step()
         with unmutated(grads, state, weights):
             weights, state = optimizer.update(grads, state, weights)
-        expected = tree.unflatten(weights, [p.detach() for p in theirs])
-        assert_trees_close(weights, expected, 1e-12)
+        # Together: a leaf of one value may come to lie next to 0, and its rounding does not.
+        expected = torch.cat([p.detach().flatten() for p in theirs])
+        assert_close(tree.ravel(weights), expected, 1e-12)
     assert state.step == STEPS
 
 

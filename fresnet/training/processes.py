@@ -38,6 +38,8 @@ class Processes(NamedTuple):
 def joined(*, timeout_s: float = 60.0, backend: str | None = None) -> Iterator[Processes]:
     """Join the other processes that `torchrun` started, and leave them at the end.
 
+    After an error this process leaves them by ending.
+
     >>> with joined(backend="gloo") as processes:             # started without torchrun
     ...     processes
     Processes(group=None, rank=0, size=1, device=device(type='cpu'))
@@ -68,11 +70,11 @@ def joined(*, timeout_s: float = 60.0, backend: str | None = None) -> Iterator[P
             timeout=timedelta(seconds=timeout_s),
             device_id=device if backend == "nccl" else None,
         )
-    try:
-        with _ended_by_signal(rank, size):
-            yield Processes(distributed.group.WORLD, rank, size, device)
-    finally:
-        distributed.destroy_process_group()
+    with _ended_by_signal(rank, size):
+        yield Processes(distributed.group.WORLD, rank, size, device)
+    # Not after an error: the others are not to notice, and torchrun not to end this process for
+    # it, before it has said why.
+    distributed.destroy_process_group()
 
 
 def share(images: int, processes: int) -> int:
