@@ -131,8 +131,8 @@ def forward_moments(
       params: the network.
       x: images, float `[b c h w]`, in the dtype of the weights.
       group: as for `forward_train`.
-      recompute: keep no activations within a block but compute them again for the gradient: a
-        fraction of the memory, for a third more time. The moments are those of the first pass.
+      recompute: keep no activations within a block but compute them again for the gradient:
+        half of what is allocated, for one more pass forward. The moments are those of the first.
     Returns:
       `(logits, moments)`: logits `[b k]`; a tree like `params.stats` with `Moments` for
       `NormStats`, constants with respect to params and x. Eager, a variance is correct to about

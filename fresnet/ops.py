@@ -1,7 +1,7 @@
 """The operations without statistics. Each refuses shapes that do not fit, so none broadcasts.
 
 `relu` and `add` write to their first argument, which in a network is always a norm's or a sum's own
-result that nothing else reads: a third of the activations' memory, and no caller's tensor.
+result that nothing else reads: over a quarter less memory forward, and no caller's tensor.
 """
 
 import torch

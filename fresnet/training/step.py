@@ -160,7 +160,7 @@ def make_train_step(
             sums = all_sum(sums, group)
         if max_norm is not None:
             grads = [clip_by_norm(grads.pop(), max_norm)]
-        # Popped, each gradient is freed as soon as its weight is updated.
+        # Popped, each gradient, or bucket of them, is freed once its weights are updated.
         weights, optimizer_state = optimizer.update(grads.pop(), state.optimizer, weights)
         params = Params(weights, update(stats, moments, momentum=momentum))
         new = TrainState(
