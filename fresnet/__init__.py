@@ -13,7 +13,7 @@ from fresnet.interop import from_state_dict, to_state_dict
 from fresnet.net import features, forward, forward_moments, forward_train
 from fresnet.per_sample import per_sample_grads
 from fresnet.preprocess import PRESETS, preprocess
-from fresnet.regimes import dilate, freeze, recalibrate
+from fresnet.regimes import dilate, fold, freeze, recalibrate
 from fresnet.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
 from fresnet.summary import summary
 from fresnet.types import Params
@@ -33,6 +33,7 @@ __all__ = [
     "Spec",
     "dilate",
     "features",
+    "fold",
     "forward",
     "forward_moments",
     "forward_train",

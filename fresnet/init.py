@@ -15,7 +15,6 @@ from fresnet.types import (
     BasicBlock,
     Block,
     DeepStem,
-    FrozenNorm,
     Head,
     Identity,
     Norm,
@@ -206,11 +205,13 @@ def _shortcut(draw: _Draw, spec: Spec, channels: int, out_channels: int, strides
 
 
 def _fresh_stats(node: Any) -> Any:
-    if isinstance(node, Norm | FrozenNorm):
+    stats = STATS_OF[type(node)]
+    if stats is tuple:
+        return ()
+    if stats is NormStats:
         dtype = stats_dtype(node.scale.dtype)
         return NormStats(
             mean=torch.zeros_like(node.scale, dtype=dtype),
             var=torch.ones_like(node.scale, dtype=dtype),
         )
-    stats = STATS_OF[type(node)]
     return stats(*(_fresh_stats(getattr(node, field)) for field in stats._fields))

@@ -18,6 +18,7 @@ from fresnet.init import init
 from fresnet.specs import Spec
 from fresnet.types import (
     BasicBlock,
+    Bias,
     Bottleneck,
     BottleneckV1,
     DeepStem,
@@ -132,15 +133,16 @@ def named(params: Params) -> dict[str, Tensor]:
 
 def untold(params: Params) -> list[str]:
     """The node types of a network that names do not tell: lost from a state dict."""
-
-    def kinds(node: Any) -> Iterator[type]:
-        if isinstance(node, tuple):
-            yield type(node)
-            for child in node:
-                yield from kinds(child)
-
-    found = set(kinds(params.weights))
+    found = set(_kinds(params.weights))
     return [kind.__name__ for kind in (BottleneckV1, DilatedStage, FrozenNorm) if kind in found]
+
+
+def _kinds(node: Any) -> Iterator[type]:
+    """The types of a tree's nodes."""
+    if isinstance(node, tuple):
+        yield type(node)
+        for child in node:
+            yield from _kinds(child)
 
 
 def assemble(caller: str, template: Params, given: Mapping[str, Any], layout: str) -> Params:
@@ -408,9 +410,9 @@ def _mean_after(bias: str) -> str:
 def foreign_to(layout: str, params: Params) -> str:
     """What the layout's networks do not have; empty if there is nothing."""
     own: dict[str, tuple[type, ...]] = {
-        "torchvision": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
-        "timm": (NoShortcut, ZeroPad, Stem3x3),
-        "huggingface": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
+        "torchvision": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3, Bias),
+        "timm": (NoShortcut, ZeroPad, Stem3x3, Bias),
+        "huggingface": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3, Bias),
     }
     blocks = [block for stage in params.weights.stages for block in blocks_of(stage)]
     if layout == "huggingface" and not all(
@@ -419,16 +421,8 @@ def foreign_to(layout: str, params: Params) -> str:
         for block in blocks
     ):
         return "bottlenecks that are grouped or wide"
-    return next((kind.__name__ for kind in own[layout] if _has(params, kind)), "")
-
-
-def _has(params: Params, kind: type) -> bool:
-    """Whether the stem or a block's shortcut is of this type."""
-    return isinstance(params.weights.stem, kind) or any(
-        isinstance(block.shortcut, kind)
-        for stage in params.weights.stages
-        for block in blocks_of(stage)
-    )
+    found = set(_kinds(params.weights))
+    return next((kind.__name__ for kind in own[layout] if kind in found), "")
 
 
 def _architecture(params: Params) -> str:

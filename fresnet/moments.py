@@ -64,6 +64,8 @@ def merge_across(moments: Tree, group: Group) -> Tree:
     check_group("merge_across", group)
     own: list[Moments] = []
     _map("merge_across", own.append, moments)
+    if not own:
+        return moments
     sizes = [len(node.mean) for node in own]
     n, mean, m2 = (
         torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])

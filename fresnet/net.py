@@ -1,12 +1,13 @@
 """The residual network of He et al. 2015 (arXiv:1512.03385) as pure functions of its parameters.
 
-One body, `_network`, runs stem and stages with the norm handed in. Inference hands in the norm
-that uses the running statistics, training the one that uses the batch and returns its moments.
+A layer is a convolution, a norm, the sum with a shortcut where one ends, and ReLU. One body, `run`,
+says how stem and stages are made of layers, with the layer handed in: inference's uses the running
+statistics, training's uses the batch and returns its moments.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def forward(params: Params, x: Tensor) -> Tensor:
       FresnetError: if the tree or the images are not what a network takes.
     """
     check_call("forward", params, x)
-    activations, _ = _network(params, x, inference_norm)
+    activations, _ = run(params, x, inference_layer)
     return run_head(params.weights.head, activations[-1])
 
 
@@ -148,8 +149,8 @@ def _forward_moments(
 ) -> tuple[Tensor, Stats]:
     check_call(caller, params, x)
     check_group(caller, group)
-    norm = partial(training_norm, group=group)
-    activations, moments = _network(params, x, norm, recompute=recompute)
+    layer = partial(_layer, partial(training_norm, group=group))
+    activations, moments = run(params, x, layer, recompute=recompute)
     return run_head(params.weights.head, activations[-1]), moments
 
 
@@ -175,8 +176,35 @@ def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
       FresnetError: if the tree or the images are not what a network takes.
     """
     check_call("features", params, x)
-    activations, _ = _network(params, x, inference_norm)
+    activations, _ = run(params, x, inference_layer)
     return activations
+
+
+def _layer(
+    normalise: NormFunction,
+    conv: Tensor,
+    norm: Any,
+    stats: Any,
+    x: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    shortcut: Tensor | None = None,
+    activation: bool = True,
+) -> tuple[Tensor, Any]:
+    """relu(norm(conv(x)) + shortcut), and what the norm returned beside it."""
+    y, seen = normalise(
+        norm, stats, conv2d(x, conv, stride=stride, dilation=dilation, groups=groups)
+    )
+    y = y if shortcut is None else add(y, shortcut)
+    return relu(y) if activation else y, seen
+
+
+Layer: TypeAlias = Callable[..., tuple[Tensor, Any]]
+"""As `_layer` once its norm is given."""
+
+inference_layer: Layer = partial(_layer, inference_norm)
 
 
 class Grid(NamedTuple):
@@ -202,72 +230,72 @@ def plan(weights: Weights) -> list[list[tuple[Block, Grid]]]:
     return stages
 
 
-def _network(
-    params: Params, x: Tensor, norm: NormFunction, *, recompute: bool = False
+def run(
+    params: Params, x: Tensor, layer: Layer, *, recompute: bool = False
 ) -> tuple[tuple[Tensor, ...], Stats]:
-    """Stem and stages: their outputs, and a tree of what the norm returned."""
+    """Stem and stages: their outputs, and a tree of what the layers returned."""
     weights, stats = params
-    x, stem_stats = run_stem(weights.stem, stats.stem, x, norm)
+    x, stem_stats = run_stem(weights.stem, stats.stem, x, layer)
     activations, stages_stats = [x], []
     for blocks, blocks_stats in zip(plan(weights), stats.stages, strict=True):
         stage_stats = []
         for (block, grid), block_stats in zip(blocks, blocks_stats, strict=True):
-            run = partial(RUN_BLOCK[type(block)], grid=grid, norm=norm)
-            run = partial(recomputed, run) if recompute else run
-            x, new_stats = run(block, block_stats, x)
+            run_block = partial(RUN_BLOCK[type(block)], grid=grid, layer=layer)
+            run_block = partial(recomputed, run_block) if recompute else run_block
+            x, new_stats = run_block(block, block_stats, x)
             stage_stats.append(new_stats)
         activations.append(x)
         stages_stats.append(tuple(stage_stats))
     return tuple(activations), Stats(stem_stats, tuple(stages_stats))
 
 
-def run_stem(w: Stem, s: Any, x: Tensor, norm: NormFunction) -> tuple[Tensor, StemStats]:
+def run_stem(w: Stem, s: Any, x: Tensor, layer: Layer) -> tuple[Tensor, StemStats]:
     match w:
         case Stem7x7():
-            y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride=2))
-            return max_pool(relu(y)), Stem7x7Stats(stats)
+            y, stats = layer(w.conv, w.norm, s.norm, x, stride=2)
+            return max_pool(y), Stem7x7Stats(stats)
         case Stem3x3():
-            y, stats = norm(w.norm, s.norm, conv2d(x, w.conv))
-            return relu(y), Stem3x3Stats(stats)
+            y, stats = layer(w.conv, w.norm, s.norm, x)
+            return y, Stem3x3Stats(stats)
         case DeepStem():
-            y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride=2))
-            y, norm2 = norm(w.norm2, s.norm2, conv2d(relu(y), w.conv2))
-            y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
-            return max_pool(relu(y)), DeepStemStats(norm1, norm2, norm3)
+            y, norm1 = layer(w.conv1, w.norm1, s.norm1, x, stride=2)
+            y, norm2 = layer(w.conv2, w.norm2, s.norm2, y)
+            y, norm3 = layer(w.conv3, w.norm3, s.norm3, y)
+            return max_pool(y), DeepStemStats(norm1, norm2, norm3)
 
 
 def _basic_block(
-    w: BasicBlock, s: BasicBlockStats, x: Tensor, grid: Grid, norm: NormFunction
+    w: BasicBlock, s: BasicBlockStats, x: Tensor, grid: Grid, layer: Layer
 ) -> tuple[Tensor, BlockStats]:
-    y = conv2d(x, w.conv1, stride=grid.stride, dilation=grid.dilation)
-    y, norm1 = norm(w.norm1, s.norm1, y)
-    y = conv2d(relu(y), w.conv2, dilation=grid.dilation_after)
-    y, norm2 = norm(w.norm2, s.norm2, y)
-    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
-    return relu(y), BasicBlockStats(norm1, norm2, shortcut)
+    stride, before, after = grid
+    y, norm1 = layer(w.conv1, w.norm1, s.norm1, x, stride=stride, dilation=before)
+    added, shortcut = _shortcut(w.shortcut, s.shortcut, x, w.conv2, stride, layer)
+    y, norm2 = layer(w.conv2, w.norm2, s.norm2, y, dilation=after, shortcut=added)
+    return y, BasicBlockStats(norm1, norm2, shortcut)
 
 
 def _bottleneck(
-    w: Bottleneck, s: BottleneckStats, x: Tensor, grid: Grid, norm: NormFunction
+    w: Bottleneck, s: BottleneckStats, x: Tensor, grid: Grid, layer: Layer
 ) -> tuple[Tensor, BlockStats]:
-    y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1))
-    groups = _groups(w)
-    y = conv2d(relu(y), w.conv2, stride=grid.stride, dilation=grid.dilation, groups=groups)
-    y, norm2 = norm(w.norm2, s.norm2, y)
-    y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
-    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
-    return relu(y), BottleneckStats(norm1, norm2, norm3, shortcut)
+    stride, before, _ = grid
+    y, norm1 = layer(w.conv1, w.norm1, s.norm1, x)
+    y, norm2 = layer(
+        w.conv2, w.norm2, s.norm2, y, stride=stride, dilation=before, groups=_groups(w)
+    )
+    added, shortcut = _shortcut(w.shortcut, s.shortcut, x, w.conv3, stride, layer)
+    y, norm3 = layer(w.conv3, w.norm3, s.norm3, y, shortcut=added)
+    return y, BottleneckStats(norm1, norm2, norm3, shortcut)
 
 
 def _bottleneck_v1(
-    w: BottleneckV1, s: BottleneckStats, x: Tensor, grid: Grid, norm: NormFunction
+    w: BottleneckV1, s: BottleneckStats, x: Tensor, grid: Grid, layer: Layer
 ) -> tuple[Tensor, BlockStats]:
-    y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride=grid.stride))
-    y = conv2d(relu(y), w.conv2, dilation=grid.dilation_after, groups=_groups(w))
-    y, norm2 = norm(w.norm2, s.norm2, y)
-    y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
-    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
-    return relu(y), BottleneckStats(norm1, norm2, norm3, shortcut)
+    stride, _, after = grid
+    y, norm1 = layer(w.conv1, w.norm1, s.norm1, x, stride=stride)
+    y, norm2 = layer(w.conv2, w.norm2, s.norm2, y, dilation=after, groups=_groups(w))
+    added, shortcut = _shortcut(w.shortcut, s.shortcut, x, w.conv3, stride, layer)
+    y, norm3 = layer(w.conv3, w.norm3, s.norm3, y, shortcut=added)
+    return y, BottleneckStats(norm1, norm2, norm3, shortcut)
 
 
 def _groups(w: Bottleneck | BottleneckV1) -> int:
@@ -284,23 +312,23 @@ RUN_BLOCK: Mapping[type, Callable[..., tuple[Tensor, BlockStats]]] = {
 
 
 def _shortcut(
-    w: Shortcut, s: Any, x: Tensor, y: Tensor, stride: int, norm: NormFunction
-) -> tuple[Tensor, ShortcutStats]:
-    """y, and x added to it by way of the shortcut."""
+    w: Shortcut, s: Any, x: Tensor, last: Tensor, stride: int, layer: Layer
+) -> tuple[Tensor | None, ShortcutStats]:
+    """What is added to the output of the block's last convolution."""
     match w:
         case Identity():
-            return add(y, x), s
+            return x, s
         case Projection():
-            x, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride=stride))
-            return add(y, x), ProjectionStats(stats)
+            x, stats = layer(w.conv, w.norm, s.norm, x, stride=stride, activation=False)
+            return x, ProjectionStats(stats)
         case PooledProjection():
             x = average_pool(x) if stride == 2 else x
-            x, stats = norm(w.norm, s.norm, conv2d(x, w.conv))
-            return add(y, x), ProjectionStats(stats)
+            x, stats = layer(w.conv, w.norm, s.norm, x, activation=False)
+            return x, ProjectionStats(stats)
         case ZeroPad():
-            return add(y, zero_pad(x[:, :, ::stride, ::stride], channels=y.shape[1])), s
+            return zero_pad(x[:, :, ::stride, ::stride], channels=last.shape[0]), s
         case NoShortcut():
-            return y, s
+            return None, s
 
 
 def run_head(w: Head, x: Tensor) -> Tensor:

@@ -17,18 +17,17 @@ from fresnet import transforms
 from fresnet.collectives import Group
 from fresnet.errors import FresnetError
 from fresnet.moments import merge_across
-from fresnet.types import FrozenNorm, Moments, Norm, NormStats
+from fresnet.ops import add
+from fresnet.types import AnyNorm, Bias, FrozenNorm, Moments, Norm, NormStats
 
 EPS = 1e-5
 
-NormFunction: TypeAlias = Callable[
-    [Norm | FrozenNorm, NormStats, Tensor], tuple[Tensor, Any]  # NormStats or Moments
-]
+NormFunction: TypeAlias = Callable[[AnyNorm, Any, Tensor], tuple[Tensor, Any]]
 
 
 def inference_norm(
-    norm: Norm | FrozenNorm, stats: NormStats, x: Tensor
-) -> tuple[Tensor, NormStats]:
+    norm: AnyNorm, stats: NormStats | tuple[()], x: Tensor
+) -> tuple[Tensor, NormStats | tuple[()]]:
     """Normalise each channel by its running moments.
 
         y = (x - mean) / sqrt(var + eps) * scale + bias
@@ -38,8 +37,8 @@ def inference_norm(
     `stats`.
 
     Args:
-      norm: scale and bias, each `[c]`.
-      stats: mean and var, each `[c]`.
+      norm: scale and bias, each `[c]`; or a bias alone, which is added.
+      stats: mean and var, each `[c]`; beside a bias alone, ().
       x: activations `[b c h w]`.
     Returns:
       `(y, stats)`: y `[b c h w]` in x's dtype; stats is the argument itself.
@@ -47,13 +46,15 @@ def inference_norm(
       FresnetError: if the channels differ.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2.
     """
+    if isinstance(norm, Bias) or not stats:
+        return _add_bias(x, norm.bias), ()
     _check_channels(norm, stats, x)
     return _affine(x, norm.scale, norm.bias, *stats), stats
 
 
 def training_norm(
-    norm: Norm | FrozenNorm, stats: NormStats, x: Tensor, group: Group | None = None
-) -> tuple[Tensor, Moments]:
+    norm: AnyNorm, stats: NormStats | tuple[()], x: Tensor, group: Group | None = None
+) -> tuple[Tensor, Moments | tuple[()]]:
     """Normalise each channel by the batch's moments, or a frozen norm's by its running ones.
 
         y = (x - E[x]) / sqrt(Var[x] + eps) * scale + bias
@@ -61,17 +62,20 @@ def training_norm(
     The moments are constants with respect to x and norm.
 
     Args:
-      norm: scale and bias, each `[c]`.
-      stats: mean and var, each `[c]`: read where the norm is frozen, else for their dtype alone.
+      norm: scale and bias, each `[c]`; or a bias alone, which is added.
+      stats: mean and var, each `[c]`: read where the norm is frozen, else for their dtype alone;
+        beside a bias alone, ().
       x: activations `[b c h w]`.
       group: the processes whose batches are normalised as one, by default this process alone.
     Returns:
-      `(y, moments)`: y `[b c h w]` in x's dtype; moments of all b h w values, or of none from a
-      frozen norm.
+      `(y, moments)`: y `[b c h w]` in x's dtype; moments of all b h w values, of none from a
+      frozen norm, () from a bias alone.
     Raises:
       FresnetError: if the channels differ, or if b h w == 1 (the unbiased variance is undefined).
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 1.
     """
+    if isinstance(norm, Bias) or not stats:
+        return _add_bias(x, norm.bias), ()
     _check_channels(norm, stats, x)
     if isinstance(norm, FrozenNorm):
         y = _affine(x, norm.scale, norm.bias, *stats)
@@ -168,6 +172,14 @@ def _affine(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -
     factor = scale * torch.rsqrt(var + EPS)
     shift = torch.addcmul(bias, -mean, factor)  # with value=-1, torch.func.linearize crashes
     return torch.addcmul(shift[:, None, None], x, factor[:, None, None]).to(x.dtype)
+
+
+def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    if bias.shape != x.shape[1:2]:
+        raise FresnetError(
+            f"a bias of activations {tuple(x.shape)} is [{x.shape[1]}]; got {tuple(bias.shape)}"
+        )
+    return add(x, bias[:, None, None].expand_as(x))
 
 
 def _check_channels(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> None:

@@ -26,6 +26,18 @@ class FrozenNorm(NamedTuple):
     bias: Tensor
 
 
+class Bias(NamedTuple):
+    """What a batch normalisation is once folded into its convolution: y = x + bias; `[c]`.
+
+    It has no statistics: `()` stands beside it.
+    """
+
+    bias: Tensor
+
+
+AnyNorm: TypeAlias = Norm | FrozenNorm | Bias
+
+
 class NormStats(NamedTuple):
     """A batch normalisation's running moments (the variance unbiased); each `[c]`."""
 
@@ -52,11 +64,11 @@ class Projection(NamedTuple):
     """The shortcut that changes channels or size: a 1x1 convolution `[o c 1 1]` and its norm."""
 
     conv: Tensor
-    norm: Norm | FrozenNorm
+    norm: AnyNorm
 
 
 class ProjectionStats(NamedTuple):
-    norm: NormStats
+    norm: NormStats | tuple[()]
 
 
 class PooledProjection(NamedTuple):
@@ -66,7 +78,7 @@ class PooledProjection(NamedTuple):
     """
 
     conv: Tensor
-    norm: Norm | FrozenNorm
+    norm: AnyNorm
 
 
 class ZeroPad(NamedTuple):
@@ -85,15 +97,15 @@ class BasicBlock(NamedTuple):
     """Two 3x3 convolutions, the stride in the first (the paper's Fig. 5, left)."""
 
     conv1: Tensor
-    norm1: Norm | FrozenNorm
+    norm1: AnyNorm
     conv2: Tensor
-    norm2: Norm | FrozenNorm
+    norm2: AnyNorm
     shortcut: Shortcut
 
 
 class BasicBlockStats(NamedTuple):
-    norm1: NormStats
-    norm2: NormStats
+    norm1: NormStats | tuple[()]
+    norm2: NormStats | tuple[()]
     shortcut: ShortcutStats
 
 
@@ -105,18 +117,18 @@ class Bottleneck(NamedTuple):
     """
 
     conv1: Tensor
-    norm1: Norm | FrozenNorm
+    norm1: AnyNorm
     conv2: Tensor
-    norm2: Norm | FrozenNorm
+    norm2: AnyNorm
     conv3: Tensor
-    norm3: Norm | FrozenNorm
+    norm3: AnyNorm
     shortcut: Shortcut
 
 
 class BottleneckStats(NamedTuple):
-    norm1: NormStats
-    norm2: NormStats
-    norm3: NormStats
+    norm1: NormStats | tuple[()]
+    norm2: NormStats | tuple[()]
+    norm3: NormStats | tuple[()]
     shortcut: ShortcutStats
 
 
@@ -124,11 +136,11 @@ class BottleneckV1(NamedTuple):
     """The paper's own bottleneck: the stride in the first 1x1."""
 
     conv1: Tensor
-    norm1: Norm | FrozenNorm
+    norm1: AnyNorm
     conv2: Tensor
-    norm2: Norm | FrozenNorm
+    norm2: AnyNorm
     conv3: Tensor
-    norm3: Norm | FrozenNorm
+    norm3: AnyNorm
     shortcut: Shortcut
 
 
@@ -153,39 +165,39 @@ class Stem7x7(NamedTuple):
     """A 7x7 convolution of stride 2 and its norm; a 3x3 max pooling of stride 2 follows."""
 
     conv: Tensor
-    norm: Norm | FrozenNorm
+    norm: AnyNorm
 
 
 class Stem7x7Stats(NamedTuple):
-    norm: NormStats
+    norm: NormStats | tuple[()]
 
 
 class DeepStem(NamedTuple):
     """ResNet-D's: three 3x3 convolutions, the first of stride 2, and the same pooling."""
 
     conv1: Tensor
-    norm1: Norm | FrozenNorm
+    norm1: AnyNorm
     conv2: Tensor
-    norm2: Norm | FrozenNorm
+    norm2: AnyNorm
     conv3: Tensor
-    norm3: Norm | FrozenNorm
+    norm3: AnyNorm
 
 
 class DeepStemStats(NamedTuple):
-    norm1: NormStats
-    norm2: NormStats
-    norm3: NormStats
+    norm1: NormStats | tuple[()]
+    norm2: NormStats | tuple[()]
+    norm3: NormStats | tuple[()]
 
 
 class Stem3x3(NamedTuple):
     """The paper's for CIFAR: one 3x3 convolution of stride 1 and its norm, without pooling."""
 
     conv: Tensor
-    norm: Norm | FrozenNorm
+    norm: AnyNorm
 
 
 class Stem3x3Stats(NamedTuple):
-    norm: NormStats
+    norm: NormStats | tuple[()]
 
 
 Stem: TypeAlias = Stem7x7 | DeepStem | Stem3x3
@@ -223,7 +235,7 @@ class Params(NamedTuple):
 
 STEMS: tuple[type, ...] = (Stem7x7, DeepStem, Stem3x3)
 BLOCKS: tuple[type, ...] = (BasicBlock, Bottleneck, BottleneckV1)
-NORMS: tuple[type, ...] = (Norm, FrozenNorm)
+NORMS: tuple[type, ...] = (Norm, FrozenNorm, Bias)
 SHORTCUTS: tuple[type, ...] = (Identity, Projection, PooledProjection, ZeroPad, NoShortcut)
 
 NODES: Mapping[str, tuple[type, ...]] = {
@@ -249,6 +261,7 @@ STATS_OF: Mapping[type, Any] = {
     NoShortcut: NoShortcut,
     Norm: NormStats,
     FrozenNorm: NormStats,
+    Bias: tuple,
     Head: tuple,
 }
-"""Which node stands in `stats` where this one stands in `weights`; a head has no statistics."""
+"""Which node stands in `stats` where this one stands in `weights`: `()` beside a head or a bias."""

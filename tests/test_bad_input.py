@@ -96,7 +96,7 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a norm that is missing": (
         with_stages(weights=with_block(lambda b: b._replace(norm2=()))),
-        "expects weights.stages[1][0].norm2 to be Norm or FrozenNorm; got a tuple",
+        "expects weights.stages[1][0].norm2 to be Norm or FrozenNorm or Bias; got a tuple",
     ),
     "an even kernel": (
         with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2[..., :2, :2]))),
