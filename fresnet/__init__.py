@@ -8,6 +8,7 @@ logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 from fresnet import moments, optim, training, tree
 from fresnet.errors import FresnetError
 from fresnet.files import load, save
+from fresnet.inference import compile_inference
 from fresnet.init import init
 from fresnet.interop import from_state_dict, to_state_dict
 from fresnet.net import features, forward, forward_moments, forward_train
@@ -31,6 +32,7 @@ __all__ = [
     "FresnetError",
     "Params",
     "Spec",
+    "compile_inference",
     "dilate",
     "features",
     "fold",

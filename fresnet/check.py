@@ -45,6 +45,15 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
       FresnetError: naming what was expected, where, and what came.
     """
     check_params(caller, params)
+    check_images(caller, params, x)
+
+
+def check_images(caller: str, params: Params, x: Tensor) -> None:
+    """Refuse images that this network does not take.
+
+    Raises:
+      FresnetError: naming what was expected and what came.
+    """
     if not isinstance(x, Tensor):
         raise FresnetError(f"{caller} expects x to be a tensor [b c h w]; got {describe(x)}")
     stem = first_conv(params.weights)

@@ -1,0 +1,185 @@
+"""3x3 convolutions of stride 1 with a quarter of the multiplications: Winograd's F(4x4, 3x3).
+
+A tile of 4x4 outputs is a function of a window of 6x6 inputs. Written by its values at six points,
+0, 1, -1, 2, -2 and infinity, along each side, it is a product for each of 36 pairs of points,
+
+    y = A [(G w G') * (B x B')] A'
+
+and summed over channels, 36 products of matrices. What makes windows into values and products into
+tiles is compiled by PyTorch; the products are one grouped 1x1 convolution of oneDNN.
+
+Source: Lavin & Gray 2015, arXiv:1509.09308, Sec. 4.3.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial, reduce
+from operator import add
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
+
+from fresnet import onednn
+
+TILE, WINDOW = 4, 6
+POINTS = WINDOW**2
+
+Matrix = Sequence[Sequence[float]]
+
+A: Matrix = (
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 0),
+    (0, 1, -1, 8, -8, 1),
+)
+B: Matrix = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+G: Matrix = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+
+FEW = 16
+"""Tiles of a batch below which reading the kernel, four times as large, outweighs its products."""
+
+CACHED = 2**21
+"""Bytes of values made at once, where kernels are smaller: they are read again from the cache."""
+
+
+def is_faster(shape: torch.Size, weight: Tensor, stride: int, dilation: int, groups: int) -> bool:
+    """Whether to take this algorithm for a convolution of activations of this shape, in float32."""
+    b, _, h, w = shape
+    return (
+        weight.shape[2:] == (3, 3)
+        and (stride, dilation, groups) == (1, 1, 1)
+        and weight.dtype is torch.float32
+        and b * _tiles(h) * _tiles(w) >= FEW
+        and min(weight.shape[:2]) >= 64
+        and _has_compiler()
+    )
+
+
+def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, activation: bool) -> onednn.Layer:
+    """As `onednn.convolution` of a 3x3 weight, padded by 1, to rounding several times as large."""
+    b, c, h, w = shape
+    o, rows, columns = len(bias), _tiles(h), _tiles(w)
+    kernel = _kernel(weight)
+    per_image = weight.element_size() * POINTS * c * rows * columns
+    at_once = max(CACHED, kernel.numel() * kernel.element_size()) // per_image
+    sizes = [len(part) for part in torch.empty(b).chunk(-(-b // max(at_once, 1)))]
+    products = {
+        n: onednn.convolution(
+            torch.Size((1, POINTS * c, 1, n * rows * columns)), kernel, None, groups=POINTS
+        )
+        for n in set(sizes)
+    }
+
+    def run(x: Tensor, added: Tensor | None = None) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        y = x.new_empty(b, h, w, o)
+        parts = [x.split(sizes), y.split(sizes)]
+        if added is not None:
+            parts.append(added.permute(0, 2, 3, 1).split(sizes))
+        for part, out, *plus in zip(*parts, strict=True):
+            n = len(part)
+            values = _compiled_values(n, h, w, c)(part)
+            made = products[n](values.permute(0, 3, 1, 2), None).permute(0, 2, 3, 1)
+            _compiled_tiles(n, h, w, o, bool(plus), activation)(out, made, bias, *plus)
+        return y.permute(0, 3, 1, 2)
+
+    run(torch.zeros(shape).contiguous(memory_format=torch.channels_last), None)
+    return run
+
+
+def _tiles(side: int) -> int:
+    return -(-side // TILE)
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    """G w G' for weight `[o c 3 3]`, as a grouped convolution takes it: `[36 o, c, 1, 1]`."""
+    g = torch.tensor(G, dtype=torch.float64)
+    values = torch.einsum("ir,ocrs,js->ijoc", g, weight.double(), g)
+    return values.flatten(0, 2)[..., None, None].to(weight.dtype)
+
+
+def _values(x: Tensor) -> Tensor:
+    """B x B' of each window of x `[b h w c]`: `[1, 1, tiles, 36 c]`."""
+    b, h, w, c = x.shape
+    rows, columns = _tiles(h), _tiles(w)
+    x = F.pad(x, (0, 0, 1, TILE * columns + 1 - w, 1, TILE * rows + 1 - h))
+    height, width = x.shape[1:3]
+    strides = (height * width, width, TILE, 1)
+    x = x.as_strided((b, height, columns, WINDOW, c), [*(c * n for n in strides), 1])
+    x = torch.stack(_times(B, x.unbind(3)), 3)
+    line = columns * WINDOW
+    strides = (height * line, TILE * line, WINDOW, line)
+    x = x.as_strided((b, rows, columns, WINDOW, WINDOW * c), [*(c * n for n in strides), 1])
+    x = torch.stack(_times(B, x.unbind(3)), 3)
+    return x.view(1, 1, b * rows * columns, POINTS * c)
+
+
+def _tiles_of(
+    out: Tensor, products: Tensor, bias: Tensor, added: Tensor | None = None, *, activation: bool
+) -> None:
+    """A products A', and the rest of the layer, into out `[b h w o]`."""
+    b, h, w, o = out.shape
+    rows, columns = _tiles(h), _tiles(w)
+    y = products.view(b, rows, columns, WINDOW, WINDOW, o)
+    y = torch.stack(_times(A, y.unbind(3)), 3)
+    y = y.as_strided(y.shape, y.stride())
+    y = torch.stack(_times(A, y.unbind(4)), 4)
+    y = y.transpose(2, 3).reshape(b, TILE * rows, TILE * columns, o)[:, :h, :w] + bias
+    y = y if added is None else y + added
+    out.copy_(torch.relu(y) if activation else y)
+
+
+def _times(matrix: Matrix, along: Sequence[Tensor]) -> list[Tensor]:
+    return [reduce(add, (n * x for n, x in zip(row, along, strict=True) if n)) for row in matrix]
+
+
+@cache
+def _compiled_values(b: int, h: int, w: int, c: int) -> Callable[..., Tensor]:
+    return _compiled(_values, torch.empty(b, h, w, c))
+
+
+@cache
+def _compiled_tiles(
+    b: int, h: int, w: int, o: int, with_sum: bool, activation: bool
+) -> Callable[..., None]:
+    products = torch.empty(1, 1, b * _tiles(h) * _tiles(w), POINTS * o)
+    out, bias = torch.empty(b, h, w, o), torch.empty(o)
+    added = [torch.empty_like(out)] if with_sum else []
+    return _compiled(partial(_tiles_of, activation=activation), out, products, bias, *added)
+
+
+def _compiled(function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
+    """Compiled for arguments of these shapes alone, which are not checked again.
+
+    Each is a function of its own: `torch.compile` gives up on one that it meets in many shapes.
+    """
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    whole: Any = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    compiled: Callable[..., Any] = whole.aot_compile((arguments, {}))
+    return compiled
+
+
+@cache
+def _has_compiler() -> bool:
+    try:
+        cpp_builder.get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True

@@ -1,0 +1,134 @@
+"""`compile_inference` computes what `forward` does, in one thread or several."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from assertions import assert_close, unmutated
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples, images, seeds, tiny_params
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+import fresnet
+from fresnet import FresnetError, Params, onednn, tree, winograd
+
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+"""Relative to the logits of float64; uncompiled bfloat16 is off by up to 3e-2 itself."""
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@examples(30)
+@given(params=tiny_params(), x=images())
+def test_every_network_runs_as_it_does_uncompiled(
+    dtype: torch.dtype, params: Params, x: Tensor
+) -> None:
+    folded = fresnet.fold(params)
+    network = tree.map(lambda leaf: leaf.to(dtype), folded)
+    with unmutated(network, x):
+        infer = fresnet.compile_inference(network, x.to(dtype))
+        logits = infer(x.to(dtype))
+    assert logits.dtype == dtype
+    assert_close(logits.double(), fresnet.forward(params, x), BOUNDS[dtype])
+
+
+@examples(50)
+@given(
+    seed=seeds,
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 14), st.integers(1, 30)),
+    outputs=st.integers(1, 40),
+    activation=st.booleans(),
+    with_sum=st.booleans(),
+    cached=st.sampled_from([1, 2**15, 2**21]),
+)
+def test_winograds_convolution_is_the_convolution(
+    seed: int,
+    shape: tuple[int, int, int, int],
+    outputs: int,
+    activation: bool,
+    with_sum: bool,
+    cached: int,
+) -> None:
+    """In parts of one image, of a few and of all; the transforms not compiled, for speed."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias, added = (
+        torch.randn(size, generator=generator)
+        for size in (shape, (outputs, shape[1], 3, 3), (outputs,), (shape[0], outputs, *shape[2:]))
+    )
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    expected = expected + added if with_sum else expected
+    expected = expected.relu() if activation else expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "CACHED", cached)
+        for cached_function in (winograd._compiled_values, winograd._compiled_tiles):
+            patch.setattr(winograd, cached_function.__name__, cached_function.__wrapped__)
+        patch.setattr(winograd, "_compiled", lambda function, *_: function)
+        layer = winograd.convolution(x.shape, weight, bias, activation)
+        with unmutated(x, added):
+            y = layer(x, added.contiguous(memory_format=torch.channels_last) if with_sum else None)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(y.double(), expected, 1e-5)
+
+
+def test_a_network_with_winograds_layers() -> None:
+    """Of basic blocks, whose second convolution ends a shortcut, in parts of several images."""
+    params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1, 2)), num_classes=7)
+    x = torch.randn(5, 3, 60, 64, generator=torch.Generator().manual_seed(0))
+    infer = fresnet.compile_inference(params, x)
+    assert winograd._compiled_tiles.cache_info().currsize >= 3
+    assert_close(infer(x), fresnet.forward(params, x), 1e-5)
+
+
+def test_any_shape_is_taken_and_several_threads_may_ask() -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
+    batches = [torch.randn(b, 3, side, 24) for b, side in [(1, 24), (3, 24), (2, 31), (4, 9)] * 8]
+    infer = fresnet.compile_inference(params, batches[0])
+    with ThreadPoolExecutor(8) as pool:
+        for x, logits in zip(batches, pool.map(infer, batches), strict=True):
+            assert_close(logits, fresnet.forward(params, x), 1e-5)
+
+
+def test_what_is_compiled_keeps_its_weights_and_takes_no_derivatives() -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
+    params = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
+    x = torch.randn(2, 3, 16, 16)
+    infer = fresnet.compile_inference(params, x)
+    before = infer(x)
+    assert not before.requires_grad
+    with torch.no_grad():
+        for leaf in tree.leaves(params):
+            leaf.zero_()
+    assert torch.equal(infer(x), before)
+    assert before.norm() > 0
+
+
+def test_other_dtypes_are_compiled_by_pytorch() -> None:
+    spec = fresnet.Spec(fresnet.RESNET18.block, (1,), width=4, stem=fresnet.types.Stem3x3)
+    params = fresnet.init(0, spec, num_classes=5, dtype=torch.float64)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert not onednn.is_supported(x.dtype, x.device)
+    assert_close(fresnet.compile_inference(params, x)(x), fresnet.forward(params, x), 1e-12)
+
+
+def test_without_a_compiler_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, weight = torch.Size((8, 64, 56, 56)), torch.empty(64, 64, 3, 3)
+    assert winograd.is_faster(shape, weight, 1, 1, 1)
+    assert not winograd.is_faster(shape, weight, 2, 1, 1)
+    monkeypatch.setattr(winograd, "_has_compiler", lambda: False)
+    assert not winograd.is_faster(shape, weight, 1, 1, 1)
+
+
+def test_what_forward_refuses_is_refused() -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
+    x = torch.ones(1, 3, 8, 8)
+    with pytest.raises(FresnetError, match="compile_inference expects Params"):
+        fresnet.compile_inference(x, x)  # type: ignore[arg-type]
+    with pytest.raises(FresnetError, match=r"compile_inference expects x .* got \(1, 4, 8, 8\)"):
+        fresnet.compile_inference(params, torch.ones(1, 4, 8, 8))
+    infer = fresnet.compile_inference(params, x)
+    with pytest.raises(FresnetError, match=r"the compiled network expects x .*one image"):
+        infer(x[0])
+    with pytest.raises(FresnetError, match=r"in the weights' torch\.float32; got torch\.float64"):
+        infer(x.double())
