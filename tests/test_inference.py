@@ -14,8 +14,8 @@ from torch.nn.functional import conv2d
 import fresnet
 from fresnet import FresnetError, Params, onednn, tree, winograd
 
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-"""Relative to the logits of float64; uncompiled bfloat16 is off by up to 3e-2 itself."""
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Relative to the terms of which logits are the sums: they may cancel."""
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -30,7 +30,10 @@ def test_every_network_runs_as_it_does_uncompiled(
         infer = fresnet.compile_inference(network, x.to(dtype))
         logits = infer(x.to(dtype))
     assert logits.dtype == dtype
-    assert_close(logits.double(), fresnet.forward(params, x), BOUNDS[dtype])
+    head, features = params.weights.head, fresnet.features(params, x)[-1].mean((2, 3))
+    terms = features @ head.weight.abs().T + head.bias.abs()
+    error = logits.double() - fresnet.forward(params, x)
+    assert error.norm() <= BOUNDS[dtype] * terms.norm()
 
 
 @examples(50)
