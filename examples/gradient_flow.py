@@ -138,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    fresnet.keep_pages()
     main()

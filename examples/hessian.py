@@ -108,4 +108,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    fresnet.keep_pages()
     main()

@@ -115,4 +115,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    fresnet.keep_pages()
     main()

@@ -134,4 +134,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    fresnet.keep_pages()
     main()

@@ -6,6 +6,7 @@ logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
 from fresnet import moments, optim, training, tree
+from fresnet.allocator import keep_pages
 from fresnet.errors import FresnetError
 from fresnet.files import load, save
 from fresnet.inference import compile_inference
@@ -42,6 +43,7 @@ __all__ = [
     "freeze",
     "from_state_dict",
     "init",
+    "keep_pages",
     "load",
     "moments",
     "optim",

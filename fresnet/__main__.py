@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fresnet import __version__, forward, init, load, preprocess, save, summary, to_state_dict
+from fresnet.allocator import keep_pages
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.interop import LAYOUTS, foreign_to, untold
 from fresnet.preprocess import PRESETS, Preset
@@ -265,4 +266,5 @@ def _convert(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    keep_pages()
     sys.exit(main())
