@@ -1,0 +1,223 @@
+"""Contenders measured side by side: what they agree on, time, memory, share of the machine's peak.
+
+All take turns in one process, A B A B. A turn is a run that is not timed, which lets caches and
+threads settle after whoever came before, and one that is. Ratios are taken within a round and their
+median and quartiles given, so that a machine that slows down slows all of them down.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+"""What `fresnet.keep_pages` sets, for a process from its start: contenders' libraries too."""
+
+Run = Callable[[], Any]
+
+
+class Comparison(NamedTuple):
+    """Contenders for one job.
+
+    Args:
+      title: of the job.
+      contenders: names to what prepares them, the first being whom the others are compared with.
+      images: that one run takes.
+      flops: that one run needs, if that is known: twice the multiply-adds.
+      dtype: in which the peak is taken.
+      agree: the largest error allowed, relative to the first one's result; whoever has a bound of
+        its own stands in `bounds`; a result of None is not compared.
+      rounds: how many turns each contender takes.
+    """
+
+    title: str
+    contenders: Mapping[str, Callable[[], Run]]
+    images: int
+    flops: float = 0.0
+    dtype: torch.dtype = torch.float32
+    agree: float = 1e-4
+    bounds: Mapping[str, float] = {}
+    rounds: int = 7
+
+
+class Measured(NamedTuple):
+    """Of one contender: seconds to prepare, of each timed run, and MiB above what was resident."""
+
+    name: str
+    prepare: float
+    seconds: list[float]
+    peak: float
+    error: float
+
+
+def measure(comparison: Comparison) -> list[Measured]:
+    """Prepare all, check that they agree, and let them take turns."""
+    runs, prepare = {}, {}
+    for name, build in comparison.contenders.items():
+        start = time.perf_counter()
+        runs[name] = build()
+        runs[name]()
+        prepare[name] = time.perf_counter() - start
+    errors = _errors(comparison, runs)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(comparison.rounds):
+        for name, run in runs.items():
+            time.sleep(0.02)
+            run()
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return [
+        Measured(name, prepare[name], seconds[name], peak_memory(run), errors[name])
+        for name, run in runs.items()
+    ]
+
+
+def _errors(comparison: Comparison, runs: Mapping[str, Run]) -> dict[str, float]:
+    first, errors = None, {}
+    for name, run in runs.items():
+        result = run()
+        first = result if first is None else first
+        errors[name] = 0.0 if result is None else _distance(result, first)
+        bound = comparison.bounds.get(name, comparison.agree)
+        assert errors[name] <= bound, f"{comparison.title}: {name} is off by {errors[name]:.1e}"
+    return errors
+
+
+def _distance(result: Any, expected: Any) -> float:
+    """The largest relative error among tensors of the same name."""
+    if isinstance(result, Tensor):
+        result, expected = {"": result}, {"": expected}
+    assert result.keys() == expected.keys()
+    return max(
+        float((result[name] - value).norm() / (value.norm() + 1e-3))
+        for name, value in expected.items()
+    )
+
+
+def ratios(rows: list[Measured], name: str, against: str) -> list[float]:
+    """How many times as fast one contender is as another, round by round."""
+    seconds = {row.name: row.seconds for row in rows}
+    return [b / a for a, b in zip(seconds[name], seconds[against], strict=True)]
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return low, middle, high
+
+
+@cache
+def peak(dtype: torch.dtype) -> float:
+    """Operations per second at most: of a product of matrices, or of oneDNN's convolution."""
+    a = torch.randn(2048, 2048).to(dtype)
+    x = torch.randn(8, 256, 28, 28).to(dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    jobs: list[tuple[float, Run]] = [
+        (2.0 * 2048**3, lambda: a @ a),
+        (2.0 * x.numel() * w[:, 0].numel(), lambda: torch.conv2d(x, w, padding=1)),
+    ]
+    return max(flops / min(_timed(job) for _ in range(7)) for flops, job in jobs)
+
+
+def _timed(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def table(comparison: Comparison, rows: list[Measured]) -> str:
+    """The comparison in Markdown."""
+    first = rows[0].name
+    lines = [
+        f"### {comparison.title}\n",
+        f"| | images/s | times {first} (quartiles) | peak MiB | prepared in | of peak | error |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        low, middle, high = quartiles(ratios(rows, row.name, first))
+        seconds = statistics.median(row.seconds)
+        share = comparison.flops / seconds / peak(comparison.dtype) if comparison.flops else 0
+        lines.append(
+            f"| {row.name} | {comparison.images / seconds:.1f} "
+            f"| {middle:.3f} ({low:.3f} to {high:.3f}) | {row.peak:.0f} | {row.prepare:.1f} s "
+            f"| {f'{share:.0%}' if share else ''} | {row.error:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def peak_memory(run: Run) -> float:
+    """MiB of resident memory at most while this runs, above what is resident before."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+
+
+def setting() -> str:
+    return "pages kept" if os.environ.get("MALLOC_TRIM_THRESHOLD_") else "default allocator"
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    model = next((line.split(": ")[1] for line in cpu.splitlines() if "model name" in line), "")
+    packages = ("torch", "torchvision", "onnxruntime", "openvino", "opacus")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": f"{model}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def record(path: Path, comparison: Comparison, rows: list[Measured]) -> None:
+    """Append to a file of results, one line of JSON for each comparison."""
+    entry = {
+        "title": comparison.title,
+        "setting": setting(),
+        "environment": environment(),
+        "images": comparison.images,
+        "flops": comparison.flops,
+        "peak": peak(comparison.dtype),
+        "rows": [row._asdict() for row in rows],
+        "table": table(comparison, rows),
+    }
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def main(description: str | None, comparisons: Callable[[bool], Iterable[Comparison]]) -> None:
+    """Measure what a benchmark has to compare, and print its tables."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="every size and contender")
+    parser.add_argument("--record", type=Path, help="a file of JSON lines to append to")
+    parser.add_argument("--only", default="", help="comparisons whose title has this in it")
+    args = parser.parse_args()
+    print(f"{setting()}; {', '.join(f'{k} {v}' for k, v in environment().items())}\n", flush=True)
+    for comparison in comparisons(args.full):
+        if args.only in comparison.title:
+            rows = measure(comparison)
+            print(table(comparison, rows), end="\n\n", flush=True)
+            if args.record:
+                record(args.record, comparison, rows)

@@ -1,0 +1,148 @@
+"""Inference of a ResNet-50 at 224 px: fresnet beside what else runs one on a CPU.
+
+    python benchmarks/inference.py               # prints tables; --full for all batch sizes
+
+Run by `make bench`, which does so in both settings of the allocator.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import openvino
+import torch
+from harness import Comparison, Run, main
+from torch import Tensor
+from torch._inductor import config as inductor
+
+import fresnet
+from fresnet import Params, tree
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import reference
+
+SIDE = 224
+
+
+@cache
+def model() -> Any:
+    network = reference.module(fresnet.RESNET50, 0, num_classes=1000, dtype=torch.float32)
+    return network.eval().to(memory_format=torch.channels_last)
+
+
+@cache
+def onnx_file() -> str:
+    """torchvision's module in ONNX, which both other runtimes read."""
+    path = str(Path(tempfile.mkdtemp()) / "resnet50.onnx")
+    plain = reference.module(fresnet.RESNET50, 0, num_classes=1000, dtype=torch.float32).eval()
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        plain,
+        (torch.zeros(2, 3, SIDE, SIDE),),
+        dynamo=True,
+        verbose=False,
+        input_names=["x"],
+        dynamic_shapes=({0: batch},),
+    )
+    assert program is not None
+    program.save(path)
+    return path
+
+
+def images(batch: int) -> Tensor:
+    x = torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def torchvision(x: Tensor, *, compiled: bool = False, freezing: bool = False) -> Run:
+    module: Callable[[Tensor], Tensor] = model() if x.dtype is torch.float32 else narrow_model()
+    if compiled:
+        torch.compiler.reset()
+        with inductor.patch(freezing=freezing):  # as an option to compile it is half heeded
+            module = torch.compile(module, dynamic=False)
+            module(x)
+    return lambda: module(x).float()
+
+
+@cache
+def narrow_model() -> Any:
+    network = reference.module(fresnet.RESNET50, 0, num_classes=1000, dtype=torch.float32)
+    return network.eval().to(memory_format=torch.channels_last).bfloat16()
+
+
+def onnx_runtime(x: Tensor) -> Run:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on spinning into the next contender's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(onnx_file(), options)
+    feed = {"x": x.contiguous().numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def open_vino(x: Tensor, precision: str) -> Run:
+    core = openvino.Core()
+    network = core.read_model(onnx_file())
+    network.reshape({"x": list(x.shape)})
+    compiled = core.compile_model(
+        network,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        },
+    )
+    request, feed = compiled.create_infer_request(), {0: x.contiguous().numpy()}
+    return lambda: torch.from_numpy(request.infer(feed)[0].copy())
+
+
+@cache
+def folded(dtype: torch.dtype) -> Params:
+    return tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(reference.params(model())))
+
+
+def ours(x: Tensor) -> Run:
+    infer = fresnet.compile_inference(folded(x.dtype), x)
+    return lambda: infer(x).float()
+
+
+def ours_uncompiled(x: Tensor) -> Run:
+    return lambda: fresnet.forward(folded(x.dtype), x)
+
+
+def comparisons(full: bool) -> Iterator[Comparison]:
+    macs = fresnet.summary(folded(torch.float32), SIDE).multiply_adds
+    for batch in (1, 8, 32) if full else (1, 8):
+        x = images(batch)
+        wide = {
+            "torchvision": partial(torchvision, x),
+            "torchvision compiled": partial(torchvision, x, compiled=True),
+            "torchvision frozen": partial(torchvision, x, compiled=True, freezing=True),
+            "ONNX Runtime": partial(onnx_runtime, x),
+            "OpenVINO": partial(open_vino, x, "f32"),
+            "fresnet folded": partial(ours_uncompiled, x),
+            "fresnet": partial(ours, x),
+        }
+        narrow = {
+            "OpenVINO": partial(open_vino, x, "bf16"),
+            "torchvision frozen": partial(torchvision, x.bfloat16(), compiled=True, freezing=True),
+            "fresnet": partial(ours, x.bfloat16()),
+        }
+        if not full:
+            del wide["torchvision compiled"], wide["fresnet folded"]
+        flops, rounds = 2.0 * macs * batch, 7 if batch > 8 else 11
+        title = f"Inference, {batch} image{'s' * (batch > 1)}"
+        yield Comparison(f"{title}, float32", wide, batch, flops, rounds=rounds)
+        yield Comparison(
+            f"{title}, bfloat16", narrow, batch, flops, torch.bfloat16, 2e-2, rounds=rounds
+        )
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main(__doc__, comparisons)
