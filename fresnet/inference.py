@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fresnet import onednn, tree, winograd
 from fresnet.check import check_call, check_images
-from fresnet.net import forward, run, run_head
+from fresnet.net import forward, run_head, run_network
 from fresnet.regimes import fold
 from fresnet.types import Bias, Params
 
@@ -97,7 +97,7 @@ def _pack(params: Params, x: Tensor) -> Inference:
         layers.append(layer)
         return layer(x, shortcut), ()
 
-    run(params, x.contiguous(memory_format=torch.channels_last), pack)
+    run_network(params, x.contiguous(memory_format=torch.channels_last), pack)
 
     @torch.no_grad()
     def infer(x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _pack(params: Params, x: Tensor) -> Inference:
         def layer(*arguments: Any, shortcut: Tensor | None = None, **_: Any) -> Any:
             return next(rest)(arguments[3], shortcut), ()
 
-        activations, _ = run(params, x.contiguous(memory_format=torch.channels_last), layer)
+        activations, _ = run_network(params, x.contiguous(memory_format=torch.channels_last), layer)
         return run_head(params.weights.head, activations[-1])
 
     return infer

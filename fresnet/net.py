@@ -1,6 +1,6 @@
 """The residual network of He et al. 2015 (arXiv:1512.03385) as pure functions of its parameters.
 
-A layer is a convolution, a norm, the sum with a shortcut where one ends, and ReLU. One body, `run`,
+A layer is a convolution, a norm, the sum with a shortcut where one ends, and ReLU. One body, `run_network`,
 says how stem and stages are made of layers, with the layer handed in: inference's uses the running
 statistics, training's uses the batch and returns its moments.
 """
@@ -78,7 +78,7 @@ def forward(params: Params, x: Tensor) -> Tensor:
       FresnetError: if the tree or the images are not what a network takes.
     """
     check_call("forward", params, x)
-    activations, _ = run(params, x, inference_layer)
+    activations, _ = run_network(params, x, inference_layer)
     return run_head(params.weights.head, activations[-1])
 
 
@@ -150,7 +150,7 @@ def _forward_moments(
     check_call(caller, params, x)
     check_group(caller, group)
     layer = partial(_layer, partial(training_norm, group=group))
-    activations, moments = run(params, x, layer, recompute=recompute)
+    activations, moments = run_network(params, x, layer, recompute=recompute)
     return run_head(params.weights.head, activations[-1]), moments
 
 
@@ -176,7 +176,7 @@ def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
       FresnetError: if the tree or the images are not what a network takes.
     """
     check_call("features", params, x)
-    activations, _ = run(params, x, inference_layer)
+    activations, _ = run_network(params, x, inference_layer)
     return activations
 
 
@@ -230,7 +230,7 @@ def plan(weights: Weights) -> list[list[tuple[Block, Grid]]]:
     return stages
 
 
-def run(
+def run_network(
     params: Params, x: Tensor, layer: Layer, *, recompute: bool = False
 ) -> tuple[tuple[Tensor, ...], Stats]:
     """Stem and stages: their outputs, and a tree of what the layers returned."""
