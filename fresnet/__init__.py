@@ -6,6 +6,7 @@ logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
 from fresnet import moments, optim, training, tree
+from fresnet.clipping import clipped_grads, per_sample_norms
 from fresnet.errors import FresnetError
 from fresnet.files import load, save
 from fresnet.init import init
@@ -31,6 +32,7 @@ __all__ = [
     "FresnetError",
     "Params",
     "Spec",
+    "clipped_grads",
     "dilate",
     "features",
     "forward",
@@ -43,6 +45,7 @@ __all__ = [
     "moments",
     "optim",
     "per_sample_grads",
+    "per_sample_norms",
     "preprocess",
     "recalibrate",
     "save",

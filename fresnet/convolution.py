@@ -149,7 +149,9 @@ class _PullBack(torch.autograd.Function):
         if weight_dim is not None:
             members = zip(cotangent, x, _first(weight, weight_dim, n), strict=True)
             grads = zip(*(pull_back(*member, geometry, *needed) for member in members), strict=True)
-            x_grad, weight_grad = (_stack(g) if need else None for g, need in zip(grads, needed, strict=True))
+            x_grad, weight_grad = (
+                _stack(g) if need else None for g, need in zip(grads, needed, strict=True)
+            )
         else:
             if need_x:
                 flat = cotangent.flatten(0, 1), x.flatten(0, 1)
@@ -162,18 +164,45 @@ class _PullBack(torch.autograd.Function):
 
 def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of one weight for each of cotangent `[n b o h w]` and x `[n b c h w]`."""
-    k, stride, dilation = weight.shape[3], geometry.stride, geometry.dilation
+    k = weight.shape[3]
     if k > 1 and cotangent.shape[3:].numel() > SMALL:
         pairs = zip(cotangent, x, strict=True)
         return _stack([pull_back(*pair, weight, geometry, False, True)[1] for pair in pairs])
+    rows, patches = _rows(cotangent, geometry), _patches(x, k, geometry)
+    grads = (rows.mT @ patches).flatten(1, 2)  # [n o k*k*c/groups]
+    return grads.unflatten(2, (k, k, -1)).movedim(4, 2)
+
+
+def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The squared norm `[n]` of each of `weight_gradients`.
+
+    A gradient A'B, with a row of A and of B for each position, has the squared norm <AA', BB'>:
+    the cheaper way where there are few positions.
+
+    Source: Rochette et al. 2019, arXiv:1912.06015; Li et al. 2021, arXiv:2110.05679, Sec. 4.
+    """
+    positions = cotangent.shape[1] * cotangent.shape[3:].numel()
+    height, width = weight.shape[0] // geometry.groups, weight[0].numel()
+    if positions * (height + width) > height * width:
+        return weight_gradients(cotangent, x, weight, geometry).square().flatten(1).sum(1)
+    rows, patches = _rows(cotangent, geometry), _patches(x, weight.shape[3], geometry)
+    return ((rows @ rows.mT) * (patches @ patches.mT)).flatten(1).sum(1)
+
+
+def _rows(cotangent: Tensor, geometry: Geometry) -> Tensor:
+    """Of cotangent `[n b o h w]`: `[n groups b*h*w o/groups]`."""
+    rows = cotangent.unflatten(2, (geometry.groups, -1)).permute(0, 2, 1, 4, 5, 3)
+    return rows.flatten(2, 4)
+
+
+def _patches(x: Tensor, k: int, geometry: Geometry) -> Tensor:
+    """What the kernel sees of x `[n b c h w]` in each place: `[n groups b*h*w k*k*c/groups]`."""
+    stride, dilation = geometry.stride, geometry.dilation
     x = F.pad(x, [dilation * (k // 2)] * 4)
     for dim in (3, 4):
         x = x.unfold(dim, dilation * (k - 1) + 1, stride)
     patches = x[..., ::dilation, ::dilation].unflatten(2, (geometry.groups, -1))
-    patches = patches.permute(0, 2, 1, 4, 5, 6, 7, 3)  # [n groups b h w k k c/groups]
-    rows = cotangent.unflatten(2, (geometry.groups, -1)).permute(0, 2, 3, 1, 4, 5)
-    grads = rows.flatten(3) @ patches.flatten(5).flatten(2, 4)
-    return grads.flatten(1, 2).unflatten(2, (k, k, -1)).movedim(4, 2)
+    return patches.permute(0, 2, 1, 4, 5, 6, 7, 3).flatten(5).flatten(2, 4)
 
 
 def _first(tensor: Tensor, dim: int | None, n: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The residual network of He et al. 2015 (arXiv:1512.03385) as pure functions of its parameters.
 
-One body, `_network`, runs stem and stages with the norm handed in. Inference hands in the norm
-that uses the running statistics, training the one that uses the batch and returns its moments.
+One body, `run_network`, runs stem and stages with their layers handed in. Inference hands in the
+norm that uses the running statistics, training the one that uses the batch and returns its moments.
 """
 
 from collections.abc import Callable, Mapping
@@ -77,7 +77,7 @@ def forward(params: Params, x: Tensor) -> Tensor:
       FresnetError: if the tree or the images are not what a network takes.
     """
     check_call("forward", params, x)
-    activations, _ = _network(params, x, inference_norm)
+    activations, _ = run_network(params, x, Layers(inference_norm))
     return run_head(params.weights.head, activations[-1])
 
 
@@ -148,8 +148,8 @@ def _forward_moments(
 ) -> tuple[Tensor, Stats]:
     check_call(caller, params, x)
     check_group(caller, group)
-    norm = partial(training_norm, group=group)
-    activations, moments = _network(params, x, norm, recompute=recompute)
+    layers = Layers(partial(training_norm, group=group))
+    activations, moments = run_network(params, x, layers, recompute=recompute)
     return run_head(params.weights.head, activations[-1]), moments
 
 
@@ -175,7 +175,7 @@ def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
       FresnetError: if the tree or the images are not what a network takes.
     """
     check_call("features", params, x)
-    activations, _ = _network(params, x, inference_norm)
+    activations, _ = run_network(params, x, Layers(inference_norm))
     return activations
 
 
@@ -202,17 +202,24 @@ def plan(weights: Weights) -> list[list[tuple[Block, Grid]]]:
     return stages
 
 
-def _network(
-    params: Params, x: Tensor, norm: NormFunction, *, recompute: bool = False
+class Layers(NamedTuple):
+    """What a network is made of, beside what has no parameters."""
+
+    norm: NormFunction
+    conv: Callable[..., Tensor] = conv2d
+
+
+def run_network(
+    params: Params, x: Tensor, layers: Layers, *, recompute: bool = False
 ) -> tuple[tuple[Tensor, ...], Stats]:
-    """Stem and stages: their outputs, and a tree of what the norm returned."""
+    """Stem and stages: their outputs, and a tree of what the norms returned."""
     weights, stats = params
-    x, stem_stats = run_stem(weights.stem, stats.stem, x, norm)
+    x, stem_stats = run_stem(weights.stem, stats.stem, x, layers)
     activations, stages_stats = [x], []
     for blocks, blocks_stats in zip(plan(weights), stats.stages, strict=True):
         stage_stats = []
         for (block, grid), block_stats in zip(blocks, blocks_stats, strict=True):
-            run = partial(RUN_BLOCK[type(block)], grid=grid, norm=norm)
+            run = partial(RUN_BLOCK[type(block)], grid=grid, layers=layers)
             run = partial(recomputed, run) if recompute else run
             x, new_stats = run(block, block_stats, x)
             stage_stats.append(new_stats)
@@ -221,52 +228,56 @@ def _network(
     return tuple(activations), Stats(stem_stats, tuple(stages_stats))
 
 
-def run_stem(w: Stem, s: Any, x: Tensor, norm: NormFunction) -> tuple[Tensor, StemStats]:
+def run_stem(w: Stem, s: Any, x: Tensor, layers: Layers) -> tuple[Tensor, StemStats]:
+    norm, conv = layers
     match w:
         case Stem7x7():
-            y, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride=2))
+            y, stats = norm(w.norm, s.norm, conv(x, w.conv, stride=2))
             return max_pool(relu(y)), Stem7x7Stats(stats)
         case Stem3x3():
-            y, stats = norm(w.norm, s.norm, conv2d(x, w.conv))
+            y, stats = norm(w.norm, s.norm, conv(x, w.conv))
             return relu(y), Stem3x3Stats(stats)
         case DeepStem():
-            y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride=2))
-            y, norm2 = norm(w.norm2, s.norm2, conv2d(relu(y), w.conv2))
-            y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
+            y, norm1 = norm(w.norm1, s.norm1, conv(x, w.conv1, stride=2))
+            y, norm2 = norm(w.norm2, s.norm2, conv(relu(y), w.conv2))
+            y, norm3 = norm(w.norm3, s.norm3, conv(relu(y), w.conv3))
             return max_pool(relu(y)), DeepStemStats(norm1, norm2, norm3)
 
 
 def _basic_block(
-    w: BasicBlock, s: BasicBlockStats, x: Tensor, grid: Grid, norm: NormFunction
+    w: BasicBlock, s: BasicBlockStats, x: Tensor, grid: Grid, layers: Layers
 ) -> tuple[Tensor, BlockStats]:
-    y = conv2d(x, w.conv1, stride=grid.stride, dilation=grid.dilation)
+    norm, conv = layers
+    y = conv(x, w.conv1, stride=grid.stride, dilation=grid.dilation)
     y, norm1 = norm(w.norm1, s.norm1, y)
-    y = conv2d(relu(y), w.conv2, dilation=grid.dilation_after)
+    y = conv(relu(y), w.conv2, dilation=grid.dilation_after)
     y, norm2 = norm(w.norm2, s.norm2, y)
-    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
+    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, layers)
     return relu(y), BasicBlockStats(norm1, norm2, shortcut)
 
 
 def _bottleneck(
-    w: Bottleneck, s: BottleneckStats, x: Tensor, grid: Grid, norm: NormFunction
+    w: Bottleneck, s: BottleneckStats, x: Tensor, grid: Grid, layers: Layers
 ) -> tuple[Tensor, BlockStats]:
-    y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1))
+    norm, conv = layers
+    y, norm1 = norm(w.norm1, s.norm1, conv(x, w.conv1))
     groups = _groups(w)
-    y = conv2d(relu(y), w.conv2, stride=grid.stride, dilation=grid.dilation, groups=groups)
+    y = conv(relu(y), w.conv2, stride=grid.stride, dilation=grid.dilation, groups=groups)
     y, norm2 = norm(w.norm2, s.norm2, y)
-    y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
-    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
+    y, norm3 = norm(w.norm3, s.norm3, conv(relu(y), w.conv3))
+    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, layers)
     return relu(y), BottleneckStats(norm1, norm2, norm3, shortcut)
 
 
 def _bottleneck_v1(
-    w: BottleneckV1, s: BottleneckStats, x: Tensor, grid: Grid, norm: NormFunction
+    w: BottleneckV1, s: BottleneckStats, x: Tensor, grid: Grid, layers: Layers
 ) -> tuple[Tensor, BlockStats]:
-    y, norm1 = norm(w.norm1, s.norm1, conv2d(x, w.conv1, stride=grid.stride))
-    y = conv2d(relu(y), w.conv2, dilation=grid.dilation_after, groups=_groups(w))
+    norm, conv = layers
+    y, norm1 = norm(w.norm1, s.norm1, conv(x, w.conv1, stride=grid.stride))
+    y = conv(relu(y), w.conv2, dilation=grid.dilation_after, groups=_groups(w))
     y, norm2 = norm(w.norm2, s.norm2, y)
-    y, norm3 = norm(w.norm3, s.norm3, conv2d(relu(y), w.conv3))
-    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, norm)
+    y, norm3 = norm(w.norm3, s.norm3, conv(relu(y), w.conv3))
+    y, shortcut = _shortcut(w.shortcut, s.shortcut, x, y, grid.stride, layers)
     return relu(y), BottleneckStats(norm1, norm2, norm3, shortcut)
 
 
@@ -284,18 +295,19 @@ RUN_BLOCK: Mapping[type, Callable[..., tuple[Tensor, BlockStats]]] = {
 
 
 def _shortcut(
-    w: Shortcut, s: Any, x: Tensor, y: Tensor, stride: int, norm: NormFunction
+    w: Shortcut, s: Any, x: Tensor, y: Tensor, stride: int, layers: Layers
 ) -> tuple[Tensor, ShortcutStats]:
     """y, and x added to it by way of the shortcut."""
+    norm, conv = layers
     match w:
         case Identity():
             return add(y, x), s
         case Projection():
-            x, stats = norm(w.norm, s.norm, conv2d(x, w.conv, stride=stride))
+            x, stats = norm(w.norm, s.norm, conv(x, w.conv, stride=stride))
             return add(y, x), ProjectionStats(stats)
         case PooledProjection():
             x = average_pool(x) if stride == 2 else x
-            x, stats = norm(w.norm, s.norm, conv2d(x, w.conv))
+            x, stats = norm(w.norm, s.norm, conv(x, w.conv))
             return add(y, x), ProjectionStats(stats)
         case ZeroPad():
             return add(y, zero_pad(x[:, :, ::stride, ::stride], channels=y.shape[1])), s

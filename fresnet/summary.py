@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fresnet import tree
 from fresnet.check import check_params
 from fresnet.errors import FresnetError
-from fresnet.net import RUN_BLOCK, Grid, plan, run_head, run_stem
+from fresnet.net import RUN_BLOCK, Grid, Layers, plan, run_head, run_stem
 from fresnet.norm import inference_norm
 from fresnet.types import (
     DeepStem,
@@ -137,15 +137,16 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
             f"got {image_size!r}"
         )
     weights, stats = tree.map(lambda leaf: leaf.to("meta"), params)
+    layers = Layers(inference_norm)
     x = weights.stem[0].new_empty((1, weights.stem[0].shape[1], *size))
     run: Callable[[], tuple[Tensor, Any]]
-    run = partial(run_stem, weights.stem, stats.stem, x, inference_norm)
+    run = partial(run_stem, weights.stem, stats.stem, x, layers)
     x, row = _measure(weights.stem, run, _describe_stem(weights.stem))
     rows = [row]
     for blocks, blocks_stats in zip(plan(weights), stats.stages, strict=True):
         stage_rows = []
         for (block, grid), block_stats in zip(blocks, blocks_stats, strict=True):
-            run = partial(RUN_BLOCK[type(block)], block, block_stats, x, grid, inference_norm)
+            run = partial(RUN_BLOCK[type(block)], block, block_stats, x, grid, layers)
             x, row = _measure(block, run, _describe_block(block, grid))
             stage_rows.append(row)
         rows += [row._replace(blocks=len(list(alike))) for row, alike in groupby(stage_rows)]
