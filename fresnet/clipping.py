@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from fresnet import transforms, tree
-from fresnet.convolution import Geometry, pull_back, squared_norms
+from fresnet.check import stats_dtype
+from fresnet.convolution import Geometry, squared_norms, weight_gradient
 from fresnet.errors import FresnetError, describe
 from fresnet.net import Layers, run_network
 from fresnet.norm import EPS, inference_norm
@@ -111,7 +112,8 @@ def _check_max_norm(max_norm: float | Tensor) -> None:
     if not fits:
         got = describe(max_norm) if isinstance(max_norm, Tensor) else repr(max_norm)
         raise FresnetError(
-            f"clipped_grads expects max_norm to be a number above 0 or a 0-d float tensor; got {got}"
+            f"clipped_grads expects max_norm to be a number above 0 or a 0-d float tensor; "
+            f"got {got}"
         )
 
 
@@ -126,8 +128,7 @@ def _norms(grads: Weights) -> Tensor:
 
 def _squares(grads: Tensor) -> Tensor:
     """The squared norm of each of grads `[b ...]`."""
-    wide = torch.promote_types(grads.dtype, torch.float32)
-    return grads.flatten(1).to(wide).square().sum(1)
+    return grads.flatten(1).to(stats_dtype(grads.dtype)).square().sum(1)
 
 
 def _factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
@@ -136,7 +137,8 @@ def _factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
 
 def _weighted(factors: Tensor, grads: Tensor) -> Tensor:
     """Of grads `[b ...]` the sum, each times its factor."""
-    return torch.tensordot(factors.to(grads.dtype), grads, 1)
+    total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, 1)
+    return total
 
 
 class _Pass:
@@ -150,7 +152,7 @@ class _Pass:
     ) -> None:
         params, x = tree.map(Tensor.detach, (params, x))  # in each place another tensor
         self._weights, self._keep = params.weights, sums
-        self._squares = [x.new_zeros(len(x))]
+        self._squares = [x.new_zeros(len(x), dtype=stats_dtype(x.dtype))]
         self._sums: dict[int, Callable[[Tensor], Tensor]] = {}  # by the weight's id
         self._root = x
         with torch.enable_grad():
@@ -167,7 +169,7 @@ class _Pass:
 
         def of_leaf(weight: Tensor) -> Tensor:
             found = self._sums.pop(id(weight), None)
-            return torch.zeros_like(weight) if found is None else found(factors)
+            return torch.zeros_like(weight) if found is None else found(factors).to(weight.dtype)
 
         return tree.map(of_leaf, self._weights)
 
@@ -175,7 +177,7 @@ class _Pass:
         def told(cotangent: Tensor, x: Tensor) -> None:
             def weighted(factors: Tensor) -> Tensor:
                 scaled = cotangent * factors.to(x.dtype)[:, None, None, None]
-                return pull_back(scaled, x, weight, Geometry(**geometry), False, True)[1]
+                return weight_gradient(scaled, x, weight, Geometry(**geometry))
 
             each = cotangent[:, None], x[:, None]
             self._tell(weight, squared_norms(*each, weight, Geometry(**geometry)), weighted)
@@ -217,6 +219,6 @@ class _Pass:
         return y
 
     def _tell(self, weight: Tensor, squares: Tensor, weighted: Callable[[Tensor], Tensor]) -> None:
-        self._squares.append(squares)
+        self._squares.append(squares.to(self._squares[0].dtype))
         if self._keep:
             self._sums[id(weight)] = weighted

@@ -6,8 +6,8 @@ a product of matrices, which PyTorch maps well. For others there are two functio
 
     y = convolve(x, w)                        (x', w') = pull_back(g, x, w)
 
-each with a rule for `vmap`. Both come from one form <g, convolve(x, w)>, linear in each of three, so
-the derivatives of the two are the two again.
+each with a rule for `vmap`. Both come from one form <g, convolve(x, w)>, linear in each of the
+three, so the derivatives of the two are the two again.
 """
 
 from collections.abc import Sequence
@@ -40,11 +40,12 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
     if not torch.compiler.is_compiling() and transforms.mapped():
         if weight.shape[2] == groups == 1:
-            x = x[:, :, ::stride, ::stride]
-            return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
+            x = x[:, :, ::stride, ::stride].movedim(1, 3)
+            y = x.flatten(0, 2) @ weight.flatten(1).mT
+            return torch.unflatten(y, 0, x.shape[:3]).movedim(3, 1)
         if not transforms.forward_mode(x, weight):
-            y: Tensor = _Convolve.apply(x, weight, geometry)
-            return y
+            result: Tensor = _Convolve.apply(x, weight, geometry)
+            return result
     padding = dilation * (weight.shape[3] // 2)
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
@@ -98,10 +99,10 @@ class _Convolve(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, geometry: Geometry
     ) -> tuple[Tensor, int]:
         n, (x_dim, weight_dim, _) = info.batch_size, in_dims
-        x = _first(x, x_dim, n)
         if weight_dim is None:
-            return convolve(x.flatten(0, 1), weight, geometry).unflatten(0, (n, -1)), 0
-        members = zip(x, _first(weight, weight_dim, n), strict=True)
+            y = convolve(_first(x, x_dim, n).flatten(0, 1), weight, geometry)
+            return torch.unflatten(y, 0, (n, -1)), 0
+        members = zip(_members(x, x_dim, n), _members(weight, weight_dim, n), strict=True)
         return _stack([convolve(*member, geometry) for member in members]), 0
 
 
@@ -123,11 +124,12 @@ class _PullBack(torch.autograd.Function):
         """Of <g, convolve(u, w)> + <g, convolve(x, v)>."""
         cotangent, x, weight = ctx.saved_tensors
         need_cotangent, need_x, need_weight, *_ = ctx.needs_input_grad
-        grad = None
-        if need_cotangent:
-            pairs = [(u, weight)] * (u is not None) + [(x, v)] * (v is not None)
-            terms = [convolve(*pair, ctx.geometry) for pair in pairs]
-            grad = sum(terms[1:], *terms[:1]) if terms else None
+        terms = []
+        if need_cotangent and u is not None:
+            terms.append(convolve(u, weight, ctx.geometry))
+        if need_cotangent and v is not None:
+            terms.append(convolve(x, v, ctx.geometry))
+        grad = torch.stack(terms).sum(0) if terms else None
         needed = need_x and v is not None, need_weight and u is not None
         u, v = x if u is None else u, weight if v is None else v
         return grad, *pull_back(cotangent, u, v, ctx.geometry, *needed), None, None, None
@@ -143,34 +145,46 @@ class _PullBack(torch.autograd.Function):
         *needed: bool,
     ) -> tuple[Gradients, tuple[int | None, ...]]:
         n, (cotangent_dim, x_dim, weight_dim, *_) = info.batch_size, in_dims
-        cotangent, x = _first(cotangent, cotangent_dim, n), _first(x, x_dim, n)
         need_x, need_weight = needed
         x_grad = weight_grad = None
         if weight_dim is not None:
-            members = zip(cotangent, x, _first(weight, weight_dim, n), strict=True)
-            grads = zip(*(pull_back(*member, geometry, *needed) for member in members), strict=True)
+            members = zip(
+                _members(cotangent, cotangent_dim, n),
+                _members(x, x_dim, n),
+                _members(weight, weight_dim, n),
+                strict=True,
+            )
+            grads = [pull_back(*member, geometry, *needed) for member in members]
             x_grad, weight_grad = (
-                _stack(g) if need else None for g, need in zip(grads, needed, strict=True)
+                _stack(column) if need else None
+                for column, need in zip(zip(*grads, strict=True), needed, strict=True)
             )
         else:
+            cotangent, x = _first(cotangent, cotangent_dim, n), _first(x, x_dim, n)
             if need_x:
                 flat = cotangent.flatten(0, 1), x.flatten(0, 1)
-                x_grad, _ = pull_back(*flat, weight, geometry, True, False)
-                x_grad = x_grad.unflatten(0, (n, -1))
+                flat_grad, _ = pull_back(*flat, weight, geometry, True, False)
+                x_grad = _whole(flat_grad).unflatten(0, (n, -1))
             if need_weight:
                 weight_grad = weight_gradients(cotangent, x, weight, geometry)
         return (x_grad, weight_grad), tuple(0 if need else None for need in needed)
+
+
+def weight_gradient(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of the weight alone, of cotangent `[b o h w]` and x `[b c h w]`."""
+    return _whole(pull_back(cotangent, x, weight, geometry, False, True)[1])
 
 
 def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of one weight for each of cotangent `[n b o h w]` and x `[n b c h w]`."""
     k = weight.shape[3]
     if k > 1 and cotangent.shape[3:].numel() > SMALL:
-        pairs = zip(cotangent, x, strict=True)
-        return _stack([pull_back(*pair, weight, geometry, False, True)[1] for pair in pairs])
+        n = len(x)
+        pairs = zip(_members(cotangent, 0, n), _members(x, 0, n), strict=True)
+        return _stack([weight_gradient(*pair, weight, geometry) for pair in pairs])
     rows, patches = _rows(cotangent, geometry), _patches(x, k, geometry)
     grads = (rows.mT @ patches).flatten(1, 2)  # [n o k*k*c/groups]
-    return grads.unflatten(2, (k, k, -1)).movedim(4, 2)
+    return torch.unflatten(grads, 2, (k, k, -1)).movedim(4, 2)
 
 
 def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -191,7 +205,7 @@ def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geomet
 
 def _rows(cotangent: Tensor, geometry: Geometry) -> Tensor:
     """Of cotangent `[n b o h w]`: `[n groups b*h*w o/groups]`."""
-    rows = cotangent.unflatten(2, (geometry.groups, -1)).permute(0, 2, 1, 4, 5, 3)
+    rows = torch.unflatten(cotangent, 2, (geometry.groups, -1)).permute(0, 2, 1, 4, 5, 3)
     return rows.flatten(2, 4)
 
 
@@ -201,8 +215,13 @@ def _patches(x: Tensor, k: int, geometry: Geometry) -> Tensor:
     x = F.pad(x, [dilation * (k // 2)] * 4)
     for dim in (3, 4):
         x = x.unfold(dim, dilation * (k - 1) + 1, stride)
-    patches = x[..., ::dilation, ::dilation].unflatten(2, (geometry.groups, -1))
+    patches = torch.unflatten(x[..., ::dilation, ::dilation], 2, (geometry.groups, -1))
     return patches.permute(0, 2, 1, 4, 5, 6, 7, 3).flatten(5).flatten(2, 4)
+
+
+def _whole(grad: Tensor | None) -> Tensor:
+    assert grad is not None  # it was asked for
+    return grad
 
 
 def _first(tensor: Tensor, dim: int | None, n: int) -> Tensor:
@@ -210,6 +229,16 @@ def _first(tensor: Tensor, dim: int | None, n: int) -> Tensor:
     return tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
+def _members(tensor: Tensor, dim: int | None, n: int) -> Sequence[Tensor]:
+    """Each of what is mapped over.
+
+    Cut, not indexed: where a batch of one lies channels last but with another stride between
+    images, as elementwise operations may leave it, PyTorch 2.13's grouped weight gradient is wrong
+    without an error.
+    """
+    return [tensor] * n if dim is None else tensor.movedim(dim, 0).flatten(0, 1).chunk(n)
+
+
 def _stack(tensors: Sequence[Any]) -> Tensor:
     """Channels last if the tensors are, which `torch.stack` does not keep."""
-    return torch.cat(list(tensors)).unflatten(0, (len(tensors), -1))
+    return torch.unflatten(torch.cat(list(tensors)), 0, (len(tensors), -1))
