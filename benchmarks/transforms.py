@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 import fresnet
 from fresnet import Params, tree
 from fresnet.interop import names
+from fresnet.training.gradients import gradients
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
@@ -69,6 +70,30 @@ def per_sample(batch: int, side: int, chunk_size: int) -> Contenders:
         "loop": loop,
         "fresnet batch": lambda: ours("batch"),
         "fresnet coupled": lambda: ours("coupled"),
+    }
+
+
+def clipping(batch: int, side: int) -> Contenders:
+    """One gradient of a batch through `forward`; norms of its images' gradients, their clipped sum.
+
+    ResNet-50, by the running statistics.
+    """
+    x, y = images(batch, side)
+    params = reference.params(reference.module(fresnet.RESNET50, 0, dtype=torch.float32))
+
+    def loss(weights: Any, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[()]]:
+        return cross_entropy(fresnet.forward(Params(weights, params.stats), x), y), ()
+
+    def explicit() -> Any:
+        grads = fresnet.per_sample_grads(cross_entropy, params, x, y, norms="running")
+        norms = sum(g.flatten(1).square().sum(1) for g in tree.leaves(grads)) ** 0.5
+        return tree.map(lambda g: torch.tensordot((1 / norms).clamp(max=1), g, 1), grads)
+
+    return {
+        "one batched gradient": lambda: gradients(loss, params.weights, [(x, y)])[0],
+        "per_sample_norms": lambda: fresnet.per_sample_norms(cross_entropy, params, x, y),
+        "clipped_grads": lambda: fresnet.clipped_grads(cross_entropy, params, x, y, max_norm=1.0),
+        "per_sample_grads, clipped": explicit,
     }
 
 
@@ -124,7 +149,7 @@ def compare(title: str, contenders: Contenders, rounds: int, equal: int) -> None
         for name, value in first.items():
             error = (other[name] - value).norm()
             assert error <= 0.02 * value.norm() + 1e-4, f"{title}: contenders disagree on {name}"
-    del first, others, other
+    del first, others
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
@@ -183,6 +208,8 @@ def main() -> None:
     for batch, side in ((8, 64), (4, 224)):
         title = f"per-sample gradients, ResNet-50, {batch} images of {side}x{side}"
         compare(title, per_sample(batch, side, chunk_size=batch // 4), rounds, equal=4)
+        title = f"clipping per-sample gradients, ResNet-50, {batch} images of {side}x{side}"
+        compare(title, clipping(batch, side), rounds, equal=1)
     for gradient in (False, True):
         what = "gradients" if gradient else "logits"
         title = f"{what} of 8 ResNet-18, 16 images of 64x64"

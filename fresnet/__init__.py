@@ -7,6 +7,7 @@ logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 
 from fresnet import moments, optim, training, tree
 from fresnet.allocator import keep_pages
+from fresnet.clipping import clipped_grads, per_sample_norms
 from fresnet.errors import FresnetError
 from fresnet.files import load, save
 from fresnet.inference import compile_inference
@@ -33,6 +34,7 @@ __all__ = [
     "FresnetError",
     "Params",
     "Spec",
+    "clipped_grads",
     "compile_inference",
     "dilate",
     "features",
@@ -48,6 +50,7 @@ __all__ = [
     "moments",
     "optim",
     "per_sample_grads",
+    "per_sample_norms",
     "preprocess",
     "recalibrate",
     "save",

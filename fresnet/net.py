@@ -1,8 +1,8 @@
 """The residual network of He et al. 2015 (arXiv:1512.03385) as pure functions of its parameters.
 
-A layer is a convolution, a norm, the sum with a shortcut where one ends, and ReLU. One body, `run_network`,
-says how stem and stages are made of layers, with the layer handed in: inference's uses the running
-statistics, training's uses the batch and returns its moments.
+A layer is a convolution, a norm, the sum with a shortcut where one ends, and ReLU. One body,
+`run_network`, says how stem and stages are made of layers, with the layer handed in: inference's
+uses the running statistics, training's uses the batch and returns its moments.
 """
 
 from collections.abc import Callable, Mapping
@@ -149,7 +149,7 @@ def _forward_moments(
 ) -> tuple[Tensor, Stats]:
     check_call(caller, params, x)
     check_group(caller, group)
-    layer = partial(_layer, partial(training_norm, group=group))
+    layer = partial(compose, conv2d, partial(training_norm, group=group))
     activations, moments = run_network(params, x, layer, recompute=recompute)
     return run_head(params.weights.head, activations[-1]), moments
 
@@ -180,7 +180,8 @@ def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
     return activations
 
 
-def _layer(
+def compose(
+    convolve: Callable[..., Tensor],
     normalise: NormFunction,
     conv: Tensor,
     norm: Any,
@@ -194,17 +195,16 @@ def _layer(
     activation: bool = True,
 ) -> tuple[Tensor, Any]:
     """relu(norm(conv(x)) + shortcut), and what the norm returned beside it."""
-    y, seen = normalise(
-        norm, stats, conv2d(x, conv, stride=stride, dilation=dilation, groups=groups)
-    )
+    y = convolve(x, conv, stride=stride, dilation=dilation, groups=groups)
+    y, seen = normalise(norm, stats, y)
     y = y if shortcut is None else add(y, shortcut)
     return relu(y) if activation else y, seen
 
 
 Layer: TypeAlias = Callable[..., tuple[Tensor, Any]]
-"""As `_layer` once its norm is given."""
+"""As `compose` once convolution and norm are given."""
 
-inference_layer: Layer = partial(_layer, inference_norm)
+inference_layer: Layer = partial(compose, conv2d, inference_norm)
 
 
 class Grid(NamedTuple):

@@ -10,6 +10,7 @@ from einops import reduce
 from torch import Tensor
 
 from fresnet import transforms
+from fresnet.convolution import Geometry, convolve
 from fresnet.errors import FresnetError
 
 
@@ -29,8 +30,7 @@ def conv2d(
             f"a convolution of activations {tuple(x.shape)} expects a weight "
             f"[o {channels} k k], k odd; got {tuple(weight.shape)}"
         )
-    padding = dilation * (weight.shape[3] // 2)
-    return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return convolve(x, weight, Geometry(stride, dilation, groups))
 
 
 def max_pool(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Gradients of each image's own loss, with BatchNorm's part in them named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,19 +60,39 @@ def per_sample_grads(
       FresnetError: if norms is none of the three, if x and y differ in length, if chunk_size is
         not a positive integer, or if the loss is not a 0-d tensor; and as `forward_train` does.
     """
-    check_call("per_sample_grads", params, x)
-    if norms not in MEANINGS:
-        raise FresnetError(
-            "per_sample_grads expects norms to say what BatchNorm is to one image, "
-            f"one of {', '.join(map(repr, MEANINGS))}; got {norms!r}"
-        )
+    loss_fn = check_images("per_sample_grads", loss_fn, params, x, y, norms, MEANINGS)
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise FresnetError(
             f"per_sample_grads expects chunk_size to be a positive integer; got {chunk_size!r}"
         )
+    if norms == "coupled":
+        return _coupled(loss_fn, params, x, y, chunk_size)
+    return grads_apart(loss_fn, apart(params, x, norms), x, y, chunk_size)
+
+
+def check_images(
+    caller: str,
+    loss_fn: LossFunction,
+    params: Params,
+    x: Tensor,
+    y: Tensor,
+    norms: str | None,
+    meanings: Sequence[str],
+) -> LossFunction:
+    """Refuse what is no network, images, targets or meaning; the loss function, checked likewise.
+
+    Raises:
+      FresnetError: saying what came.
+    """
+    check_call(caller, params, x)
+    if norms not in meanings:
+        raise FresnetError(
+            f"{caller} expects norms to say what BatchNorm is to one image, "
+            f"one of {', '.join(map(repr, meanings))}; got {norms!r}"
+        )
     if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
         raise FresnetError(
-            f"per_sample_grads expects y to be a tensor of {len(x)} targets, one for each image; "
+            f"{caller} expects y to be a tensor of {len(x)} targets, one for each image; "
             f"got {describe(y)}"
         )
 
@@ -80,23 +100,35 @@ def per_sample_grads(
         value = loss_fn(logits, target)
         if not isinstance(value, Tensor) or value.ndim != 0:
             raise FresnetError(
-                "per_sample_grads expects loss_fn(logits [k], target) to return a 0-d tensor; "
+                f"{caller} expects loss_fn(logits [k], target) to return a 0-d tensor; "
                 f"got {describe(value)}"
             )
         return value
 
-    weights, stats = params
-    if norms == "coupled":
-        return _coupled(scalar_loss, params, x, y, chunk_size)
-    if norms == "batch":
-        with torch.no_grad():
-            _, seen = forward_moments(params, x)
-        stats = statistics(stats, seen)
+    return scalar_loss
+
+
+def apart(params: Params, x: Tensor, norms: str | None) -> Params:
+    """The network through whose `forward` images are apart: by its statistics or by this batch's.
+
+    No derivative goes through the batch's.
+    """
+    if norms == "running":
+        return params
+    with torch.no_grad():
+        _, seen = forward_moments(params, x)
+    return params._replace(stats=statistics(params.stats, seen))
+
+
+def grads_apart(
+    loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, chunk_size: int | None = None
+) -> Weights:
+    """Gradients through `forward`."""
 
     def loss(weights: Weights, image: Tensor, target: Tensor) -> Tensor:
-        return scalar_loss(forward(Params(weights, stats), image[None])[0], target)
+        return loss_fn(forward(Params(weights, params.stats), image[None])[0], target)
 
-    grads: Weights = vmap(grad(loss), (None, 0, 0), chunk_size=chunk_size)(weights, x, y)
+    grads: Weights = vmap(grad(loss), (None, 0, 0), chunk_size=chunk_size)(params.weights, x, y)
     return grads
 
 

@@ -16,6 +16,11 @@ def active() -> bool:
     return bool(_stack())
 
 
+def mapped() -> bool:
+    """Whether this call runs inside any vmap."""
+    return _KINDS.Vmap in _stack()
+
+
 def differentiated(*inputs: Tensor) -> bool:
     """Whether what is computed here of these tensors is to be differentiated or mapped outside."""
     return active() or any(

@@ -12,6 +12,7 @@ from torch import Tensor
 import fresnet
 from fresnet import Spec
 from fresnet.check import DTYPES
+from fresnet.convolution import Geometry
 from fresnet.data import Order, steps_per_epoch
 from fresnet.training import TrainState, start
 from fresnet.types import (
@@ -65,6 +66,30 @@ def images(
 def training_images(dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Tensor]:
     """Batches with several values per channel at every norm, as training needs."""
     return images(batch=st.integers(2, 4), side=st.integers(33, 57), dtype=dtype)
+
+
+class Convolution(NamedTuple):
+    """Several x, each `[b c h w]`, and as many weights, each `[o c/groups k k]`."""
+
+    x: Tensor
+    weight: Tensor
+    geometry: Geometry
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Convolution:
+    """Two or three of one geometry, maps both smaller than the kernel and of many positions."""
+    groups, k = draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([1, 3, 7]))
+    geometry = Geometry(draw(st.integers(1, 2)), draw(st.integers(1, 2)), groups)
+    count, batch = draw(st.integers(2, 3)), draw(st.integers(1, 2))
+    size = draw(st.sampled_from([(3, 4), (9, 8), (40, 18)]))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    inputs, outputs = (groups * draw(st.integers(1, 3)) for _ in range(2))
+    x, weight = (
+        torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+        for shape in ((batch, inputs, *size), (outputs, inputs // groups, k, k))
+    )
+    return Convolution(x, weight, geometry)
 
 
 def labels(x: Tensor, classes: int) -> Tensor:

@@ -1,0 +1,230 @@
+"""Norms of per-sample gradients, and their clipped sum, without the gradients.
+
+One pass forward and one back through activations alone. Each layer is told its cotangent on the
+way back, and with its input has the squared norm of each image's gradient, and later the sum of
+gradients under any weights.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from fresnet import transforms, tree
+from fresnet.check import stats_dtype
+from fresnet.convolution import Geometry, squared_norms, weight_gradient
+from fresnet.errors import FresnetError, describe
+from fresnet.net import compose, run_network
+from fresnet.norm import EPS, inference_norm
+from fresnet.ops import conv2d, global_average_pool, linear
+from fresnet.per_sample import LossFunction, apart, check_images, grads_apart
+from fresnet.types import AnyNorm, Bias, Head, NormStats, Params, Weights
+
+MEANINGS = ("running", "batch")
+"""Of a gradient of one image alone."""
+
+
+def per_sample_norms(
+    loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, *, norms: str = "running"
+) -> Tensor:
+    """The l2 norm of each image's gradient, as of `per_sample_grads`, which is never formed.
+
+    >>> import torch, fresnet
+    >>> from torch.nn.functional import cross_entropy
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> x, y = torch.ones(2, 3, 32, 32), torch.tensor([3, 4])
+    >>> fresnet.per_sample_norms(cross_entropy, params, x, y).shape
+    torch.Size([2])
+
+    Args:
+      loss_fn: of one image's logits `[k]` and its target, one of y; returns a 0-d tensor.
+      params: the network.
+      x: images, float `[b c h w]`.
+      y: targets, `[b ...]`.
+      norms: what BatchNorm is to one image: "running" or "batch", as for `per_sample_grads`.
+        "coupled", an image's gradient is one of the whole batch, and costs a pass of its own.
+    Returns:
+      norms `[b]`, never narrower than float32.
+    Raises:
+      FresnetError: if norms is neither of the two, if x and y differ in length, or if the loss is
+        not a 0-d tensor; and as `forward_train` does.
+    Source: Goodfellow 2015, arXiv:1510.01799; Rochette et al. 2019, arXiv:1912.06015.
+    """
+    loss_fn = check_images("per_sample_norms", loss_fn, params, x, y, norms, MEANINGS)
+    params = apart(params, x, norms)
+    if _composed(params, x, y):
+        return _norms(grads_apart(loss_fn, params, x, y))
+    return _Pass(loss_fn, params, x, y, sums=False).norms
+
+
+def clipped_grads(
+    loss_fn: LossFunction,
+    params: Params,
+    x: Tensor,
+    y: Tensor,
+    *,
+    max_norm: float | Tensor,
+    norms: str = "running",
+) -> tuple[Weights, Tensor]:
+    """The sum over images of each one's gradient, scaled down to `max_norm` where it is longer.
+
+        sum_i g_i min(1, max_norm / |g_i|)
+
+    To which differentially private training adds noise of the scale of `max_norm` (Abadi et al.
+    2016, arXiv:1607.00133, Alg. 1).
+
+    >>> import torch, fresnet
+    >>> from torch.nn.functional import cross_entropy
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> x, y = torch.ones(2, 3, 32, 32), torch.tensor([3, 4])
+    >>> grads, norms = fresnet.clipped_grads(cross_entropy, params, x, y, max_norm=1.0)
+    >>> grads.head.bias.shape, norms.shape
+    (torch.Size([10]), torch.Size([2]))
+
+    Args:
+      loss_fn, params, x, y, norms: as for `per_sample_norms`.
+      max_norm: a number above 0, or a 0-d float tensor.
+    Returns:
+      `(grads, norms)`: a tree like `params.weights`; each image's norm before clipping, `[b]`.
+    Raises:
+      FresnetError: if max_norm is neither; and as `per_sample_norms` does.
+    Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
+    """
+    _check_max_norm(max_norm)
+    loss_fn = check_images("clipped_grads", loss_fn, params, x, y, norms, MEANINGS)
+    params = apart(params, x, norms)
+    if _composed(params, x, y):
+        grads = grads_apart(loss_fn, params, x, y)
+        found = _norms(grads)
+        return tree.map(partial(_weighted, _factors(found, max_norm)), grads), found
+    taken = _Pass(loss_fn, params, x, y, sums=True)
+    return taken.sum(_factors(taken.norms, max_norm)), taken.norms
+
+
+def _check_max_norm(max_norm: float | Tensor) -> None:
+    if isinstance(max_norm, Tensor):
+        fits = max_norm.ndim == 0 and max_norm.is_floating_point()
+    else:
+        fits = type(max_norm) in (int, float) and max_norm > 0
+    if not fits:
+        got = describe(max_norm) if isinstance(max_norm, Tensor) else repr(max_norm)
+        raise FresnetError(
+            f"clipped_grads expects max_norm to be a number above 0 or a 0-d float tensor; "
+            f"got {got}"
+        )
+
+
+def _composed(*trees: Any) -> bool:
+    """Whether somebody follows what is computed here, whom the pass below would escape."""
+    return torch.compiler.is_compiling() or transforms.differentiated(*tree.leaves(trees))
+
+
+def _norms(grads: Weights) -> Tensor:
+    return torch.stack([_squares(leaf) for leaf in tree.leaves(grads)]).sum(0).sqrt()
+
+
+def _squares(grads: Tensor) -> Tensor:
+    """The squared norm of each of grads `[b ...]`."""
+    return grads.flatten(1).to(stats_dtype(grads.dtype)).square().sum(1)
+
+
+def _factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
+    return (max_norm / norms).clamp(max=1)
+
+
+def _weighted(factors: Tensor, grads: Tensor) -> Tensor:
+    """Of grads `[b ...]` the sum, each times its factor."""
+    total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, 1)
+    return total
+
+
+class _Pass:
+    """Forward and back, no derivative by a weight taken, and what its layers saw.
+
+    Without `sums` only norms are kept of that.
+    """
+
+    def __init__(
+        self, loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, *, sums: bool
+    ) -> None:
+        params, x = tree.map(Tensor.detach, (params, x))  # in each place another tensor
+        self._weights, self._keep = params.weights, sums
+        self._squares = [x.new_zeros(len(x), dtype=stats_dtype(x.dtype))]
+        self._sums: dict[int, Callable[[Tensor], Tensor]] = {}  # by the weight's id
+        self._root = x
+        with torch.enable_grad():
+            activations, _ = run_network(params, x, partial(compose, self._conv, self._norm))
+            logits = self._head(params.weights.head, global_average_pool(activations[-1]))
+            total = vmap(loss_fn)(logits, y).sum()
+        del activations, logits
+        if total.requires_grad:
+            torch.autograd.grad(total, self._root)
+        self.norms = torch.stack(self._squares).sum(0).sqrt()
+
+    def sum(self, factors: Tensor) -> Weights:
+        """Of the images' gradients, each times its factor; once."""
+
+        def of_leaf(weight: Tensor) -> Tensor:
+            found = self._sums.pop(id(weight), None)
+            return torch.zeros_like(weight) if found is None else found(factors).to(weight.dtype)
+
+        return tree.map(of_leaf, self._weights)
+
+    def _conv(self, x: Tensor, weight: Tensor, **geometry: int) -> Tensor:
+        def told(cotangent: Tensor, x: Tensor) -> None:
+            def weighted(factors: Tensor) -> Tensor:
+                scaled = cotangent * factors.to(x.dtype)[:, None, None, None]
+                return weight_gradient(scaled, x, weight, Geometry(**geometry))
+
+            each = cotangent[:, None], x[:, None]
+            self._tell(weight, squared_norms(*each, weight, Geometry(**geometry)), weighted)
+
+        return self._watch(conv2d(x, weight, **geometry), x, told)
+
+    def _norm(
+        self, norm: AnyNorm, stats: NormStats | tuple[()], x: Tensor
+    ) -> tuple[Tensor, NormStats | tuple[()]]:
+        def told(cotangent: Tensor, x: Tensor) -> None:
+            cotangent = cotangent.to(stats_dtype(cotangent.dtype))
+            bias = cotangent.sum((2, 3))
+            if isinstance(norm, Bias) or not stats:
+                self._tell(norm.bias, _squares(bias), partial(_weighted, grads=bias))
+                return
+            scale = (cotangent * x).sum((2, 3)) - bias * stats.mean
+            scale *= torch.rsqrt(stats.var + EPS)
+            for leaf, grads in zip(norm, (scale, bias), strict=True):
+                self._tell(leaf, _squares(grads), partial(_weighted, grads=grads))
+
+        if isinstance(norm, Bias):  # which `inference_norm` would add in place, over the root
+            y = x + norm.bias[:, None, None]
+        else:
+            y, _ = inference_norm(norm, stats, x)
+        return self._watch(y, x, told), stats
+
+    def _head(self, head: Head, x: Tensor) -> Tensor:
+        def told(cotangent: Tensor, x: Tensor) -> None:
+            bias = _squares(cotangent)
+            self._tell(head.bias, bias, partial(_weighted, grads=cotangent))
+            self._tell(
+                head.weight,
+                bias * _squares(x),
+                lambda factors: (cotangent * factors.to(x.dtype)[:, None]).mT @ x,
+            )
+
+        return self._watch(linear(x, *head), x, told)
+
+    def _watch(self, y: Tensor, x: Tensor, told: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """y, whose layer is told its cotangent and x on the way back."""
+        if not y.requires_grad:  # the first layer's
+            self._root = y.requires_grad_()
+        held = [x.detach()]  # until then
+        y.register_hook(lambda cotangent: told(cotangent, held.pop()))
+        return y
+
+    def _tell(self, weight: Tensor, squares: Tensor, weighted: Callable[[Tensor], Tensor]) -> None:
+        self._squares.append(squares.to(self._squares[0].dtype))
+        if self._keep:
+            self._sums[id(weight)] = weighted

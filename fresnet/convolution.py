@@ -1,0 +1,244 @@
+"""Convolution, with kernels of its own under `vmap`.
+
+PyTorch maps the weight gradient over images, and the convolution over networks, by one grouped
+convolution; on CPU much else that computes the same is several times as fast. A 1x1 convolution is
+a product of matrices, which PyTorch maps well. For others there are two functions,
+
+    y = convolve(x, w)                        (x', w') = pull_back(g, x, w)
+
+each with a rule for `vmap`. Both come from one form <g, convolve(x, w)>, linear in each of the
+three, so the derivatives of the two are the two again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fresnet import transforms
+
+SMALL = 16 * 16
+"""Positions of a map up to which one product of matrices beats a convolution for each image."""
+
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)  # not a tuple, which `torch.func` would take apart on every call
+class Geometry:
+    """How the kernel is laid over the map; padding is such that stride 1 keeps h and w."""
+
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+
+
+def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """x `[b c h w]` by weight `[o c/groups k k]`."""
+    stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
+    if not torch.compiler.is_compiling() and transforms.mapped():
+        if weight.shape[2] == groups == 1:
+            x = x[:, :, ::stride, ::stride].movedim(1, 3)
+            y = x.flatten(0, 2) @ weight.flatten(1).mT
+            return torch.unflatten(y, 0, x.shape[:3]).movedim(3, 1)
+        if not transforms.forward_mode(x, weight):
+            result: Tensor = _Convolve.apply(x, weight, geometry)
+            return result
+    padding = dilation * (weight.shape[3] // 2)
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+
+def pull_back(
+    cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *needed: bool
+) -> Gradients:
+    """The cotangents of x and of the weight, given that of `convolve(x, weight, geometry)`.
+
+    Args:
+      needed: whether each of the two is; None comes instead.
+    """
+    if transforms.mapped() and not transforms.forward_mode(cotangent, x, weight):
+        grads: Gradients = _PullBack.apply(cotangent, x, weight, geometry, *needed)
+        return grads
+    *grads_, _ = torch.ops.aten.convolution_backward(
+        cotangent,
+        x,
+        weight,
+        None,
+        [geometry.stride] * 2,
+        [geometry.dilation * (weight.shape[3] // 2)] * 2,
+        [geometry.dilation] * 2,
+        False,
+        [0, 0],
+        geometry.groups,
+        [*needed, False],
+    )
+    return tuple(grads_)
+
+
+class _Convolve(torch.autograd.Function):
+    """Without a jvp: the jvp of such a one's jvp is wrong without an error (PyTorch 2.13)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        return convolve(x, weight, geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.geometry = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:2]
+        return *pull_back(cotangent, *ctx.saved_tensors, ctx.geometry, *needed), None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, geometry: Geometry
+    ) -> tuple[Tensor, int]:
+        n, (x_dim, weight_dim, _) = info.batch_size, in_dims
+        if weight_dim is None:
+            y = convolve(_first(x, x_dim, n).flatten(0, 1), weight, geometry)
+            return torch.unflatten(y, 0, (n, -1)), 0
+        members = zip(_members(x, x_dim, n), _members(weight, weight_dim, n), strict=True)
+        return _stack([convolve(*member, geometry) for member in members]), 0
+
+
+class _PullBack(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *needed: bool
+    ) -> Gradients:
+        return pull_back(cotangent, x, weight, geometry, *needed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+        *tensors, ctx.geometry, _, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of <g, convolve(u, w)> + <g, convolve(x, v)>."""
+        cotangent, x, weight = ctx.saved_tensors
+        need_cotangent, need_x, need_weight, *_ = ctx.needs_input_grad
+        terms = []
+        if need_cotangent and u is not None:
+            terms.append(convolve(u, weight, ctx.geometry))
+        if need_cotangent and v is not None:
+            terms.append(convolve(x, v, ctx.geometry))
+        grad = torch.stack(terms).sum(0) if terms else None
+        needed = need_x and v is not None, need_weight and u is not None
+        u, v = x if u is None else u, weight if v is None else v
+        return grad, *pull_back(cotangent, u, v, ctx.geometry, *needed), None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        cotangent: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        *needed: bool,
+    ) -> tuple[Gradients, tuple[int | None, ...]]:
+        n, (cotangent_dim, x_dim, weight_dim, *_) = info.batch_size, in_dims
+        need_x, need_weight = needed
+        x_grad = weight_grad = None
+        if weight_dim is not None:
+            members = zip(
+                _members(cotangent, cotangent_dim, n),
+                _members(x, x_dim, n),
+                _members(weight, weight_dim, n),
+                strict=True,
+            )
+            grads = [pull_back(*member, geometry, *needed) for member in members]
+            x_grad, weight_grad = (
+                _stack(column) if need else None
+                for column, need in zip(zip(*grads, strict=True), needed, strict=True)
+            )
+        else:
+            cotangent, x = _first(cotangent, cotangent_dim, n), _first(x, x_dim, n)
+            if need_x:
+                flat = cotangent.flatten(0, 1), x.flatten(0, 1)
+                flat_grad, _ = pull_back(*flat, weight, geometry, True, False)
+                x_grad = _whole(flat_grad).unflatten(0, (n, -1))
+            if need_weight:
+                weight_grad = weight_gradients(cotangent, x, weight, geometry)
+        return (x_grad, weight_grad), tuple(0 if need else None for need in needed)
+
+
+def weight_gradient(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of the weight alone, of cotangent `[b o h w]` and x `[b c h w]`."""
+    return _whole(pull_back(cotangent, x, weight, geometry, False, True)[1])
+
+
+def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of one weight for each of cotangent `[n b o h w]` and x `[n b c h w]`."""
+    k = weight.shape[3]
+    if k > 1 and cotangent.shape[3:].numel() > SMALL:
+        n = len(x)
+        pairs = zip(_members(cotangent, 0, n), _members(x, 0, n), strict=True)
+        return _stack([weight_gradient(*pair, weight, geometry) for pair in pairs])
+    rows, patches = _rows(cotangent, geometry), _patches(x, k, geometry)
+    grads = (rows.mT @ patches).flatten(1, 2)  # [n o k*k*c/groups]
+    return torch.unflatten(grads, 2, (k, k, -1)).movedim(4, 2)
+
+
+def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The squared norm `[n]` of each of `weight_gradients`.
+
+    A gradient A'B, with a row of A and of B for each position, has the squared norm <AA', BB'>:
+    the cheaper way where there are few positions.
+
+    Source: Rochette et al. 2019, arXiv:1912.06015; Li et al. 2021, arXiv:2110.05679, Sec. 4.
+    """
+    positions = cotangent.shape[1] * cotangent.shape[3:].numel()
+    height, width = weight.shape[0] // geometry.groups, weight[0].numel()
+    if positions * (height + width) > height * width:
+        return weight_gradients(cotangent, x, weight, geometry).square().flatten(1).sum(1)
+    rows, patches = _rows(cotangent, geometry), _patches(x, weight.shape[3], geometry)
+    return ((rows @ rows.mT) * (patches @ patches.mT)).flatten(1).sum(1)
+
+
+def _rows(cotangent: Tensor, geometry: Geometry) -> Tensor:
+    """Of cotangent `[n b o h w]`: `[n groups b*h*w o/groups]`."""
+    rows = torch.unflatten(cotangent, 2, (geometry.groups, -1)).permute(0, 2, 1, 4, 5, 3)
+    return rows.flatten(2, 4)
+
+
+def _patches(x: Tensor, k: int, geometry: Geometry) -> Tensor:
+    """What the kernel sees of x `[n b c h w]` in each place: `[n groups b*h*w k*k*c/groups]`."""
+    stride, dilation = geometry.stride, geometry.dilation
+    x = F.pad(x, [dilation * (k // 2)] * 4)
+    for dim in (3, 4):
+        x = x.unfold(dim, dilation * (k - 1) + 1, stride)
+    patches = torch.unflatten(x[..., ::dilation, ::dilation], 2, (geometry.groups, -1))
+    return patches.permute(0, 2, 1, 4, 5, 6, 7, 3).flatten(5).flatten(2, 4)
+
+
+def _whole(grad: Tensor | None) -> Tensor:
+    assert grad is not None  # it was asked for
+    return grad
+
+
+def _first(tensor: Tensor, dim: int | None, n: int) -> Tensor:
+    """With the mapped dimension first."""
+    return tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _members(tensor: Tensor, dim: int | None, n: int) -> Sequence[Tensor]:
+    """Each of what is mapped over.
+
+    Cut, not indexed: where a batch of one lies channels last but with another stride between
+    images, as elementwise operations may leave it, PyTorch 2.13's grouped weight gradient is wrong
+    without an error.
+    """
+    return [tensor] * n if dim is None else tensor.movedim(dim, 0).flatten(0, 1).chunk(n)
+
+
+def _stack(tensors: Sequence[Any]) -> Tensor:
+    """Channels last if the tensors are, which `torch.stack` does not keep."""
+    return torch.unflatten(torch.cat(list(tensors)), 0, (len(tensors), -1))

@@ -1,0 +1,195 @@
+"""Norms of per-sample gradients and their clipped sum, against the gradients themselves."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from assertions import assert_close, assert_same, assert_trees_close, unmutated
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples, labels, tiny_params, training_images
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn.functional import cross_entropy
+
+import fresnet
+from fresnet import FresnetError, Params, convolution, tree
+from fresnet.types import BasicBlock, Bottleneck, Weights
+
+MEANINGS = st.sampled_from(["running", "batch"])
+REGIMES = st.sampled_from(
+    [
+        lambda params: params,
+        lambda params: fresnet.freeze(params, lambda path: path[-1] == "norm1"),
+        fresnet.fold,
+    ]
+)
+NETWORK = fresnet.init(0, fresnet.Spec(Bottleneck, (1, 1), width=4), num_classes=5)
+X = torch.randn(3, 3, 40, 36, generator=torch.Generator().manual_seed(0))
+Y = labels(X, 5)
+
+
+def norms_of(grads: Weights) -> Tensor:
+    return torch.stack([tree.ravel(one).norm() for one in tree.unstack(grads)])
+
+
+def clipped(grads: Weights, max_norm: float) -> Weights:
+    """Abadi et al. 2016, Alg. 1, image by image."""
+    factors = [1 / max(1.0, float(norm) / max_norm) for norm in norms_of(grads)]
+    return tree.map(lambda g: sum(f * one for f, one in zip(factors, g, strict=True)), grads)
+
+
+def assert_near(actual: Weights, expected: Weights, relative: float) -> None:
+    """In the norm of the whole tree: some leaves are zero but for rounding."""
+    tree.map(lambda a, b: torch.testing.assert_close(a.shape, b.shape), actual, expected)
+    error, norm = tree.ravel(actual) - tree.ravel(expected), tree.ravel(expected).norm()
+    assert error.norm() <= relative * norm + 1e-14  # with one class all gradients are zero
+
+
+@pytest.mark.parametrize("small", [0, convolution.SMALL])
+@examples(25)
+@given(params=tiny_params(), x=training_images(), norms=MEANINGS, regime=REGIMES)
+def test_they_are_those_of_the_gradients(
+    small: int, params: Params, x: Tensor, norms: str, regime: Callable[[Params], Params]
+) -> None:
+    """For every node type, and clipping none, some and all; small networks have few positions or
+    small weights, so both ways to a norm are taken.
+    """
+    params = regime(params)
+    y = labels(x, params.weights.head.bias.numel())
+    grads = fresnet.per_sample_grads(cross_entropy, params, x, y, norms=norms)
+    expected = norms_of(grads)
+    with pytest.MonkeyPatch.context() as patch, unmutated(params, x, y):
+        patch.setattr(convolution, "SMALL", small)
+        found = fresnet.per_sample_norms(cross_entropy, params, x, y, norms=norms)
+        assert_close(found, expected, 1e-10)
+        for max_norm in (1e-12 + float(expected.min()) / 2, 1e-12 + float(expected.mean()), 1e9):
+            total, found = fresnet.clipped_grads(
+                cross_entropy, params, x, y, max_norm=max_norm, norms=norms
+            )
+            assert_close(found, expected, 1e-10)
+            assert_near(total, clipped(grads, max_norm), 1e-10)
+
+
+def test_each_leaf_is_summed_by_its_own_kernel() -> None:
+    """Every leaf in its own norm, in float64; tied leaves too, each in its place."""
+    params = tree.map(Tensor.double, NETWORK)
+    block = params.weights.stages[0][0]
+    block = block._replace(norm2=block.norm1)
+    params = params._replace(
+        weights=params.weights._replace(stages=((block,), params.weights.stages[1]))
+    )
+    grads = fresnet.per_sample_grads(cross_entropy, params, X.double(), Y, norms="running")
+    max_norm = float(norms_of(grads).median())
+    total, _ = fresnet.clipped_grads(cross_entropy, params, X.double(), Y, max_norm=max_norm)
+    assert_trees_close(total, clipped(grads, max_norm), 1e-9)
+
+
+def test_a_tensor_as_max_norm() -> None:
+    by_number = fresnet.clipped_grads(cross_entropy, NETWORK, X, Y, max_norm=0.5)
+    assert_same(
+        fresnet.clipped_grads(cross_entropy, NETWORK, X, Y, max_norm=torch.tensor(0.5)), by_number
+    )
+
+
+def test_a_loss_that_forgets_the_logits_has_no_gradient() -> None:
+    total, norms = fresnet.clipped_grads(
+        lambda logits, target: target.float(), NETWORK, X, Y, max_norm=1.0
+    )
+    assert_same((total, norms), tree.map(torch.zeros_like, (NETWORK.weights, norms)))
+
+
+def test_an_image_without_gradient_is_not_divided_by_zero() -> None:
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(logits, target) * (target > 0)
+
+    total, norms = fresnet.clipped_grads(loss, NETWORK, X, Y, max_norm=1.0)
+    assert norms[0] == 0
+    assert (norms[1:] > 0).all()
+    assert tree.ravel(total).isfinite().all()
+
+
+def test_bfloat16_weights() -> None:
+    """Norms in float32, within what its digits leave of the gradients; sums in bfloat16."""
+    params = Params(tree.map(Tensor.bfloat16, NETWORK.weights), NETWORK.stats)
+    exact = tree.map(Tensor.float, params)
+    total, norms = fresnet.clipped_grads(cross_entropy, params, X.bfloat16(), Y, max_norm=1.0)
+    expected, expected_norms = fresnet.clipped_grads(
+        cross_entropy, exact, X.bfloat16().float(), Y, max_norm=1.0
+    )
+    assert {leaf.dtype for leaf in tree.leaves(total)} == {torch.bfloat16}
+    assert_close(norms, expected_norms, 0.05)
+    assert_near(tree.map(Tensor.float, total), expected, 0.1)
+
+
+@pytest.mark.parametrize("norms", ["running", "batch"])
+def test_mapped_over_networks_they_are_a_loop(norms: str) -> None:
+    def both(params: Params) -> Any:
+        found = fresnet.per_sample_norms(cross_entropy, params, x, Y, norms=norms)
+        return found, fresnet.clipped_grads(cross_entropy, params, x, Y, max_norm=1.0, norms=norms)
+
+    params, x = tree.map(Tensor.double, (NETWORK, X))
+    networks = [params, tree.map(lambda leaf: 1.1 * leaf, params)]
+    together = tree.unstack(vmap(both)(tree.stack(networks)))
+    for one, network in zip(together, networks, strict=True):
+        assert_trees_close(one, both(network), 1e-8)
+
+
+def test_they_have_gradients() -> None:
+    """By `torch.func` and by `torch.autograd`."""
+    params, x = tree.map(Tensor.double, (NETWORK, X))
+
+    def total(scale: Tensor) -> Tensor:
+        network = params._replace(weights=tree.map(lambda w: w * scale, params.weights))
+        norms = fresnet.per_sample_norms(cross_entropy, network, x, Y)
+        _, again = fresnet.clipped_grads(cross_entropy, network, x, Y, max_norm=1.0)
+        return norms.sum() + again.sum()
+
+    step, one = 1e-5, torch.tensor(1.0, dtype=torch.float64)
+    expected = (total(one + step) - total(one - step)) / (2 * step)
+    assert_close(grad(total)(one), expected, 1e-6)
+    one.requires_grad_()
+    assert_close(torch.autograd.grad(total(one), one)[0], expected, 1e-6)
+
+
+@pytest.mark.parametrize("function", [fresnet.per_sample_norms, fresnet.clipped_grads])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"norms": "coupled"}, "expects norms to say what BatchNorm is to one image"),
+        ({"norms": "coupled"}, "one of 'running', 'batch'; got 'coupled'"),
+        ({"norms": None}, "one of 'running', 'batch'; got None"),
+        ({"y": torch.zeros(3)}, "one for each image; got float32 (3,)"),
+        ({"x": torch.zeros(3, 8, 8)}, "expects x [b 3 h w]; got (3, 8, 8)"),
+        ({"params": (1, 2)}, "expects Params(weights, stats)"),
+        ({"loss_fn": lambda logits, target: logits}, "to return a 0-d tensor; got float32 (5,)"),
+    ],
+)
+def test_wrong_arguments(function: Any, arguments: dict[str, Any], message: str) -> None:
+    params = fresnet.init(0, fresnet.Spec(BasicBlock, (1,), width=2), num_classes=5)
+    given: dict[str, Any] = {
+        "loss_fn": cross_entropy,
+        "params": params,
+        "x": torch.zeros(2, 3, 16, 16),
+        "y": torch.zeros(2, dtype=torch.int64),
+    }
+    if function is fresnet.clipped_grads:
+        given["max_norm"] = 1.0
+    with pytest.raises(FresnetError, match=re.escape(message)) as caught:
+        function(**given | arguments)
+    assert str(caught.value).startswith(function.__name__)
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "got"),
+    [
+        *[(0, "0"), (-1.0, "-1.0"), (float("nan"), "nan"), (True, "True"), (None, "None")],
+        *[(torch.ones(2), "float32 (2,)"), (torch.tensor(1), "int64 ()")],
+    ],
+)
+def test_wrong_max_norm(max_norm: Any, got: str) -> None:
+    message = f"expects max_norm to be a number above 0 or a 0-d float tensor; got {got}"
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        fresnet.clipped_grads(cross_entropy, NETWORK, X, Y, max_norm=max_norm)

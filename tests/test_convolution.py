@@ -1,0 +1,139 @@
+"""Convolution under `vmap`, by kernels of ours, against a loop of PyTorch's own."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from assertions import assert_close, assert_same
+from hypothesis import given
+from strategies import Convolution, convolutions, examples
+from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+from torch.nn.functional import conv2d
+
+from fresnet import convolution, tree
+from fresnet.convolution import Geometry, convolve, pull_back, squared_norms, weight_gradients
+
+Function = Callable[[Tensor, Tensor], Any]
+
+
+def stock(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
+    return conv2d(x, weight, None, stride, dilation * (weight.shape[3] // 2), dilation, groups)
+
+
+def gradient(f: Function) -> Function:
+    return grad(lambda *inputs: sum(leaf.pow(3).sum() for leaf in tree.leaves(f(*inputs))), (0, 1))
+
+
+def forward_over_reverse(f: Function) -> Function:
+    return lambda *inputs: jvp(gradient(f), inputs, inputs)
+
+
+def reverse_over_forward(f: Function) -> Function:
+    return gradient(lambda *inputs: jvp(f, inputs, inputs)[1])
+
+
+def pull_by_jvp(f: Function) -> Function:
+    """The function that vjp returns, itself differentiated in forward mode."""
+
+    def pulled(*inputs: Tensor) -> Any:
+        y, pull, *_ = vjp(f, *inputs)
+        return jvp(pull, (y,), (y.cos(),))
+
+    return pulled
+
+
+DERIVATIVES: dict[str, Callable[[Function], Function]] = {
+    "none": lambda f: f,
+    "first": gradient,
+    "second": lambda f: gradient(gradient(f)),
+    "third": lambda f: gradient(gradient(gradient(f))),
+    "forward over reverse": forward_over_reverse,
+    "reverse over forward": reverse_over_forward,
+    "jvp of pull": pull_by_jvp,
+    "forward over forward": lambda f: lambda *v: jvp(lambda *v: jvp(f, v, v)[1], v, v),
+}
+
+
+@pytest.mark.parametrize("order", DERIVATIVES)
+@examples(20)
+@given(drawn=convolutions())
+def test_each_derivative_of_a_mapped_convolution_is_a_loop(order: str, drawn: Convolution) -> None:
+    """Over images, over weights, over both, each by its first or a later dimension."""
+    x, weight, geometry = drawn
+    ours = DERIVATIVES[order](lambda x, w: convolve(x, w, geometry))
+    theirs = DERIVATIVES[order](lambda x, w: stock(x, w, geometry))
+    for x_dim, weight_dim in ((0, None), (1, None), (None, 0), (None, 2), (0, 0), (1, 3)):
+        xs = x[0] if x_dim is None else x.movedim(0, x_dim)
+        weights = weight[0] if weight_dim is None else weight.movedim(0, weight_dim)
+        actual = vmap(ours, (x_dim, weight_dim))(xs, weights)
+        for i, one in enumerate(tree.unstack(actual)):
+            each = x[0 if x_dim is None else i], weight[0 if weight_dim is None else i]
+            for a, b in zip(tree.leaves(one), tree.leaves(theirs(*each)), strict=True):
+                assert_close(a, b, 1e-11)
+
+
+@examples(20)
+@given(drawn=convolutions())
+def test_nested_maps_are_loops(drawn: Convolution) -> None:
+    """Networks by images, either one the outer."""
+    x, weight, geometry = drawn
+    f = gradient(lambda x, w: convolve(x, w, geometry))
+    g = gradient(lambda x, w: stock(x, w, geometry))
+    outer = vmap(vmap(f, (0, None)), (None, 0))(x, weight)
+    inner = vmap(vmap(f, (None, 0)), (0, None))(x, weight)
+    for i, j in product(range(len(weight)), range(len(x))):
+        expected = g(x[j], weight[i])
+        for a, b, c in zip(outer, inner, expected, strict=True):
+            assert_close(a[i, j], c, 1e-11)
+            assert_close(b[j, i], c, 1e-11)
+
+
+@pytest.mark.parametrize("small", [0, 10**9])
+@examples(20)
+@given(drawn=convolutions())
+def test_weight_gradients_by_either_kernel_and_their_norms(small: int, drawn: Convolution) -> None:
+    x, weight, geometry = drawn
+    cotangent = torch.stack([stock(one, weight[0], geometry).cos() for one in x])
+    expected = torch.stack(
+        [
+            grad(lambda w, one, g: (stock(one, w, geometry) * g).sum())(weight[0], one, g)
+            for one, g in zip(x, cotangent, strict=True)
+        ]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "SMALL", small)
+        assert_close(weight_gradients(cotangent, x, weight[0], geometry), expected, 1e-12)
+        norms = squared_norms(cotangent, x, weight[0], geometry)
+    assert_close(norms, expected.flatten(1).square().sum(1), 1e-12)
+
+
+def test_norms_form_no_gradient_where_positions_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512x512x3x3 on 2x2 maps."""
+    monkeypatch.setattr(convolution, "weight_gradients", None)
+    x, weight = torch.ones(3, 1, 512, 2, 2), torch.ones(512, 512, 3, 3)
+    norms = squared_norms(torch.ones(3, 1, 512, 2, 2), x, weight, Geometry())
+    # In each of 512x512 kernels, by how many of the four places see a pixel: 1, 2 or 4.
+    assert_close(norms, torch.full((3,), 512.0**2 * (4 * 1 + 4 * 4 + 16)), 1e-6)
+
+
+def test_without_a_map_it_is_pytorchs_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 4, 4, 5, 5, generator=generator).unbind()
+    w = w[:, :, :3, :3]
+    ours, theirs = (lambda x, w, f=f: f(x, w, Geometry(2, 1, 1)) for f in (convolve, stock))
+    assert_same(ours(x, w), theirs(x, w))
+    assert_same(gradient(ours)(x, w), gradient(theirs)(x, w))
+    y = ours(x, w)
+    assert_same(pull_back(y, x, w, Geometry(2, 1, 1), True, True), vjp(theirs, x, w)[1](y))
+    assert pull_back(y, x, w, Geometry(2, 1, 1), False, False) == (None, None)
+
+
+def test_results_for_several_weights_lie_channels_last() -> None:
+    x = torch.ones(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    weights = torch.ones(3, 6, 4, 3, 3)
+    y = vmap(lambda w: convolve(x, w, Geometry()))(weights)
+    assert y.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
