@@ -61,6 +61,7 @@ def pull_back(
     if transforms.mapped() and not transforms.forward_mode(cotangent, x, weight):
         grads: Gradients = _PullBack.apply(cotangent, x, weight, geometry, *needed)
         return grads
+    x, weight = _strided(x), _strided(weight)
     *grads_, _ = torch.ops.aten.convolution_backward(
         cotangent,
         x,
@@ -179,8 +180,7 @@ def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geo
     """The gradient of one weight for each of cotangent `[n b o h w]` and x `[n b c h w]`."""
     k = weight.shape[3]
     if k > 1 and cotangent.shape[3:].numel() > SMALL:
-        n = len(x)
-        pairs = zip(_members(cotangent, 0, n), _members(x, 0, n), strict=True)
+        pairs = zip(cotangent, x, strict=True)
         return _stack([weight_gradient(*pair, weight, geometry) for pair in pairs])
     rows, patches = _rows(cotangent, geometry), _patches(x, k, geometry)
     grads = (rows.mT @ patches).flatten(1, 2)  # [n o k*k*c/groups]
@@ -219,6 +219,16 @@ def _patches(x: Tensor, k: int, geometry: Geometry) -> Tensor:
     return patches.permute(0, 2, 1, 4, 5, 6, 7, 3).flatten(5).flatten(2, 4)
 
 
+def _strided(tensor: Tensor) -> Tensor:
+    """With the stride of the first dimension that a tensor of its own has.
+
+    Where there is one image, or one output, it may be any; but with another one, PyTorch 2.13
+    raises or gives a wrong gradient in float64, if the weight lies channels last.
+    """
+    usual = len(tensor) != 1 or tensor.stride(0) == tensor[0].numel()
+    return tensor if usual else torch.cat([tensor, tensor])[:1]
+
+
 def _whole(grad: Tensor | None) -> Tensor:
     assert grad is not None  # it was asked for
     return grad
@@ -230,13 +240,8 @@ def _first(tensor: Tensor, dim: int | None, n: int) -> Tensor:
 
 
 def _members(tensor: Tensor, dim: int | None, n: int) -> Sequence[Tensor]:
-    """Each of what is mapped over.
-
-    Cut, not indexed: where a batch of one lies channels last but with another stride between
-    images, as elementwise operations may leave it, PyTorch 2.13's grouped weight gradient is wrong
-    without an error.
-    """
-    return [tensor] * n if dim is None else tensor.movedim(dim, 0).flatten(0, 1).chunk(n)
+    """Each of what is mapped over."""
+    return [tensor] * n if dim is None else tensor.movedim(dim, 0).unbind()
 
 
 def _stack(tensors: Sequence[Any]) -> Tensor:

@@ -78,10 +78,13 @@ class Convolution(NamedTuple):
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> Convolution:
-    """Two or three of one geometry, maps both smaller than the kernel and of many positions."""
+    """One to three of one geometry, maps both smaller than the kernel and of many positions.
+
+    In either memory format, with whatever stride a batch of one gets of `Tensor.unsqueeze`.
+    """
     groups, k = draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([1, 3, 7]))
     geometry = Geometry(draw(st.integers(1, 2)), draw(st.integers(1, 2)), groups)
-    count, batch = draw(st.integers(2, 3)), draw(st.integers(1, 2))
+    count, batch = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     size = draw(st.sampled_from([(3, 4), (9, 8), (40, 18)]))
     generator = torch.Generator().manual_seed(draw(seeds))
     inputs, outputs = (groups * draw(st.integers(1, 3)) for _ in range(2))
@@ -89,6 +92,9 @@ def convolutions(draw: st.DrawFn) -> Convolution:
         torch.randn(count, *shape, generator=generator, dtype=torch.float64)
         for shape in ((batch, inputs, *size), (outputs, inputs // groups, k, k))
     )
+    if draw(st.booleans()):
+        x, weight = (v.movedim(2, 4).contiguous().movedim(4, 2) for v in (x, weight))
+        x = x.squeeze(1).unsqueeze(1) if batch == 1 else x
     return Convolution(x, weight, geometry)
 
 
