@@ -22,6 +22,7 @@ from fresnet.ops import (
     linear,
     max_pool,
     relu,
+    subsample,
     zero_pad,
 )
 from fresnet.recompute import recomputed
@@ -298,7 +299,7 @@ def _shortcut(
             x, stats = norm(w.norm, s.norm, conv2d(x, w.conv))
             return add(y, x), ProjectionStats(stats)
         case ZeroPad():
-            return add(y, zero_pad(x[:, :, ::stride, ::stride], channels=y.shape[1])), s
+            return add(y, zero_pad(subsample(x, stride), channels=y.shape[1])), s
         case NoShortcut():
             return y, s
 
