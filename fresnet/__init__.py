@@ -7,6 +7,7 @@ logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 
 from fresnet import moments, optim, training, tree
 from fresnet.errors import FresnetError
+from fresnet.export import export
 from fresnet.files import load, save
 from fresnet.init import init
 from fresnet.interop import from_state_dict, to_state_dict
@@ -32,6 +33,7 @@ __all__ = [
     "Params",
     "Spec",
     "dilate",
+    "export",
     "features",
     "forward",
     "forward_moments",
