@@ -112,14 +112,7 @@ def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     x = conv.new_zeros(2, conv.shape[1], *(size or (side, side)))
     x = x.contiguous(memory_format=torch.channels_last)
     dynamic = dict.fromkeys(_dynamic(size), Dim.DYNAMIC)
-    # Whether two expressions of a size are equal is left to the program that runs: the compiler
-    # of expressions cannot tell for zero padding, and for pooling of odd sizes.
-    program = torch.export.export(
-        _Network(params),
-        (x,),
-        dynamic_shapes=(dynamic,),
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )
+    program = torch.export.export(_Network(params), (x,), dynamic_shapes=(dynamic,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # where fresnet lies on this machine
     return program
