@@ -9,6 +9,7 @@ from fresnet import moments, optim, training, tree
 from fresnet.allocator import keep_pages
 from fresnet.clipping import clipped_grads, per_sample_norms
 from fresnet.errors import FresnetError
+from fresnet.export import export
 from fresnet.files import load, save
 from fresnet.inference import compile_inference
 from fresnet.init import init
@@ -37,6 +38,7 @@ __all__ = [
     "clipped_grads",
     "compile_inference",
     "dilate",
+    "export",
     "features",
     "fold",
     "forward",

@@ -12,9 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet import __version__, forward, init, load, preprocess, save, summary, to_state_dict
+from fresnet import (
+    __version__,
+    export,
+    forward,
+    init,
+    load,
+    preprocess,
+    save,
+    summary,
+    to_state_dict,
+)
 from fresnet.allocator import keep_pages
 from fresnet.errors import FresnetError, reason, suggestion
+from fresnet.export import SUFFIXES
 from fresnet.interop import LAYOUTS, foreign_to, untold
 from fresnet.preprocess import PRESETS, Preset
 from fresnet.specs import SPECS
@@ -32,7 +43,8 @@ EXAMPLES = {
       --preset timm-a1 --labels imagenet_classes.txt --top 3 --json""",
     "convert": """examples:
   python -m fresnet convert checkpoint.pth resnet50.safetensors
-  python -m fresnet convert microsoft/resnet-50 resnet50.pth --layout timm""",
+  python -m fresnet convert microsoft/resnet-50 resnet50.pth --layout timm
+  python -m fresnet convert checkpoint.pth resnet50.onnx""",
     "train": """examples:
   python -m fresnet train imagenet --recipe v1 --dry-run
   torchrun --nproc-per-node 8 -m fresnet train imagenet --recipe v2 --bfloat16
@@ -106,9 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="as JSON")
     _add_stride(sub)
 
-    sub = command("convert", _convert, "a checkpoint under another library's names")
+    what = "a checkpoint under another library's names, or exported to run without fresnet"
+    sub = command("convert", _convert, what)
     sub.add_argument("source", metavar="IN", help=WEIGHTS)
-    sub.add_argument("target", metavar="OUT", type=Path, help="a .safetensors, .pth, .pt or .bin")
+    sub.add_argument(
+        "target",
+        metavar="OUT",
+        type=Path,
+        help="a .safetensors, .pth, .pt or .bin, or to run: an .onnx or .pt2",
+    )
     sub.add_argument("--layout", choices=LAYOUTS, default="torchvision", help="default torchvision")
     _add_stride(sub)
 
@@ -248,9 +266,13 @@ def _labels(path: Path | None, classes: int) -> Sequence[str | None]:
 
 
 def _convert(args: argparse.Namespace) -> str:
-    if args.target.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-        raise FresnetError(f"OUT expects a .safetensors, .pth, .pt or .bin; got {args.target}")
+    if args.target.suffix not in (".safetensors", ".pth", ".pt", ".bin", *SUFFIXES):
+        expected = "a .safetensors, .pth, .pt, .bin, .onnx or .pt2"
+        raise FresnetError(f"OUT expects {expected}; got {args.target}")
     params = load(args.source, stride_in_1x1=args.stride_in_1x1)
+    if args.target.suffix in SUFFIXES:
+        export(params, args.target)
+        return f"wrote {args.target}"
     if args.target.suffix != ".safetensors":
         write_pickle("convert", to_state_dict(params, args.layout), args.target)
     elif args.layout != "torchvision":

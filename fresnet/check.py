@@ -106,6 +106,22 @@ def check_group(caller: str, group: Group | None) -> None:
         )
 
 
+def check_image_size(caller: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, given as such or as the side of a square.
+
+    Raises:
+      FresnetError: if they are not integers from 1 to 2**20.
+    """
+    size: Any = (image_size, image_size) if type(image_size) is int else image_size
+    if type(size) is tuple and len(size) == 2:
+        height, width = size
+        if all(type(n) is int and 0 < n <= 2**20 for n in size):
+            return height, width
+    raise FresnetError(
+        f"{caller} expects image_size to be an integer from 1 to 2**20, or two; got {image_size!r}"
+    )
+
+
 def check_params(caller: str, params: Params) -> None:
     """Refuse a tree that is no network, or not of one dtype on one device.
 

@@ -23,6 +23,7 @@ from fresnet.ops import (
     linear,
     max_pool,
     relu,
+    subsample,
     zero_pad,
 )
 from fresnet.recompute import recomputed
@@ -326,7 +327,7 @@ def _shortcut(
             x, stats = layer(w.conv, w.norm, s.norm, x, activation=False)
             return x, ProjectionStats(stats)
         case ZeroPad():
-            return zero_pad(x[:, :, ::stride, ::stride], channels=last.shape[0]), s
+            return zero_pad(subsample(x, stride), channels=last.shape[0]), s
         case NoShortcut():
             return None, s
 

@@ -43,6 +43,15 @@ def average_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, kernel_size=2, ceil_mode=True, count_include_pad=False)
 
 
+def subsample(x: Tensor, stride: int) -> Tensor:
+    """x `[b c h w]` at every `stride`-th place: `[b c ceil(h/stride) ceil(w/stride)]`.
+
+    As a pooling of single values, whose sizes follow a convolution's formula: of a slice's,
+    exporters cannot tell that they are the same.
+    """
+    return x if stride == 1 else F.avg_pool2d(x, kernel_size=1, stride=stride)
+
+
 def zero_pad(x: Tensor, channels: int) -> Tensor:
     """x `[b c h w]` with zeros for the channels that it lacks: `[b channels h w]`.
 

@@ -38,7 +38,7 @@ def write_safetensors(
         save_file = _safetensors("save_file")
         save_file(dict(state), temporary, metadata)
 
-    _replace(caller, path, write)
+    write_file(caller, path, write)
 
 
 def write_pickle(caller: str, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -48,14 +48,17 @@ def write_pickle(caller: str, state: Mapping[str, Tensor], path: str | os.PathLi
         with temporary.open("wb") as file:
             torch.save(dict(state), file)
 
-    _replace(caller, path, write)
+    write_file(caller, path, write)
 
 
-def _replace(caller: str, path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_file(caller: str, path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Let a file be written in a folder of its own beside this one, and then take its place.
 
     In a folder, since safetensors writes beside its target too: whatever is left when the process
     is killed can be told to be ours.
+
+    Raises:
+      FresnetError: naming the file and the reason, whatever it is.
     """
     temporary = None
     try:

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fresnet import tree
-from fresnet.check import check_params
-from fresnet.errors import FresnetError
+from fresnet.check import check_image_size, check_params
 from fresnet.net import RUN_BLOCK, Grid, inference_layer, plan, run_head, run_stem
 from fresnet.types import (
     DeepStem,
@@ -129,12 +128,7 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
       FresnetError: if params is not a network, or if image_size is not such a size.
     """
     check_params("summary", params)
-    size: Any = (image_size, image_size) if type(image_size) is int else image_size
-    if not _is_size(size):
-        raise FresnetError(
-            "summary expects image_size to be an integer from 1 to 2**20, or two; "
-            f"got {image_size!r}"
-        )
+    size = check_image_size("summary", image_size)
     weights, stats = tree.map(lambda leaf: leaf.to("meta"), params)
     x = weights.stem[0].new_empty((1, weights.stem[0].shape[1], *size))
     run: Callable[[], tuple[Tensor, Any]]
@@ -213,11 +207,3 @@ def _wrap(description: str, width: int) -> list[str]:
     """In lines, none of which ends between a kernel and its channels."""
     parts = re.sub(r"(\dx\d) ", r"\1_", description).split("; ")
     return [line.replace("_", " ") for part in parts for line in wrap(part, width) or [""]]
-
-
-def _is_size(size: Any) -> bool:
-    return (
-        isinstance(size, tuple)
-        and len(size) == 2
-        and all(type(n) is int and 0 < n <= 2**20 for n in size)
-    )

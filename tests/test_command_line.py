@@ -130,6 +130,13 @@ def test_convert(
     )
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffix: str) -> None:
+    code, out, err = call(capsys, "convert", "net.safetensors", f"net{suffix}")
+    assert (code, out, err) == (0, f"wrote net{suffix}\n", "")
+    assert (folder / f"net{suffix}").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -151,7 +158,11 @@ def test_convert(
             "predict china.png --weights net.safetensors --preset 2,4,bilinear",
             "or, say, 256,224,bil",
         ),
-        ("convert net.safetensors out.onnx", "OUT expects a .safetensors, .pth, .pt or .bin; got"),
+        (
+            "convert net.safetensors out.txt",
+            "OUT expects a .safetensors, .pth, .pt, .bin, .onnx or",
+        ),
+        ("convert net.safetensors no/out.onnx", "export cannot write no/out.onnx: No such file or"),
         ("convert plain.safetensors out.pth", "expects a network that torchvision has; got NoShor"),
         ("convert net.safetensors no/out.pth", "convert cannot write no/out.pth: No such file or"),
     ],

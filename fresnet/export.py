@@ -1,0 +1,167 @@
+"""Networks in files that run without fresnet: exported programs, compiled packages, ONNX."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from fresnet import tree
+from fresnet.check import check_image_size, check_params, first_conv
+from fresnet.errors import FresnetError
+from fresnet.interop import names
+from fresnet.net import forward
+from fresnet.storage import as_path, write_file
+from fresnet.types import Params
+
+SUFFIXES = (".onnx", ".pt2")
+
+THIRD_PARTY_WARNINGS = (
+    (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
+    (DeprecationWarning, r"`torch\.jit\.script_method` is deprecated"),
+    (UserWarning, "No complete tensor found in the group"),  # said of channels-last weights
+)
+"""What PyTorch says of itself while it exports; nothing a user could do about it."""
+
+
+def export(
+    params: Params,
+    path: str | os.PathLike[str],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    compiled: bool = False,
+) -> None:
+    """Write what `forward` does with a network to a file that runs without fresnet.
+
+    The path's ending says what is written: `.onnx`, ONNX; `.pt2`, a program for
+    `torch.export.load`, or if compiled, machine code for `torch._inductor.aoti_load_package`.
+    Each takes x `[b c h w]` in the dtype of the weights, of any b, and gives logits `[b k]`.
+    `docs/deployment.md` shows how to run them. The file is written whole or not at all.
+
+    >>> import fresnet, tempfile, torch
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fresnet.export(params, f"{folder}/resnet18.pt2")
+    ...     program = torch.export.load(f"{folder}/resnet18.pt2")
+    >>> program.module()(torch.ones(3, 3, 64, 96)).shape
+    torch.Size([3, 10])
+
+    Args:
+      params: the network.
+      path: where to, ending in `.onnx` or `.pt2`; what is there is replaced.
+      image_size: the one size of image that the file will take, the side of a square or height
+        and width. By default a `.pt2` takes every size beyond the network's stride (33 on for a
+        ResNet-50), an `.onnx` every size.
+      compiled: compile ahead of time, for this machine's kind of processor. Takes a C++ compiler.
+    Raises:
+      FresnetError: if params is not a network with values, if path or image_size are not such, or
+        if the file cannot be written.
+    """
+    check_params("export", params)
+    if first_conv(params.weights).is_meta:
+        raise FresnetError("export expects a network with values; got one on meta")
+    size = None if image_size is None else check_image_size("export", image_size)
+    match as_path(path).suffix, compiled:
+        case (".onnx", False):
+            write = _write_onnx
+        case (".pt2", False):
+            write = _write_program
+        case (".pt2", True):
+            write = _write_compiled
+        case _:
+            what = ".pt2 if compiled" if compiled else ".onnx or .pt2"
+            raise FresnetError(f"export expects a path that ends in {what}; got {path!s}")
+    with _quiet():
+        write_file("export", path, partial(write, params, size))
+
+
+class _Network(nn.Module):
+    """`forward` as exporters take it: a module, whose entries have the names of state dicts."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        self.template = tree.map(lambda leaf: leaf.to("meta"), params)
+        self.names = names(params)
+        for name, leaf in zip(self.names, tree.leaves(params), strict=True):
+            *parents, entry = name.split(".")
+            module: nn.Module = self
+            for parent in parents:
+                if parent not in module._modules:
+                    module.add_module(parent, nn.Module())
+                module = module.get_submodule(parent)
+            module.register_buffer(entry, leaf.detach().clone())  # leaves may share memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        entries = dict(self.named_buffers())
+        return forward(tree.unflatten(self.template, [entries[name] for name in self.names]), x)
+
+
+def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
+    """The network's graph, its sizes symbols where they are not fixed."""
+    conv = first_conv(params.weights)
+    # Odd in every stage, and several pixels in the last: a program compiled for even sizes pools
+    # wrongly at odd ones, while those for odd sizes are right for all.
+    side = (8 << len(params.weights.stages)) + 1
+    # Channels last, as the first convolution takes them: nothing but its kernel, which looks at
+    # strides, reads x then. Else compiled code would turn x, taking it for contiguous.
+    x = conv.new_zeros(2, conv.shape[1], *(size or (side, side)))
+    x = x.contiguous(memory_format=torch.channels_last)
+    dynamic = dict.fromkeys(_dynamic(size), Dim.DYNAMIC)
+    program = torch.export.export(_Network(params), (x,), dynamic_shapes=(dynamic,))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # where fresnet lies on this machine
+    return program
+
+
+def _dynamic(size: tuple[int, int] | None) -> dict[int, str]:
+    """Which dimensions of x are not fixed, and what they are called."""
+    return {0: "batch", 2: "height", 3: "width"} if size is None else {0: "batch"}
+
+
+def _write_program(params: Params, size: tuple[int, int] | None, path: Path) -> None:
+    with path.open("wb") as file:
+        torch.export.save(_program(params, size), file)
+
+
+def _write_compiled(params: Params, size: tuple[int, int] | None, path: Path) -> None:
+    with path.open("wb") as file:
+        torch._inductor.aoti_compile_and_package(_program(params, size), package_path=file)
+
+
+def _write_onnx(params: Params, size: tuple[int, int] | None, path: Path) -> None:
+    try:
+        import onnx
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    except ImportError as error:
+        raise FresnetError("it takes onnx: pip install 'fresnet[export]'") from error
+    if (dtype := first_conv(params.weights).dtype) == torch.bfloat16:
+        raise FresnetError(f"ONNX expects float32, float16 or float64 weights; got {dtype}")
+    program = _program(params, size)
+    exported = torch.onnx.export(
+        program.run_decompositions({torch.ops.aten.addcmul.default: _multiply_add}),
+        output_names=["logits"],
+        dynamic_shapes=(_dynamic(size),),
+        verbose=False,
+    )
+    assert exported is not None
+    ClearMetadataAndDocStringPass()(exported.model)  # what each operation was in PyTorch
+    exported.save(path, external_data=False)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _multiply_add(shift: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """`torch.addcmul` in the order in which ONNX Runtime folds it into a convolution."""
+    return x * factor + shift
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for category, message in THIRD_PARTY_WARNINGS:
+            warnings.filterwarnings("ignore", message, category)
+        yield

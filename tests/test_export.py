@@ -1,0 +1,394 @@
+"""Exported files: run by others, without fresnet, they are `forward`."""
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+import onnxruntime
+import pytest
+import reference
+import torch
+from assertions import assert_close, global_generators_untouched, unmutated
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples, images, tiny_params
+from torch import Tensor
+
+import fresnet
+from fresnet import FresnetError, Params, Spec, tree
+from fresnet.types import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckV1,
+    DeepStem,
+    NoShortcut,
+    PooledProjection,
+    Stem3x3,
+    ZeroPad,
+)
+
+BOUND = 1e-5
+"""Relative, in float32: other kernels, folded norms."""
+
+
+def network(spec: Spec, dtype: torch.dtype = torch.float32) -> Params:
+    """Every leaf away from where `init` puts it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(leaf: Tensor) -> Tensor:
+        return (leaf + 0.2 * torch.rand(leaf.shape, generator=generator)).to(dtype)
+
+    weights, stats = fresnet.init(generator, spec, num_classes=5)
+    return Params(tree.map(moved, weights), tree.map(lambda s: moved(s).float(), stats))
+
+
+GROUPED_D = Spec(
+    Bottleneck, (1, 1), 8, stem=DeepStem, shortcut=PooledProjection, groups=2, group_width=32
+)
+NETWORKS = {
+    "grouped resnet-d": network(GROUPED_D),
+    "cifar, zero padding": network(Spec(BasicBlock, (1, 1, 1), 4, stem=Stem3x3, shortcut=ZeroPad)),
+    "plain": network(Spec(BasicBlock, (1, 1), 4, stem=Stem3x3, shortcut=NoShortcut)),
+    "v1, frozen": fresnet.freeze(network(Spec(BottleneckV1, (2, 1), 4))),
+    "dilated": fresnet.dilate(network(Spec(Bottleneck, (1, 1), 4)), output_stride=4),
+}
+STRIDES = {"grouped resnet-d": 8, "cifar, zero padding": 4, "plain": 2, "v1, frozen": 8}
+STRIDES["dilated"] = 4
+"""Of the whole network: how far apart the pixels are that the last stage is computed at."""
+
+SMALL = network(Spec(BasicBlock, (1,), 4, stem=Stem3x3))
+
+
+class Exported(NamedTuple):
+    params: Params
+    stride: int
+    session: Any
+    program: Callable[[Tensor], Tensor]
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=list(NETWORKS))
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A network in both kinds of files."""
+    params, folder = NETWORKS[request.param], tmp_path_factory.mktemp("exported")
+    with unmutated(params), global_generators_untouched():
+        fresnet.export(params, folder / "net.onnx")
+        fresnet.export(params, str(folder / "net.pt2"))
+    assert sorted(path.name for path in folder.iterdir()) == ["net.onnx", "net.pt2"]
+    program = torch.export.load(folder / "net.pt2").module()
+    stride = STRIDES[request.param]
+    return Exported(
+        params, stride, onnxruntime.InferenceSession(folder / "net.onnx"), program, folder
+    )
+
+
+def run_onnx(session: Any, x: Tensor) -> Tensor:
+    (logits,) = session.run(["logits"], {"x": x.numpy()})
+    return torch.from_numpy(logits)
+
+
+@examples(20)
+@given(x=images(dtype=torch.float32))
+def test_onnx_runs_as_forward_on_batches_of_every_size(exported: Exported, x: Tensor) -> None:
+    assert_close(run_onnx(exported.session, x), fresnet.forward(exported.params, x), BOUND)
+
+
+@examples(20)
+@given(x=images(dtype=torch.float32))
+def test_a_program_runs_as_forward_on_images_beyond_its_stride(
+    exported: Exported, x: Tensor
+) -> None:
+    if min(x.shape[2:]) > exported.stride:
+        assert_close(exported.program(x), fresnet.forward(exported.params, x), BOUND)
+    else:
+        with pytest.raises(AssertionError, match=r"Guard failed: x\.size"):
+            exported.program(x)
+
+
+@pytest.mark.slow
+@examples(10)
+@given(
+    params=tiny_params(),
+    x=images(side=st.integers(33, 67), dtype=torch.float32),  # beyond the stride of any of them
+    frozen=st.booleans(),
+    fixed=st.booleans(),
+)
+def test_every_network_runs_as_forward(
+    tmp_path_factory: pytest.TempPathFactory, params: Params, x: Tensor, frozen: bool, fixed: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("exported")
+    params = tree.map(Tensor.float, fresnet.freeze(params) if frozen else params)
+    size = tuple(x.shape[2:]) if fixed else None
+    fresnet.export(params, folder / "net.onnx", image_size=size)  # type: ignore[arg-type]
+    expected = fresnet.forward(params, x)
+    assert_close(run_onnx(onnxruntime.InferenceSession(folder / "net.onnx"), x), expected, BOUND)
+    fresnet.export(params, folder / "net.pt2", image_size=size)  # type: ignore[arg-type]
+    assert_close(torch.export.load(folder / "net.pt2").module()(x), expected, BOUND)
+
+
+ALONE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "fresnet":
+            raise AssertionError("fresnet is asked for")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+
+kind, *paths = sys.argv[1:]
+load = torch._inductor.aoti_load_package if kind == "compiled" else torch.export.load
+for path in paths:
+    loaded = load(path)
+    run = loaded if kind == "compiled" else loaded.module()
+    torch.save([run(x) for x in torch.load(path + ".inputs")], path + ".logits")
+assert "fresnet" not in sys.modules
+"""
+
+
+def run_alone(kind: str, paths: Sequence[Path], batches: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What a process without fresnet computes with each file of these batches."""
+    for path in paths:
+        torch.save(list(batches), f"{path}.inputs")
+    command = [sys.executable, "-P", "-c", ALONE, kind, *map(str, paths)]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(f"{path}.logits") for path in paths]
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """The same images in every order of strides that they may come in, one not dense."""
+    wide = x.new_empty(*x.shape[:3], 2 * x.shape[3])[..., ::2].copy_(x)
+    return [x, x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, wide]
+
+
+def batches(dtype: torch.dtype, *sizes: tuple[int, int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(b, 3, h, w) for b, h, w in sizes]
+    return [
+        layout for s in shapes for layout in layouts(torch.randn(s, generator=generator).to(dtype))
+    ]
+
+
+def test_programs_run_without_fresnet(tmp_path: Path) -> None:
+    half = network(GROUPED_D, torch.bfloat16)
+    fresnet.export(SMALL, tmp_path / "any size.pt2")
+    fresnet.export(half, tmp_path / "half.pt2", image_size=(8, 16))
+    xs = batches(torch.float32, (1, 9, 12), (5, 8, 33))
+    (logits,) = run_alone("program", [tmp_path / "any size.pt2"], xs)
+    for x, y in zip(xs, logits, strict=True):
+        assert_close(y, fresnet.forward(SMALL, x), BOUND)
+    xs = batches(torch.bfloat16, (1, 8, 16), (3, 8, 16))
+    (logits,) = run_alone("program", [tmp_path / "half.pt2"], xs)
+    for x, y in zip(xs, logits, strict=True):
+        assert_close(y, fresnet.forward(half, x), 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grouped resnet-d", "cifar, zero padding"])
+def test_compiled_packages_run_without_fresnet(name: str, tmp_path: Path) -> None:
+    """In every layout, and odd as well as even sizes: compiled code checks neither."""
+    params, path = NETWORKS[name], tmp_path / "net.pt2"
+    fresnet.export(params, path, compiled=True)
+    xs = batches(torch.float32, (1, 32, 32), (3, 33, 47), (2, 64, 35), (4, 46, 45))
+    (logits,) = run_alone("compiled", [path], xs)
+    for x, y in zip(xs, logits, strict=True):
+        assert_close(y, fresnet.forward(params, x), BOUND)
+
+
+@pytest.mark.slow
+def test_compiled_packages_in_bfloat16_for_one_size(tmp_path: Path) -> None:
+    params = network(Spec(BasicBlock, (1,), 4), torch.bfloat16)
+    fresnet.export(params, tmp_path / "net.pt2", compiled=True, image_size=16)
+    xs = batches(torch.bfloat16, (1, 16, 16), (3, 16, 16))
+    (logits,) = run_alone("compiled", [tmp_path / "net.pt2"], xs)
+    for x, y in zip(xs, logits, strict=True):
+        assert_close(y, fresnet.forward(params, x), 1e-2)
+
+
+@pytest.mark.slow
+def test_a_resnet50(tmp_path: Path) -> None:
+    params = reference.params(reference.module(fresnet.RESNET50, 0, dtype=torch.float32))
+    for suffix in (".onnx", ".pt2"):
+        fresnet.export(params, tmp_path / f"net{suffix}")
+        assert 94e6 < (tmp_path / f"net{suffix}").stat().st_size < 96e6
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for x in batches(torch.float32, (1, 224, 224), (3, 160, 192))[::2]:
+        expected = fresnet.forward(params, x)
+        assert_close(run_onnx(session, x), expected, BOUND)
+        assert_close(program(x), expected, BOUND)
+
+
+def test_what_is_in_an_onnx_file(exported: Exported) -> None:
+    """Names and sizes that say what they are, standard operators alone, and no traces."""
+    model = onnx.load(exported.folder / "net.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    ((x,), (logits,)) = model.graph.input, model.graph.output
+    sizes = [
+        [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (x, logits)
+    ]
+    assert (x.name, logits.name) == ("x", "logits")
+    assert sizes == [["batch", 3, "height", "width"], ["batch", 5]]
+    assert [(o.domain, o.version >= 18) for o in model.opset_import] == [("", True)]
+    assert not model.functions
+    operators = {
+        "Add",
+        "AveragePool",
+        "Conv",
+        "Gemm",
+        "MaxPool",
+        "Mul",
+        "Pad",
+        "ReduceMean",
+        "Relu",
+    }
+    assert {node.op_type for node in model.graph.node} <= operators
+    content = (exported.folder / "net.onnx").read_bytes()
+    assert b"fresnet" not in content
+    assert b".py" not in content
+
+
+def test_onnx_runtime_folds_every_norm_into_its_convolution(
+    exported: Exported, tmp_path: Path
+) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(exported.folder / "net.onnx", options)
+    nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    count = Counter(node.op_type for node in nodes)
+    blocks = [b for s in exported.params.weights.stages for b in fresnet.types.blocks_of(s)]
+    assert count["Mul"] == count["BatchNormalization"] == 0
+    assert count["Add"] == sum(not isinstance(b.shortcut, NoShortcut) for b in blocks)
+
+
+def test_one_size_of_image(tmp_path: Path) -> None:
+    fresnet.export(SMALL, tmp_path / "net.onnx", image_size=(1, 7))
+    fresnet.export(SMALL, tmp_path / "net.pt2", image_size=(1, 7))
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 3, 1, 7]
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for x in batches(torch.float32, (1, 1, 7), (4, 1, 7)):
+        expected = fresnet.forward(SMALL, x)
+        assert_close(run_onnx(session, x), expected, BOUND)
+        assert_close(program(x), expected, BOUND)
+    with pytest.raises(AssertionError, match=r"Guard failed: x\.size"):
+        program(torch.ones(1, 3, 7, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = tree.map(lambda w: w.to(dtype), SMALL.weights)
+    params = Params(weights, tree.map(lambda s: s.to(wide), SMALL.stats))
+    fresnet.export(params, tmp_path / "net.onnx")
+    fresnet.export(params, tmp_path / "net.pt2")
+    x = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8).to(dtype)
+    expected = fresnet.forward(params, x)
+    assert_close(torch.export.load(tmp_path / "net.pt2").module()(x), expected, BOUND)
+    if dtype == torch.float16:  # ONNX Runtime has no double convolution on CPU
+        session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+        assert_close(run_onnx(session, x), expected, 5e-3)
+
+
+def test_a_programs_entries_are_a_state_dict_of_torchvisions(tmp_path: Path) -> None:
+    model = reference.module(Spec(BasicBlock, (1, 1, 1, 1)), 0, dtype=torch.float32)
+    fresnet.export(reference.params(model), tmp_path / "net.pt2")
+    entries = torch.export.load(tmp_path / "net.pt2").state_dict
+    expected = model.state_dict()
+    assert list(entries) == [name for name in expected if "num_batches" not in name]
+    for name, entry in entries.items():
+        assert torch.equal(entry, expected[name]), name
+    model.load_state_dict(entries, strict=True)
+
+
+def test_leaves_may_share_memory_and_want_gradients(tmp_path: Path) -> None:
+    """One network of a stack is exported as it would be by itself, no larger."""
+    stack = tree.stack([SMALL, SMALL, SMALL])
+    _, member, _ = tree.unstack(tree.map(Tensor.requires_grad_, stack))
+    fresnet.export(SMALL, tmp_path / "alone.pt2")
+    fresnet.export(member, tmp_path / "net.pt2")
+    assert (tmp_path / "net.pt2").stat().st_size == (tmp_path / "alone.pt2").stat().st_size
+    x = torch.ones(1, 3, 8, 8)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    assert_close(program(x), fresnet.forward(SMALL, x), BOUND)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_nothing_is_printed(suffix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fresnet.export(SMALL, tmp_path / f"net{suffix}")
+    assert capfd.readouterr() == ("", "")
+
+
+STEM = SMALL.weights.stem
+MISFIT = SMALL._replace(weights=SMALL.weights._replace(stem=STEM._replace(conv=STEM.conv[:3])))
+META = tree.map(lambda leaf: leaf.to("meta"), SMALL)
+HALF = SMALL._replace(weights=tree.map(Tensor.bfloat16, SMALL.weights))
+
+
+@pytest.mark.parametrize(
+    ("params", "name", "options", "reason"),
+    [
+        (SMALL.weights, "a.onnx", {}, r"export expects Params\(weights, stats\); got a Weights"),
+        (META, "a.onnx", {}, "export expects a network with values; got one on meta"),
+        (SMALL, "a.pth", {}, r"export expects a path that ends in \.onnx or \.pt2; got .*a\.pth"),
+        (SMALL, "onnx", {}, r"export expects a path that ends in \.onnx or \.pt2; got .*onnx"),
+        (SMALL, "a.onnx", {"compiled": True}, r"ends in \.pt2 if compiled; got .*a\.onnx"),
+        (SMALL, "a.onnx", {"image_size": 0}, "export expects image_size to be an integer from 1"),
+        (SMALL, "no/a.onnx", {}, r"export cannot write .*a\.onnx: No such file or directory"),
+        (SMALL, "no/a.pt2", {}, r"export cannot write .*a\.pt2: No such file or directory"),
+        (SMALL, "folder.pt2", {}, r"export cannot write .*folder\.pt2: it is no regular file"),
+        (MISFIT, "a.onnx", {}, r"export cannot write .*a\.onnx: a norm of activations .* expects"),
+        (MISFIT, "old.pt2", {}, r"export cannot write .*old\.pt2: a norm of activations .* expect"),
+        (HALF, "old.onnx", {}, "ONNX expects float32, float16 or float64 weights; got .*bfloat16"),
+    ],
+)
+def test_refusals_leave_everything_as_it_was(
+    params: Any, name: str, options: Any, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.pt2").mkdir()
+    for old in ("old.onnx", "old.pt2"):
+        (tmp_path / old).write_text("old")
+    with pytest.raises(FresnetError, match=reason):
+        fresnet.export(params, tmp_path / name, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.pt2", "old.onnx", "old.pt2"]
+    assert (tmp_path / "old.onnx").read_text() == (tmp_path / "old.pt2").read_text() == "old"
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnx_ir.passes.common"])
+def test_onnx_takes_an_extra(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(FresnetError, match=r"it takes onnx: pip install 'fresnet\[export\]'"):
+        fresnet.export(SMALL, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_onnx_never_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise onnx.checker.ValidationError("no such attribute\nand more")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    (tmp_path / "net.onnx").write_text("old")
+    with pytest.raises(FresnetError, match=r"cannot write .*net\.onnx: no such attribute$"):
+        fresnet.export(SMALL, tmp_path / "net.onnx")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_fresnet_needs_none_of_it() -> None:
+    """Neither the import nor a program asks for the extra."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['onnx', 'onnx_ir', 'onnxscript']); "
+        "import fresnet; "
+        "fresnet.export(fresnet.init(0, fresnet.SPECS['resnet20']), '/dev/null/net.pt2')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "fresnet.errors.FresnetError: export cannot write /dev/null/net.pt2" in done.stderr
