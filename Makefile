@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Two processes of one thread each: much of the time goes into compiling, on one core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: train test test-fast lint
+.PHONY: train test test-fast lint bench bench-full
 
 train: .venv/ready  ## train a ResNet-50 on handwritten digits
 	$(BIN)/python examples/train_digits.py
@@ -18,6 +18,16 @@ lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/bench  ## against others that run or train a ResNet, five minutes
+	$(BIN)/python benchmarks/run.py
+
+bench-full: .venv/bench  ## all sizes and settings, an hour; writes docs/performance.md
+	$(BIN)/python benchmarks/run.py --full
+
+.venv/bench: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
+from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,9 @@ class Comparison(NamedTuple):
       images: that one run takes.
       flops: that one run needs, if that is known: twice the multiply-adds.
       dtype: in which the peak is taken.
-      agree: the largest error allowed, relative to the first one's result; whoever has a bound of
-        its own stands in `bounds`; a result of None is not compared.
+      agree: the largest error allowed, relative to the first one's result.
+      bounds: of those who have a bound of their own; those with an infinite one are not compared.
+      view: of a result, what is compared: a tensor, or tensors by name.
       rounds: how many turns each contender takes.
     """
 
@@ -49,6 +51,7 @@ class Comparison(NamedTuple):
     dtype: torch.dtype = torch.float32
     agree: float = 1e-4
     bounds: Mapping[str, float] = {}
+    view: Callable[[Any], Any] = lambda result: result
     rounds: int = 7
 
 
@@ -88,10 +91,13 @@ def measure(comparison: Comparison) -> list[Measured]:
 def _errors(comparison: Comparison, runs: Mapping[str, Run]) -> dict[str, float]:
     first, errors = None, {}
     for name, run in runs.items():
-        result = run()
+        bound, result = comparison.bounds.get(name, comparison.agree), run()
+        if bound == inf:
+            errors[name] = nan
+            continue
+        result = comparison.view(result)
         first = result if first is None else first
-        errors[name] = 0.0 if result is None else _distance(result, first)
-        bound = comparison.bounds.get(name, comparison.agree)
+        errors[name] = _distance(result, first)
         assert errors[name] <= bound, f"{comparison.title}: {name} is off by {errors[name]:.1e}"
     return errors
 
@@ -152,7 +158,8 @@ def table(comparison: Comparison, rows: list[Measured]) -> str:
         lines.append(
             f"| {row.name} | {comparison.images / seconds:.1f} "
             f"| {middle:.3f} ({low:.3f} to {high:.3f}) | {row.peak:.0f} | {row.prepare:.1f} s "
-            f"| {f'{share:.0%}' if share else ''} | {row.error:.0e} |"
+            f"| {f'{share:.0%}' if share else ''} "
+            f"| {'' if isnan(row.error) else f'{row.error:.0e}'} |"
         )
     return "\n".join(lines)
 

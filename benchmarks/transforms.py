@@ -1,31 +1,21 @@
-"""Per-sample gradients and ensembles: fresnet against stock `torch.func` on torchvision's module.
+"""Per-sample gradients and ensembles: fresnet beside stock `torch.func`, Opacus and loops.
 
-    python benchmarks/transforms.py              # ten minutes; --quick for one round
+    python benchmarks/transforms.py              # prints tables; --full for all sizes
 
-Contenders that compute the same thing are checked for it first, to 2%, by which two correct
-implementations may differ in float32. All take turns in one process, A B A B; a row gives the
-median of each one's times, the median ratio to the first within a round with its quartiles, and its
-peak memory above what was there before. Run it a second time with
-
-    MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
-
-for glibc to keep its pages, which otherwise come fresh from the system for every large tensor.
+Contenders that compute the same thing are checked for it, to 2%, by which two correct
+implementations may differ in float32.
 """
 
-import argparse
-import ctypes
-import gc
-import os
-import platform
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import Comparison, Run, main
 from torch import Tensor
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
@@ -41,7 +31,7 @@ import reference
 Contenders = Mapping[str, Callable[[], Any]]
 
 
-def per_sample(batch: int, side: int, chunk_size: int) -> Contenders:
+def per_sample(batch: int, side: int) -> Contenders:
     """Gradients of each image's loss by the running statistics, ResNet-50; then BatchNorm's own."""
     x, y = images(batch, side)
     model = reference.module(fresnet.RESNET50, 0, dtype=torch.float32).eval()
@@ -66,7 +56,7 @@ def per_sample(batch: int, side: int, chunk_size: int) -> Contenders:
     return {
         "stock vmap(grad)": lambda: stock(state, x, y),
         "fresnet running": lambda: ours("running"),
-        f"fresnet running, chunks of {chunk_size}": lambda: ours("running", chunk_size),
+        "fresnet running, in chunks": lambda: ours("running", batch // 4),
         "loop": loop,
         "fresnet batch": lambda: ours("batch"),
         "fresnet coupled": lambda: ours("coupled"),
@@ -136,36 +126,28 @@ def ensembles(members: int, batch: int, side: int, *, gradient: bool) -> Contend
     }
 
 
+def opacus(batch: int, side: int) -> Run:
+    """Opacus on torchvision's network, BatchNorm replaced and ReLU not in place, as it asks for."""
+    from opacus.grad_sample import GradSampleModule
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    x, y = images(batch, side)
+    model = ResNet(Bottleneck, [3, 4, 6, 3], 10, norm_layer=partial(torch.nn.GroupNorm, 32))
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.ReLU):
+            layer.inplace = False
+    module = GradSampleModule(model.to(memory_format=torch.channels_last), loss_reduction="sum")
+
+    def run() -> None:
+        module.zero_grad()
+        cross_entropy(module(x), y, reduction="sum").backward()
+
+    return run
+
+
 def images(batch: int, side: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
     return x.contiguous(memory_format=torch.channels_last), torch.arange(batch) % 10
-
-
-def compare(title: str, contenders: Contenders, rounds: int, equal: int) -> None:
-    """Check that the first so many agree, then time all in turns; a Markdown table."""
-    first, *others = (named(run()) for run in list(contenders.values())[:equal])
-    for other in others:
-        assert other.keys() == first.keys()
-        for name, value in first.items():
-            error = (other[name] - value).norm()
-            assert error <= 0.02 * value.norm() + 1e-4, f"{title}: contenders disagree on {name}"
-    del first, others
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    print(
-        f"\n### {title}\n\n| | median s | ratio (quartiles) | peak MiB |\n| --- | --- | --- | --- |"
-    )
-    base = times[next(iter(contenders))]
-    for name, run in contenders.items():
-        ratios = [a / b for a, b in zip(times[name], base, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
-        median = statistics.median(times[name])
-        spread = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        print(f"| {name} | {median:.3f} | {spread} | {peak_memory(run):.0f} |", flush=True)
 
 
 def named(result: Any) -> dict[str, Tensor]:
@@ -178,43 +160,43 @@ def named(result: Any) -> dict[str, Tensor]:
     return dict(zip(listed, tree.leaves(result), strict=True))
 
 
-def peak_memory(run: Callable[[], Any]) -> float:
-    """MiB of resident memory at most while this runs, above what is resident before."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = resident("VmRSS")
-    run()
-    return (resident("VmHWM") - before) / 1024
+def ready(run: Run) -> Callable[[], Run]:
+    return lambda: run
 
 
-def resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one round instead of seven")
+def comparisons(full: bool) -> Iterator[Comparison]:
     warnings.filterwarnings("ignore", "There is a performance drop")  # of stock vmap
-    rounds = 1 if parser.parse_args().quick else 7
-    pages = "keeps its pages" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "default"
-    print(
-        f"PyTorch {torch.__version__}, Python {platform.python_version()}, "
-        f"{torch.get_num_threads()} threads, float32, channels last; allocator: {pages}"
-    )
-    for batch, side in ((8, 64), (4, 224)):
-        title = f"per-sample gradients, ResNet-50, {batch} images of {side}x{side}"
-        compare(title, per_sample(batch, side, chunk_size=batch // 4), rounds, equal=4)
-        title = f"clipping per-sample gradients, ResNet-50, {batch} images of {side}x{side}"
-        compare(title, clipping(batch, side), rounds, equal=1)
+    for batch, side in ((8, 64), (4, 224)) if full else ((8, 64),):
+        size = f"ResNet-50, {batch} images of {side} px"
+        contenders = {name: ready(run) for name, run in per_sample(batch, side).items()}
+        contenders["Opacus, GroupNorm"] = partial(opacus, batch, side)
+        unlike = dict.fromkeys(["fresnet batch", "fresnet coupled", "Opacus, GroupNorm"], inf)
+        yield Comparison(
+            f"Per-sample gradients, {size}",
+            contenders,
+            batch,
+            agree=0.02,
+            bounds=unlike,
+            view=named,
+        )
+        contenders = {name: ready(run) for name, run in clipping(batch, side).items()}
+        yield Comparison(
+            f"Norms of per-sample gradients, {size}",
+            contenders,
+            batch,
+            bounds=dict.fromkeys(contenders, inf),
+        )
     for gradient in (False, True):
         what = "gradients" if gradient else "logits"
-        title = f"{what} of 8 ResNet-18, 16 images of 64x64"
-        compare(title, ensembles(8, 16, 64, gradient=gradient), rounds, equal=3)
+        runs = ensembles(8, 16, 64, gradient=gradient)
+        yield Comparison(
+            f"Ensemble of 8 ResNet-18, {what}, 16 images of 64 px",
+            {name: ready(run) for name, run in runs.items()},
+            16,
+            agree=0.02,
+            view=named,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, comparisons)
