@@ -143,23 +143,24 @@ def _timed(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def table(comparison: Comparison, rows: list[Measured]) -> str:
-    """The comparison in Markdown."""
+def table(entry: Mapping[str, Any]) -> str:
+    """What was recorded of a comparison, in Markdown."""
+    rows = [Measured(**row) for row in entry["rows"]]
     first = rows[0].name
     lines = [
-        f"### {comparison.title}\n",
+        f"### {entry['title']}\n",
         f"| | images/s | times {first} (quartiles) | peak MiB | prepared in | of peak | error |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         low, middle, high = quartiles(ratios(rows, row.name, first))
         seconds = statistics.median(row.seconds)
-        share = comparison.flops / seconds / peak(comparison.dtype) if comparison.flops else 0
+        share = f"{entry['flops'] / seconds / entry['peak']:.0%}" if entry["flops"] else ""
+        error = "" if isnan(row.error) else f"{row.error:.0e}"
         lines.append(
-            f"| {row.name} | {comparison.images / seconds:.1f} "
+            f"| {row.name} | {entry['images'] / seconds:.1f} "
             f"| {middle:.3f} ({low:.3f} to {high:.3f}) | {row.peak:.0f} | {row.prepare:.1f} s "
-            f"| {f'{share:.0%}' if share else ''} "
-            f"| {'' if isnan(row.error) else f'{row.error:.0e}'} |"
+            f"| {share} | {error} |"
         )
     return "\n".join(lines)
 
@@ -196,9 +197,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def record(path: Path, comparison: Comparison, rows: list[Measured]) -> None:
-    """Append to a file of results, one line of JSON for each comparison."""
-    entry = {
+def entry_of(comparison: Comparison, rows: list[Measured]) -> dict[str, Any]:
+    """All of a comparison that a table or a judge of it needs, as JSON takes it."""
+    return {
         "title": comparison.title,
         "setting": setting(),
         "environment": environment(),
@@ -206,10 +207,7 @@ def record(path: Path, comparison: Comparison, rows: list[Measured]) -> None:
         "flops": comparison.flops,
         "peak": peak(comparison.dtype),
         "rows": [row._asdict() for row in rows],
-        "table": table(comparison, rows),
     }
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
 
 
 def main(description: str | None, comparisons: Callable[[bool], Iterable[Comparison]]) -> None:
@@ -224,7 +222,8 @@ def main(description: str | None, comparisons: Callable[[bool], Iterable[Compari
     print(f"{setting()}; {', '.join(f'{k} {v}' for k, v in environment().items())}\n", flush=True)
     for comparison in comparisons(args.full):
         if args.only in comparison.title:
-            rows = measure(comparison)
-            print(table(comparison, rows), end="\n\n", flush=True)
+            entry = entry_of(comparison, measure(comparison))
+            print(table(entry), end="\n\n", flush=True)
             if args.record:
-                record(args.record, comparison, rows)
+                with args.record.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")

@@ -22,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import KEPT, Measured, quartiles, ratios
+from harness import KEPT, Measured, quartiles, ratios, table
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
@@ -121,7 +121,7 @@ def report(results: Results) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in environment.items())
     parts = [f"Measured: {versions}.\n", judge(results)]
     for setting in (PAGES_KEPT, DEFAULT):
-        tables = [entry["table"] for (_, found), entry in results.items() if found == setting]
+        tables = [table(entry) for (_, found), entry in results.items() if found == setting]
         if tables:
             parts += [
                 f"\n## With {setting}\n"
