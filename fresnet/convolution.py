@@ -104,7 +104,7 @@ class _Convolve(torch.autograd.Function):
             y = convolve(_first(x, x_dim, n).flatten(0, 1), weight, geometry)
             return torch.unflatten(y, 0, (n, -1)), 0
         members = zip(_members(x, x_dim, n), _members(weight, weight_dim, n), strict=True)
-        return _stack([convolve(*member, geometry) for member in members]), 0
+        return torch.stack([convolve(*member, geometry) for member in members]), 0
 
 
 class _PullBack(torch.autograd.Function):
@@ -157,7 +157,7 @@ class _PullBack(torch.autograd.Function):
             )
             grads = [pull_back(*member, geometry, *needed) for member in members]
             x_grad, weight_grad = (
-                _stack(column) if need else None
+                torch.stack(column) if need else None
                 for column, need in zip(zip(*grads, strict=True), needed, strict=True)
             )
         else:
@@ -181,7 +181,7 @@ def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geo
     k = weight.shape[3]
     if k > 1 and cotangent.shape[3:].numel() > SMALL:
         pairs = zip(cotangent, x, strict=True)
-        return _stack([weight_gradient(*pair, weight, geometry) for pair in pairs])
+        return torch.stack([weight_gradient(*pair, weight, geometry) for pair in pairs])
     rows, patches = _rows(cotangent, geometry), _patches(x, k, geometry)
     grads = (rows.mT @ patches).flatten(1, 2)  # [n o k*k*c/groups]
     return torch.unflatten(grads, 2, (k, k, -1)).movedim(4, 2)
@@ -242,8 +242,3 @@ def _first(tensor: Tensor, dim: int | None, n: int) -> Tensor:
 def _members(tensor: Tensor, dim: int | None, n: int) -> Sequence[Tensor]:
     """Each of what is mapped over."""
     return [tensor] * n if dim is None else tensor.movedim(dim, 0).unbind()
-
-
-def _stack(tensors: Sequence[Any]) -> Tensor:
-    """Channels last if the tensors are, which `torch.stack` does not keep."""
-    return torch.unflatten(torch.cat(list(tensors)), 0, (len(tensors), -1))

@@ -30,6 +30,16 @@ def gradient(f: Function) -> Function:
     return grad(lambda *inputs: sum(leaf.pow(3).sum() for leaf in tree.leaves(f(*inputs))), (0, 1))
 
 
+def by_one(f: Function, i: int) -> Function:
+    """The gradient by x or by the weight alone: then the other has no cotangent to be pulled."""
+
+    def gradient_by_one(*inputs: Tensor) -> Tensor:
+        found: Tensor = grad(lambda *inputs: f(*inputs).pow(3).sum(), i)(*inputs)
+        return found
+
+    return gradient_by_one
+
+
 def forward_over_reverse(f: Function) -> Function:
     return lambda *inputs: jvp(gradient(f), inputs, inputs)
 
@@ -52,13 +62,16 @@ DERIVATIVES: dict[str, Callable[[Function], Function]] = {
     "none": lambda f: f,
     "first": gradient,
     "second": lambda f: gradient(gradient(f)),
+    "second by x": lambda f: by_one(by_one(f, 0), 0),
+    "second by the weight": lambda f: by_one(by_one(f, 1), 1),
+    "by the weight, then x": lambda f: by_one(by_one(f, 1), 0),
     "third": lambda f: gradient(gradient(gradient(f))),
     "forward over reverse": forward_over_reverse,
     "reverse over forward": reverse_over_forward,
     "jvp of pull": pull_by_jvp,
     "forward over forward": lambda f: lambda *v: jvp(lambda *v: jvp(f, v, v)[1], v, v),
 }
-FORWARD_MODES = tuple(DERIVATIVES)[4:]
+FORWARD_MODES = tuple(DERIVATIVES)[7:]
 
 
 @pytest.mark.parametrize("order", DERIVATIVES)
