@@ -100,7 +100,6 @@ def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, activation: boo
             _compiled_tiles(n, h, w, o, bool(plus), activation)(out, made, bias, *plus)
         return y.permute(0, 3, 1, 2)
 
-    run(torch.zeros(shape).contiguous(memory_format=torch.channels_last), None)
     return run
 
 
