@@ -42,6 +42,7 @@ class Comparison(NamedTuple):
       bounds: of those who have a bound of their own; those with an infinite one are not compared.
       view: of a result, what is compared: a tensor, or tensors by name.
       rounds: how many turns each contender takes.
+      device: where runs are, which end when it has finished; memory is the device's.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Comparison(NamedTuple):
     bounds: Mapping[str, float] = {}
     view: Callable[[Any], Any] = lambda result: result
     rounds: int = 7
+    device: str = "cpu"
 
 
 class Measured(NamedTuple):
@@ -82,8 +84,9 @@ def measure(comparison: Comparison) -> list[Measured]:
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
+    memory = device_memory if comparison.device == "cuda" else peak_memory
     return [
-        Measured(name, prepare[name], seconds[name], peak_memory(run), errors[name])
+        Measured(name, prepare[name], seconds[name], memory(run), errors[name])
         for name, run in runs.items()
     ]
 
@@ -125,21 +128,24 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 @cache
-def peak(dtype: torch.dtype) -> float:
-    """Operations per second at most: of a product of matrices, or of oneDNN's convolution."""
-    a = torch.randn(2048, 2048).to(dtype)
-    x = torch.randn(8, 256, 28, 28).to(dtype).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(256, 256, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+def peak(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Operations per second at most: of a product of matrices, or of a convolution."""
+    n, b = (8192, 256) if device == "cuda" else (2048, 8)
+    a = torch.randn(n, n, device=device).to(dtype)
+    x, w = torch.randn(b, 256, 28, 28, device=device), torch.randn(256, 256, 3, 3, device=device)
+    x, w = (v.to(dtype).contiguous(memory_format=torch.channels_last) for v in (x, w))
     jobs: list[tuple[float, Run]] = [
-        (2.0 * 2048**3, lambda: a @ a),
+        (2.0 * n**3, lambda: a @ a),
         (2.0 * x.numel() * w[:, 0].numel(), lambda: torch.conv2d(x, w, padding=1)),
     ]
-    return max(flops / min(_timed(job) for _ in range(7)) for flops, job in jobs)
+    return max(flops / min(_timed(job, device) for _ in range(7)) for flops, job in jobs)
 
 
-def _timed(run: Run) -> float:
+def _timed(run: Run, device: str) -> float:
     start = time.perf_counter()
     run()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -175,6 +181,14 @@ def peak_memory(run: Run) -> float:
     return (_resident("VmHWM") - before) / 1024
 
 
+def device_memory(run: Run) -> float:
+    """MiB allocated on the GPU at most while this runs, above what is allocated before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def _resident(field: str) -> int:
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
@@ -189,9 +203,11 @@ def environment() -> dict[str, str]:
     cpu = Path("/proc/cpuinfo").read_text()
     model = next((line.split(": ")[1] for line in cpu.splitlines() if "model name" in line), "")
     packages = ("torch", "torchvision", "onnxruntime", "openvino", "opacus")
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": f"{model}, {torch.get_num_threads()} threads",
+        **gpu,
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
@@ -205,7 +221,7 @@ def entry_of(comparison: Comparison, rows: list[Measured]) -> dict[str, Any]:
         "environment": environment(),
         "images": comparison.images,
         "flops": comparison.flops,
-        "peak": peak(comparison.dtype),
+        "peak": peak(comparison.dtype, comparison.device),
         "rows": [row._asdict() for row in rows],
     }
 
