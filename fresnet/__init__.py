@@ -14,10 +14,11 @@ from fresnet.interop import from_state_dict, to_state_dict
 from fresnet.net import features, forward, forward_moments, forward_train
 from fresnet.per_sample import per_sample_grads
 from fresnet.preprocess import PRESETS, preprocess
+from fresnet.quantization import quantize
 from fresnet.regimes import dilate, fold, freeze, recalibrate
 from fresnet.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
 from fresnet.summary import summary
-from fresnet.types import Params
+from fresnet.types import Params, Quantized
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "SPECS",
     "FresnetError",
     "Params",
+    "Quantized",
     "Spec",
     "compile_inference",
     "dilate",
@@ -47,6 +49,7 @@ __all__ = [
     "optim",
     "per_sample_grads",
     "preprocess",
+    "quantize",
     "recalibrate",
     "save",
     "summary",
