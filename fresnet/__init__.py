@@ -17,10 +17,11 @@ from fresnet.interop import from_state_dict, to_state_dict
 from fresnet.net import features, forward, forward_moments, forward_train
 from fresnet.per_sample import per_sample_grads
 from fresnet.preprocess import PRESETS, preprocess
+from fresnet.quantization import quantize
 from fresnet.regimes import dilate, fold, freeze, recalibrate
 from fresnet.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
 from fresnet.summary import summary
-from fresnet.types import Params
+from fresnet.types import Params, Quantized
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "SPECS",
     "FresnetError",
     "Params",
+    "Quantized",
     "Spec",
     "clipped_grads",
     "compile_inference",
@@ -54,6 +56,7 @@ __all__ = [
     "per_sample_grads",
     "per_sample_norms",
     "preprocess",
+    "quantize",
     "recalibrate",
     "save",
     "summary",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from fresnet import onednn, tree
 from fresnet.collectives import Group
 from fresnet.errors import FresnetError, describe
 from fresnet.types import (
@@ -20,6 +21,7 @@ from fresnet.types import (
     Head,
     NormStats,
     Params,
+    Quantized,
     Stats,
     Weights,
     blocks_of,
@@ -48,7 +50,7 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
     check_images(caller, params, x)
 
 
-def check_images(caller: str, params: Params, x: Tensor) -> None:
+def check_images(caller: str, params: Params | Quantized, x: Tensor) -> None:
     """Refuse images that this network does not take.
 
     Raises:
@@ -56,7 +58,7 @@ def check_images(caller: str, params: Params, x: Tensor) -> None:
     """
     if not isinstance(x, Tensor):
         raise FresnetError(f"{caller} expects x to be a tensor [b c h w]; got {describe(x)}")
-    stem = first_conv(params.weights)
+    stem, head = first_conv(params.weights), params.weights.head.weight
     expected = f"{caller} expects x [b {stem.shape[1]} h w]"
     if x.ndim != 4 or x.shape[1] != stem.shape[1]:
         one = x.ndim == 3 and x.shape[0] == stem.shape[1]
@@ -64,10 +66,10 @@ def check_images(caller: str, params: Params, x: Tensor) -> None:
         raise FresnetError(f"{expected}; got {tuple(x.shape)}{hint}")
     if 0 in x.shape:
         raise FresnetError(f"{expected} with at least one image and pixel; got {tuple(x.shape)}")
-    if x.dtype != stem.dtype:
-        raise FresnetError(f"{expected} in the weights' {stem.dtype}; got {x.dtype}")
-    if x.device != stem.device:
-        raise FresnetError(f"{expected} on the weights' device {stem.device}; got {x.device}")
+    if x.dtype != head.dtype:  # a quantised network's convolutions are int8
+        raise FresnetError(f"{expected} in the weights' {head.dtype}; got {x.dtype}")
+    if x.device != head.device:
+        raise FresnetError(f"{expected} on the weights' device {head.device}; got {x.device}")
 
 
 def first_conv(weights: Weights) -> Any:
@@ -156,6 +158,22 @@ def check_params(caller: str, params: Params) -> None:
     walk.node("head", weights.head, (), (Head,))
 
 
+def check_quantized(caller: str, network: Quantized) -> None:
+    """Refuse a quantised network that has been cast or moved, and a machine without kernels for it.
+
+    Raises:
+      FresnetError: saying what was expected and what came.
+    """
+    for leaf in tree.leaves(network):
+        if leaf.dtype not in (torch.int8, torch.float32) or leaf.device.type != "cpu":
+            raise FresnetError(
+                f"{caller} expects a network as quantize returns it, in int8 and float32 on the "
+                f"CPU; got {leaf.dtype} on {leaf.device}"
+            )
+    if not onednn.is_int8_supported():
+        raise FresnetError(f"{caller} expects a PyTorch with oneDNN for int8; got one without")
+
+
 class _Walk(NamedTuple):
     """Down both trees at once: every node of a type that its place takes, every leaf a tensor."""
 
@@ -188,9 +206,9 @@ class _Walk(NamedTuple):
             self.fail(f"{tree}.{where}.{field}", expected, f"{leaf.dtype} on {leaf.device}")
 
     def same_length(self, where: str, weights: Any, stats: Any) -> None:
-        for tree, nodes in (("weights", weights), ("stats", stats)):
+        for which, nodes in (("weights", weights), ("stats", stats)):
             if type(nodes) is not tuple or not nodes:
-                self.fail(f"{tree}.{where}", "a tuple, not empty", describe(nodes))
+                self.fail(f"{which}.{where}", "a tuple, not empty", describe(nodes))
         if len(stats) != len(weights):
             expected = f"as long as weights.{where}, {len(weights)}"
             self.fail(f"stats.{where}", expected, str(len(stats)))

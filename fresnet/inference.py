@@ -9,21 +9,25 @@ import torch
 from torch import Tensor
 
 from fresnet import onednn, tree, winograd
-from fresnet.check import check_call, check_images
-from fresnet.net import forward, run_head, run_network
+from fresnet.check import check_images, check_params, check_quantized
+from fresnet.net import Layer, forward, run_head, run_network
+from fresnet.quantization import affine, from_levels, to_levels
 from fresnet.regimes import fold
-from fresnet.types import Bias, Params
+from fresnet.types import Bias, Params, Quantized, Rescale
 
 Inference = Callable[[Tensor], Tensor]
 
 
-def compile_inference(params: Params, x: Tensor) -> Inference:
+def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     """`forward` of these parameters, frozen: norms folded, weights packed for the processor.
 
     On a CPU, in float32 and bfloat16, each layer of the network, its sum and its ReLU are one call
     of oneDNN; 3x3 convolutions of stride 1 in float32 are Winograd's where that is faster, whose
     logits differ from those of `forward` by about 1e-6 of their norm (5e-7 otherwise; bfloat16's
     by 1e-2). On other devices and in other dtypes `torch.compile` does what it can.
+
+    What `quantize` returns runs in int8: activations are uint8 from the images to the last layer,
+    and the head is float32.
 
     Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, and keeps
     weights packed for it. Several threads may use the callable.
@@ -37,27 +41,36 @@ def compile_inference(params: Params, x: Tensor) -> Inference:
 
     Args:
       params: the network, of which a copy is taken. Where bfloat16 is wanted, fold it first and
-        then cast it: weights are rounded once.
+        then cast it: weights are rounded once. Or `quantize` it.
       x: images, float `[b c h w]`, of the shape that is to be prepared now.
     Returns:
       A function of images to logits `[b k]` without derivatives. It takes x of any shape, and
       raises a `FresnetError` for what `forward` would refuse.
     Raises:
-      FresnetError: as `forward` does.
+      FresnetError: as `forward` does, or for a quantised network that is not on the CPU, or where
+        PyTorch has no kernels for it.
     """
-    check_call("compile_inference", params, x)
-    with torch.no_grad():
-        folded = tree.map(torch.clone, tree.map(Tensor.detach, fold(params)))
-    prepare = _pack if onednn.is_supported(x.dtype, x.device) else _compile
+    network: Any
+    prepare: Callable[[Any, Tensor], Inference]
+    if isinstance(params, Quantized):
+        check_quantized("compile_inference", params)
+        network, prepare = tree.map(torch.clone, params), _pack_int8
+    else:
+        check_params("compile_inference", params)
+        with torch.no_grad():
+            network = tree.map(torch.clone, tree.map(Tensor.detach, fold(params)))
+        head = params.weights.head.weight
+        prepare = _pack if onednn.is_supported(head.dtype, head.device) else _compile
+    check_images("compile_inference", network, x)
     prepared: dict[torch.Size, Inference] = {}
     lock = Lock()
 
     def infer(x: Tensor) -> Tensor:
-        check_images("the compiled network", folded, x)
+        check_images("the compiled network", network, x)
         if x.shape not in prepared:
             with lock:
                 if x.shape not in prepared:
-                    prepared[x.shape] = prepare(folded, x)
+                    prepared[x.shape] = prepare(network, x)
         return prepared[x.shape](x)
 
     infer(x)
@@ -101,15 +114,75 @@ def _pack(params: Params, x: Tensor) -> Inference:
 
     @torch.no_grad()
     def infer(x: Tensor) -> Tensor:
-        rest = iter(layers)
-
-        def layer(*arguments: Any, shortcut: Tensor | None = None, **_: Any) -> Any:
-            return next(rest)(arguments[3], shortcut), ()
-
-        activations, _ = run_network(params, x.contiguous(memory_format=torch.channels_last), layer)
+        x = x.contiguous(memory_format=torch.channels_last)
+        activations, _ = run_network(params, x, _one_by_one(layers))
         return run_head(params.weights.head, activations[-1])
 
     return infer
+
+
+@torch.no_grad()
+def _pack_int8(network: Quantized, x: Tensor) -> Inference:
+    """As `_pack`. Layers are told what levels stand for by two images run in floating point.
+
+    One of them has the least value everywhere, and one the greatest: whatever stands between
+    layers, pooling, padding or nothing, hands these on.
+    """
+    params = Params(network.weights, network.ranges)
+    layers: list[onednn.Layer] = []
+
+    def pack(
+        conv: Tensor,
+        norm: Rescale,
+        seen: Tensor,
+        ends: Tensor,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        shortcut: Tensor | None = None,
+        activation: bool = True,
+    ) -> tuple[Tensor, tuple[()]]:
+        shape = torch.Size((len(x), *ends.shape[1:]))
+        layer = onednn.int8_convolution(
+            shape,
+            conv,
+            *norm,
+            source=affine(ends),
+            result=affine(seen),
+            added=None if shortcut is None else affine(shortcut),
+            stride=stride,
+            padding=dilation * (conv.shape[-1] // 2),
+            dilation=dilation,
+            groups=groups,
+            activation=activation,
+        )
+        layers.append(layer)
+        h, w = (-(-side // stride) for side in shape[2:])
+        return _filled(seen, len(conv), h, w), ()
+
+    activations, _ = run_network(params, _filled(network.images, *x.shape[1:]), pack)
+    images, last = affine(network.images), affine(activations[-1])
+
+    @torch.no_grad()
+    def infer(x: Tensor) -> Tensor:
+        activations, _ = run_network(params, to_levels(x, images), _one_by_one(layers))
+        return run_head(network.weights.head, from_levels(activations[-1], last))
+
+    return infer
+
+
+def _filled(ends: Tensor, c: int, h: int, w: int) -> Tensor:
+    return ends[:, None, None, None].expand(2, c, h, w)
+
+
+def _one_by_one(layers: list[onednn.Layer]) -> Layer:
+    rest = iter(layers)
+
+    def layer(*arguments: Any, shortcut: Tensor | None = None, **_: Any) -> Any:
+        return next(rest)(arguments[3], shortcut), ()
+
+    return layer
 
 
 def _compile(params: Params, x: Tensor) -> Inference:

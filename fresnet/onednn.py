@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fresnet.types import Affine
+
 Layer = Callable[[Tensor, Tensor | None], Tensor]
 """Of activations and what is to be added to the result, over which it may be written."""
 
@@ -18,6 +20,10 @@ def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     narrow = dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype is torch.float32 or narrow
+
+
+def is_int8_supported() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_prepack")
 
 
 def convolution(
@@ -56,3 +62,56 @@ def convolution(
         return y
 
     return run
+
+
+def int8_convolution(
+    shape: torch.Size,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    source: Affine,
+    result: Affine,
+    added: Affine | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: bool = False,
+) -> Layer:
+    """As `convolution`, from uint8 to uint8: sums are int32, then float32, and rounded once.
+
+    Args:
+      shape: of the activations, `[b c h w]`.
+      weight: int8 `[o c/groups k k]`, of which a step is worth scale `[o]`.
+      bias: `[o]`.
+      source: what the activations stand for.
+      result: what the results stand for.
+      added: what the levels stand for that are added, if any are.
+    """
+    window = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    packed = torch.ops.onednn.qconv_prepack(weight, scale, *source, *window, list(shape))
+    alone = torch.ops.onednn.qconv2d_pointwise.default
+    over = torch.ops.onednn.qconv2d_pointwise.binary
+    symmetric = torch.zeros_like(scale, dtype=torch.int32)
+    to, name = (*result, torch.uint8), "relu" if activation else "none"
+
+    def run(x: Tensor, levels: Tensor | None = None) -> Tensor:
+        y: Tensor
+        arguments = (x, *source, packed, scale, symmetric)
+        if added is None:
+            y = alone(*arguments, bias, *window, *to, name, [], "")
+        else:
+            assert levels is not None
+            levels = levels.contiguous(memory_format=torch.channels_last)
+            y = over(*arguments, levels, bias, *window, *to, *added, "sum", 1.0, name, [], "")
+        return y
+
+    return run
+
+
+def uint8_max_pool(x: Tensor, *, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """PyTorch's public one refuses uint8."""
+    window = ([kernel_size] * 2, [stride] * 2, [padding] * 2, [1, 1])
+    y: Tensor = torch.ops.quantized.max_pool2d(x, *window, False)
+    return y

@@ -1,5 +1,7 @@
 """The operations without statistics. Each refuses shapes that do not fit, so none broadcasts.
 
+Pooling and padding take uint8 too, of which zero is then a zero.
+
 `relu` and `add` write to their first argument, which in a network is always a norm's or a sum's own
 result that nothing else reads: over a quarter less memory forward, and no caller's tensor.
 """
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
-from fresnet import transforms
+from fresnet import onednn, transforms
 from fresnet.convolution import Geometry, convolve
 from fresnet.errors import FresnetError
 
@@ -35,11 +37,14 @@ def conv2d(
 
 def max_pool(x: Tensor) -> Tensor:
     """3x3 max pooling of stride 2, padded by one: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`."""
-    return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    max_pool2d = onednn.uint8_max_pool if x.dtype is torch.uint8 else F.max_pool2d
+    return max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
 def average_pool(x: Tensor) -> Tensor:
     """2x2 average pooling of stride 2: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`."""
+    if x.dtype is torch.uint8:
+        return average_pool(x.float()).round_().to(torch.uint8)
     return F.avg_pool2d(x, kernel_size=2, ceil_mode=True, count_include_pad=False)
 
 
@@ -49,7 +54,9 @@ def subsample(x: Tensor, stride: int) -> Tensor:
     As a pooling of single values, whose sizes follow a convolution's formula: of a slice's,
     exporters cannot tell that they are the same.
     """
-    return x if stride == 1 else F.avg_pool2d(x, kernel_size=1, stride=stride)
+    if stride == 1 or x.dtype is torch.uint8:
+        return x[:, :, ::stride, ::stride]
+    return F.avg_pool2d(x, kernel_size=1, stride=stride)
 
 
 def zero_pad(x: Tensor, channels: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The same network to run in another way: norms frozen or folded, statistics anew, dilated."""
 
 from collections.abc import Callable, Iterable
-from functools import reduce
-from typing import Any
+from functools import partial, reduce
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from fresnet.types import (
     Weights,
     blocks_of,
 )
+
+T = TypeVar("T")
 
 
 def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: True) -> Params:
@@ -174,16 +176,7 @@ def recalibrate(params: Params, batches: Iterable[Tensor]) -> Params:
     Raises:
       FresnetError: if batches is a tensor or holds none, or as `forward_train` does.
     """
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        raise FresnetError(
-            "recalibrate expects an iterable of batches [b c h w], such as [x] or "
-            f"(x for x, _ in loader); got {describe(batches)}"
-        )
-    seen = (_moments(params, x) for x in batches)
-    first = next(seen, None)
-    if first is None:
-        raise FresnetError("recalibrate expects at least one batch; got none")
-    merged = reduce(moments.merge, seen, first)
+    merged = merge_over("recalibrate", batches, partial(_moments, params), moments.merge)
     return params._replace(stats=moments.statistics(params.stats, merged, correction=1))
 
 
@@ -191,3 +184,22 @@ def recalibrate(params: Params, batches: Iterable[Tensor]) -> Params:
 def _moments(params: Params, x: Tensor) -> Stats:
     check_call("recalibrate", params, x)
     return forward_moments(params, x)[1]
+
+
+def merge_over(
+    caller: str,
+    batches: Iterable[Tensor],
+    look: Callable[[Tensor], T],
+    merge: Callable[[T, T], T],
+) -> T:
+    """What is seen of all batches, one at a time."""
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise FresnetError(
+            f"{caller} expects an iterable of batches [b c h w], such as [x] or "
+            f"(x for x, _ in loader); got {describe(batches)}"
+        )
+    seen = map(look, batches)
+    first = next(seen, None)
+    if first is None:
+        raise FresnetError(f"{caller} expects at least one batch; got none")
+    return reduce(merge, seen, first)

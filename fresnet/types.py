@@ -35,6 +35,13 @@ class Bias(NamedTuple):
     bias: Tensor
 
 
+class Rescale(NamedTuple):
+    """What a folded norm is once its convolution is of int8: y = x * scale + bias; each `[c]`."""
+
+    scale: Tensor
+    bias: Tensor
+
+
 AnyNorm: TypeAlias = Norm | FrozenNorm | Bias
 
 
@@ -54,6 +61,13 @@ class Moments(NamedTuple):
     n: Tensor
     mean: Tensor
     m2: Tensor
+
+
+class Affine(NamedTuple):
+    """What a level of uint8 stands for: scale * (level - zero_point)."""
+
+    scale: float
+    zero_point: int
 
 
 class Identity(NamedTuple):
@@ -231,6 +245,20 @@ class Params(NamedTuple):
 
     weights: Weights
     stats: Stats
+
+
+class Quantized(NamedTuple):
+    """A network in int8: for inference alone.
+
+    weights: folded; convolutions are int8 `[o c/groups k k]`, each beside its `Rescale`; the head
+      is as it was.
+    ranges: the least and the greatest of each layer's results, `[2]`, where `Stats` has a norm's.
+    images: the same of what the network is given.
+    """
+
+    weights: Weights
+    ranges: Stats
+    images: Tensor
 
 
 STEMS: tuple[type, ...] = (Stem7x7, DeepStem, Stem3x3)
