@@ -115,6 +115,11 @@ def ours_uncompiled(x: Tensor) -> Run:
     return lambda: fresnet.forward(folded(x.dtype), x)
 
 
+def int8(x: Tensor) -> Run:
+    infer = fresnet.compile_inference(fresnet.quantize(folded(torch.float32), [x]), x)
+    return lambda: infer(x)
+
+
 def comparisons(full: bool) -> Iterator[Comparison]:
     macs = fresnet.summary(folded(torch.float32), SIDE).multiply_adds
     for batch in (1, 8, 32) if full else (1, 8):
@@ -141,6 +146,8 @@ def comparisons(full: bool) -> Iterator[Comparison]:
         yield Comparison(
             f"{title}, bfloat16", narrow, batch, flops, torch.bfloat16, 2e-2, rounds=rounds
         )
+        levels = {"fresnet in float32": partial(ours, x), "fresnet": partial(int8, x)}
+        yield Comparison(f"{title}, int8", levels, batch, flops, agree=0.1, rounds=rounds)
 
 
 if __name__ == "__main__":

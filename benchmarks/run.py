@@ -54,6 +54,7 @@ def targets() -> list[Target]:
             Target(wide, "fresnet", ("torchvision",), 1.25),
             Target(wide, "fresnet", ("torchvision",), 1.6, DEFAULT),
             Target(narrow, "fresnet", ("OpenVINO",), 1.0),
+            Target(f"Inference, {images}, int8", "fresnet", ("fresnet in float32",), 2.0),
         ]
     step = "Training step, 16 images of 224 px"
     compiled = "Training step compiled, 16 images of 224 px"
