@@ -131,8 +131,18 @@ def opacus(batch: int, side: int) -> Run:
     from opacus.grad_sample import GradSampleModule
     from torchvision.models.resnet import Bottleneck, ResNet
 
+    class Block(Bottleneck):  # type: ignore[misc]
+        """Its sum not in place either."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            shortcut = x if self.downsample is None else self.downsample(x)
+            x = self.relu(self.bn1(self.conv1(x)))
+            x = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(x)))))
+            result: Tensor = self.relu(x + shortcut)
+            return result
+
     x, y = images(batch, side)
-    model = ResNet(Bottleneck, [3, 4, 6, 3], 10, norm_layer=partial(torch.nn.GroupNorm, 32))
+    model = ResNet(Block, [3, 4, 6, 3], 10, norm_layer=partial(torch.nn.GroupNorm, 32))
     for layer in model.modules():
         if isinstance(layer, torch.nn.ReLU):
             layer.inplace = False
