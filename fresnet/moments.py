@@ -3,8 +3,9 @@
 Each function takes trees as `forward_moments` returns them, or single nodes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
+from itertools import starmap
 from typing import Any, TypeVar
 
 import torch
@@ -67,10 +68,7 @@ def merge_across(moments: Tree, group: Group) -> Tree:
     if not own:
         return moments
     sizes = [len(node.mean) for node in own]
-    n, mean, m2 = (
-        torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])
-        for values in zip(*own, strict=True)
-    )
+    n, mean, m2 = _joined(own)
     # All norms in two messages: what a message costs hardly depends on its length.
     total, moment = all_sum(torch.stack([n, n * mean]), group)
     middle = moment / total.clamp(min=1)
@@ -79,6 +77,14 @@ def merge_across(moments: Tree, group: Group) -> Tree:
     merged = (Moments(n[0], mean, m2) for n, mean, m2 in parts)
     together: Tree = _map("merge_across", lambda _: next(merged), moments)
     return together
+
+
+def _joined(nodes: Sequence[Moments]) -> Moments:
+    """Of all channels of all nodes, end to end: n, mean and m2, each `[c]`."""
+    n, mean, m2 = zip(*nodes, strict=True)
+    sizes = [len(values) for values in mean]
+    counts = [count.expand(size) for count, size in zip(n, sizes, strict=True)]
+    return Moments(torch.cat(counts), torch.cat(mean), torch.cat(m2))
 
 
 def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree:
@@ -99,14 +105,23 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
       FresnetError: if the trees differ, or if the momentum is not such a number.
     """
     check_momentum("update", momentum)
-
-    def move(old: NormStats, seen: Moments) -> NormStats:
-        weight = torch.as_tensor(momentum, dtype=seen.mean.dtype, device=seen.mean.device)
-        new = (seen.mean, seen.m2 / (seen.n - 1).clamp(min=1))
-        pairs = zip((old.mean.detach(), old.var.detach()), new, strict=True)
-        return NormStats(*(torch.where(seen.n > 0, a.lerp(b, weight), a) for a, b in pairs))
-
-    updated: Tree = _map("update", move, stats, moments, first=NormStats)
+    pairs: list[tuple[NormStats, Moments]] = []
+    _map("update", lambda *pair: pairs.append(pair), stats, moments, first=NormStats)
+    if not pairs:
+        return stats
+    # All norms at once: for each its own, calls would take longer than what they compute.
+    old, seen = zip(*pairs, strict=True)
+    sizes = [len(node.mean) for node in old]
+    n, mean, m2 = _joined(seen)
+    weight = torch.as_tensor(momentum, dtype=mean.dtype, device=mean.device)
+    olds = (torch.cat(values).detach() for values in zip(*old, strict=True))
+    news = (mean, m2 / (n - 1).clamp(min=1))
+    moved = (
+        torch.where(n > 0, a.lerp(b, weight), a).split(sizes)
+        for a, b in zip(olds, news, strict=True)
+    )
+    new = starmap(NormStats, zip(*moved, strict=True))
+    updated: Tree = _map("update", lambda *_: next(new), stats, moments, first=NormStats)
     return updated
 
 

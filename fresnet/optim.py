@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fresnet import tree
+from fresnet import transforms, tree
 from fresnet.errors import FresnetError, describe
 
 Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
@@ -109,7 +109,10 @@ def sgd(
         def move(decays: bool, w: Tensor, g: Tensor, *velocity: Tensor) -> Any:
             if decays and not decoupled:
                 g = _plus(g, decay, w)
-            velocity = tuple(_plus(g, momentum, v) for v in velocity)
+                plus = _plus if nesterov else _plus_over
+            else:
+                plus = _plus
+            velocity = tuple(plus(g, momentum, v) for v in velocity)
             ahead = _plus(g, momentum, velocity[0]) if nesterov else velocity[0] if velocity else g
             if decays and decoupled:
                 w = _plus(w, -rate * decay, w)
@@ -299,6 +302,15 @@ def _plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
     if isinstance(factor, Tensor):
         return torch.addcmul(x, y, factor)
     return torch.add(x, y, alpha=factor)
+
+
+def _plus_over(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
+    """x + factor y, written over x, which nothing else reads."""
+    if torch.compiler.is_compiling() or transforms.active():
+        return _plus(x, factor, y)
+    if isinstance(factor, Tensor):
+        return x.addcmul_(y, factor)
+    return x.add_(y, alpha=factor)
 
 
 def _at(rate: Rate, step: Tensor) -> float | Tensor:
