@@ -171,7 +171,9 @@ def check_quantized(caller: str, network: Quantized) -> None:
                 f"CPU; got {leaf.dtype} on {leaf.device}"
             )
     if not onednn.is_int8_supported():
-        raise FresnetError(f"{caller} expects a PyTorch with oneDNN for int8; got one without")
+        raise FresnetError(
+            f"{caller} expects oneDNN for int8, on a processor with exact sums (VNNI); got none"
+        )
 
 
 class _Walk(NamedTuple):

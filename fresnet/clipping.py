@@ -118,8 +118,12 @@ def _check_max_norm(max_norm: float | Tensor) -> None:
 
 
 def _composed(*trees: Any) -> bool:
-    """Whether somebody follows what is computed here, whom the pass below would escape."""
-    return torch.compiler.is_compiling() or transforms.differentiated(*tree.leaves(trees))
+    """Whether somebody follows what is computed here, whom the pass below would escape.
+
+    In inference mode there would be no way back to take.
+    """
+    escapes = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+    return escapes or transforms.differentiated(*tree.leaves(trees))
 
 
 def _norms(grads: Weights) -> Tensor:

@@ -188,7 +188,7 @@ def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geo
 
 
 def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The squared norm `[n]` of each of `weight_gradients`.
+    """The squared norm `[n]` of each of `weight_gradients`, in float32 at least.
 
     A gradient A'B, with a row of A and of B for each position, has the squared norm <AA', BB'>:
     the cheaper way where there are few positions.
@@ -197,8 +197,11 @@ def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geomet
     """
     positions = cotangent.shape[1] * cotangent.shape[3:].numel()
     height, width = weight.shape[0] // geometry.groups, weight[0].numel()
+    wide = torch.promote_types(x.dtype, torch.float32)
     if positions * (height + width) > height * width:
-        return weight_gradients(cotangent, x, weight, geometry).square().flatten(1).sum(1)
+        grads = weight_gradients(cotangent, x, weight, geometry)
+        return grads.to(wide).square().flatten(1).sum(1)
+    cotangent, x = cotangent.to(wide), x.to(wide)
     rows, patches = _rows(cotangent, geometry), _patches(x, weight.shape[3], geometry)
     return ((rows @ rows.mT) * (patches @ patches.mT)).flatten(1).sum(1)
 

@@ -17,6 +17,9 @@ from fresnet.types import Bias, Params, Quantized, Rescale
 
 Inference = Callable[[Tensor], Tensor]
 
+_PREPARING = Lock()
+"""One for all networks: PyTorch's compiler cannot be at work in two threads."""
+
 
 def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     """`forward` of these parameters, frozen: norms folded, weights packed for the processor.
@@ -28,6 +31,8 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
 
     What `quantize` returns runs in int8: activations are uint8 from the images to the last layer,
     and the head is float32.
+
+    No NaN is looked for: ReLU within a call of oneDNN makes it 0, as rounding to int8 does.
 
     Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, and keeps
     weights packed for it. Several threads may use the callable.
@@ -48,7 +53,7 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
       raises a `FresnetError` for what `forward` would refuse.
     Raises:
       FresnetError: as `forward` does, or for a quantised network that is not on the CPU, or where
-        PyTorch has no kernels for it.
+        PyTorch has no kernels for it, or the processor none whose sums are exact (VNNI).
     """
     network: Any
     prepare: Callable[[Any, Tensor], Inference]
@@ -62,13 +67,15 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
         head = params.weights.head.weight
         prepare = _pack if onednn.is_supported(head.dtype, head.device) else _compile
     check_images("compile_inference", network, x)
+    if isinstance(params, Params):
+        with torch.no_grad():  # what does not fit, packed layers would refuse less well, or not
+            forward(*tree.map(lambda leaf: leaf.to("meta"), (params, x)))
     prepared: dict[torch.Size, Inference] = {}
-    lock = Lock()
 
     def infer(x: Tensor) -> Tensor:
         check_images("the compiled network", network, x)
         if x.shape not in prepared:
-            with lock:
+            with _PREPARING:
                 if x.shape not in prepared:
                     prepared[x.shape] = prepare(network, x)
         return prepared[x.shape](x)

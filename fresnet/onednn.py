@@ -4,6 +4,7 @@ The only file that touches those operators, which are private.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +23,18 @@ def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype is torch.float32 or narrow
 
 
+@cache
 def is_int8_supported() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_prepack")
+    """Whether sums are exact: on processors without VNNI, pairs of products saturate at 16 bits."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv_prepack"):
+        return False
+    with torch.device("cpu"):
+        x = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8)
+        weight = torch.full((1, 64, 3, 3), 127, dtype=torch.int8)
+        one, none = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
+    source, result = Affine(1.0, 0), Affine(255 * 127 * weight.numel() / 200, 0)
+    layer = int8_convolution(x.shape, weight, one, none, source=source, result=result)
+    return layer(x, None).item() == 200
 
 
 def convolution(

@@ -94,7 +94,7 @@ def fold(params: Params) -> Params:
       The network with a `Bias` for each norm, and no statistics. Cast to a narrower dtype
       afterwards, not before: weights are rounded once then.
     Raises:
-      FresnetError: if params is not a network.
+      FresnetError: if params is not a network, or if a norm's channels are not its convolution's.
     Source: Jacob et al. 2017, arXiv:1712.05877, Sec. 3.2.
     """
     check_params("fold", params)
@@ -117,7 +117,15 @@ def _fold(node: Any, stats: Any) -> Any:
             changed[field] = _fold(child, stats.shortcut)
         elif isinstance(child, Norm | FrozenNorm):
             conv, (mean, var) = field.replace("norm", "conv"), getattr(stats, field)
-            weight, factor = getattr(node, conv), child.scale * torch.rsqrt(var + EPS)
+            weight = getattr(node, conv)
+            shapes = [leaf.shape for leaf in (*child, mean, var)]
+            if set(shapes) != {weight.shape[:1]}:
+                got = ", ".join(str(tuple(shape)) for shape in shapes)
+                raise FresnetError(
+                    f"fold expects scale, bias, mean and var [{len(weight)}] each, beside a "
+                    f"convolution {tuple(weight.shape)}; got {got}"
+                )
+            factor = child.scale * torch.rsqrt(var + EPS)
             changed[conv] = (weight * factor[:, None, None, None]).to(weight.dtype)
             changed[field] = Bias((child.bias - mean * factor).to(weight.dtype))
     return node._replace(**changed)

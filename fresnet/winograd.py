@@ -79,7 +79,7 @@ def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, activation: boo
     kernel = _kernel(weight)
     per_image = weight.element_size() * POINTS * c * rows * columns
     at_once = max(CACHED, kernel.numel() * kernel.element_size()) // per_image
-    sizes = [len(part) for part in torch.empty(b).chunk(-(-b // max(at_once, 1)))]
+    sizes = [len(part) for part in _empty(b).chunk(-(-b // max(at_once, 1)))]
     products = {
         n: onednn.convolution(
             torch.Size((1, POINTS * c, 1, n * rows * columns)), kernel, None, groups=POINTS
@@ -109,7 +109,7 @@ def _tiles(side: int) -> int:
 
 def _kernel(weight: Tensor) -> Tensor:
     """G w G' for weight `[o c 3 3]`, as a grouped convolution takes it: `[36 o, c, 1, 1]`."""
-    g = torch.tensor(G, dtype=torch.float64)
+    g = torch.tensor(G, dtype=torch.float64, device=weight.device)
     values = torch.einsum("ir,ocrs,js->ijoc", g, weight.double(), g)
     return values.flatten(0, 2)[..., None, None].to(weight.dtype)
 
@@ -151,17 +151,21 @@ def _times(matrix: Matrix, along: Sequence[Tensor]) -> list[Tensor]:
 
 @cache
 def _compiled_values(b: int, h: int, w: int, c: int) -> Callable[..., Tensor]:
-    return _compiled(_values, torch.empty(b, h, w, c))
+    return _compiled(_values, _empty(b, h, w, c))
 
 
 @cache
 def _compiled_tiles(
     b: int, h: int, w: int, o: int, with_sum: bool, activation: bool
 ) -> Callable[..., None]:
-    products = torch.empty(1, 1, b * _tiles(h) * _tiles(w), POINTS * o)
-    out, bias = torch.empty(b, h, w, o), torch.empty(o)
+    products = _empty(1, 1, b * _tiles(h) * _tiles(w), POINTS * o)
+    out, bias = _empty(b, h, w, o), _empty(o)
     added = [torch.empty_like(out)] if with_sum else []
     return _compiled(partial(_tiles_of, activation=activation), out, products, bias, *added)
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
 
 
 def _compiled(function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:

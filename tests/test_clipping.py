@@ -124,6 +124,26 @@ def test_bfloat16_weights() -> None:
     assert_near(tree.map(Tensor.float, total), expected, 0.1)
 
 
+def test_in_inference_mode() -> None:
+    expected = fresnet.clipped_grads(cross_entropy, NETWORK, X, Y, max_norm=1.0, norms="running")
+    with torch.inference_mode():
+        found = fresnet.clipped_grads(cross_entropy, NETWORK, X, Y, max_norm=1.0, norms="running")
+    assert_trees_close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_squares_of_float16_neither_overflow_nor_vanish(scale: float) -> None:
+    narrow = tree.map(Tensor.half, NETWORK.weights)
+    params, x = NETWORK._replace(weights=narrow), X.half()
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(logits.float(), target) * scale
+
+    norms = fresnet.per_sample_norms(loss, params, x, Y, norms="running")
+    grads = fresnet.per_sample_grads(loss, params, x, Y, norms="running")
+    assert_close(norms, norms_of(tree.map(Tensor.float, grads)), 2e-2)
+
+
 @pytest.mark.parametrize("norms", ["running", "batch"])
 def test_mapped_over_networks_they_are_a_loop(norms: str) -> None:
     def both(params: Params) -> Any:

@@ -22,6 +22,10 @@ from fresnet.types import Affine, Bottleneck
 
 SPEC = fresnet.SPECS["resnet20"]
 
+pytestmark = pytest.mark.skipif(
+    not onednn.is_int8_supported(), reason="int8 needs a processor with VNNI"
+)
+
 
 def trained() -> tuple[Params, digits.Digits, digits.Digits]:
     """A small network by the recipe of `examples/train_digits.py`, and what it learnt from."""
@@ -180,10 +184,54 @@ def test_weights_are_rounded_to_steps_of_each_channels_largest() -> None:
     assert torch.equal(bias, folded.weights.stem.norm.bias)
 
 
+def test_what_lies_outside_of_the_range_is_clipped() -> None:
+    levels = affine(torch.tensor([-1.0, 3.0]))
+    assert to_levels(
+        torch.tensor([[[[-50.0, -1.0, 0.0, 3.0, 50.0]]]]), levels
+    ).flatten().tolist() == [
+        0,
+        0,
+        64,
+        255,
+        255,
+    ]
+
+
+def test_a_channel_without_weights_stays_without() -> None:
+    params = fresnet.init(0, SPEC, num_classes=5)
+    conv = params.weights.stem.conv.clone()
+    conv[3] = 0
+    stem = params.weights.stem._replace(conv=conv)
+    params = params._replace(weights=params.weights._replace(stem=stem))
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    quantized = fresnet.quantize(params, [x])
+    assert not quantized.weights.stem.conv[3].any()
+    assert fresnet.compile_inference(quantized, x)(x).isfinite().all()
+
+
+def test_what_is_quantized_and_compiled_keeps_its_weights() -> None:
+    params, x = fresnet.init(0, SPEC, num_classes=5), torch.randn(2, 3, 16, 16)
+    params = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
+    quantized = fresnet.quantize(params, [x])
+    assert not any(leaf.requires_grad for leaf in tree.leaves(quantized))
+    infer = fresnet.compile_inference(quantized, x)
+    logits = infer(x)
+    with torch.no_grad():
+        for leaf in tree.leaves(params):
+            leaf.zero_()
+    assert torch.equal(fresnet.compile_inference(quantized, x)(x), logits)
+    before = infer(x[:1]), infer(x)
+    again = fresnet.compile_inference(quantized, x)
+    for leaf in tree.leaves(quantized):
+        leaf.zero_()
+    assert torch.equal(again(x[:1]), before[0])  # prepared only now
+    assert torch.equal(again(x), before[1])
+
+
 def test_any_shape_is_taken_and_several_threads_may_ask() -> None:
     params = fresnet.init(0, SPEC, num_classes=5)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 24), (3, 24), (2, 31), (4, 9)] * 4
+    shapes = [(1, 24), (3, 24), (3, 31), (4, 9)] * 4
     batches = [torch.randn(b, 3, side, 24, generator=generator) for b, side in shapes]
     quantized = fresnet.quantize(params, batches)
     infer = fresnet.compile_inference(quantized, batches[0])
