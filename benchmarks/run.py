@@ -107,7 +107,7 @@ def judge(results: Results) -> str:
         else:
             low, middle, high = quartiles(ratios(rows, target.name, rival))
             measured = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        what = "less memory than" if target.memory else "as fast as"
+        what = "as little memory as" if target.memory else "as fast as"
         default = ", default allocator" if target.setting == DEFAULT else ""
         lines.append(
             f"| {target.title}{default} | {target.name} | {what} {rival} | {target.at_least:.2f} "

@@ -45,7 +45,8 @@ def per_sample_norms(
       x: images, float `[b c h w]`.
       y: targets, `[b ...]`.
       norms: what BatchNorm is to one image: "running" or "batch", as for `per_sample_grads`.
-        "coupled", an image's gradient is one of the whole batch, and costs a pass of its own.
+        Not "coupled": there an image's gradient is one of the whole batch, and costs a pass of its
+        own.
     Returns:
       norms `[b]`, never narrower than float32.
     Raises:

@@ -32,7 +32,8 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     What `quantize` returns runs in int8: activations are uint8 from the images to the last layer,
     and the head is float32.
 
-    No NaN is looked for: ReLU within a call of oneDNN makes it 0, as rounding to int8 does.
+    What is not finite may not be seen in the logits: ReLU within a call of oneDNN makes NaN 0, and
+    int8 has none. Where that matters, look at the images.
 
     Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, and keeps
     weights packed for it. Several threads may use the callable.

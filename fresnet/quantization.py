@@ -25,7 +25,7 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
         x = scale * (level - zero_point),  scale = (high - low) / 255
 
     Ranges are those of all images, whatever their order and batches. Some tens of images like those
-    to come will do; what lies outside is clipped.
+    to come, and of their size, will do; what lies outside is clipped.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
