@@ -118,7 +118,9 @@ def judge(results: Results) -> str:
 
 def report(results: Results) -> str:
     """The measured part of the document."""
-    environment = next(iter(results.values()))["environment"]
+    environments = [entry["environment"] for entry in results.values()]
+    dates = sorted({environment["date"] for environment in environments})
+    environment = {**environments[0], "date": " and ".join(dates)}
     versions = ", ".join(f"{name} {value}" for name, value in environment.items())
     parts = [f"Measured: {versions}.\n", judge(results)]
     for setting in (PAGES_KEPT, DEFAULT):

@@ -35,8 +35,9 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     What is not finite may not be seen in the logits: ReLU within a call of oneDNN makes NaN 0, and
     int8 has none. Where that matters, look at the images.
 
-    Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, and keeps
-    weights packed for it. Several threads may use the callable.
+    Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, for as
+    many threads as PyTorch then has; they stay for the process, and weights packed for the shape
+    with the callable. Several threads may use it.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)

@@ -16,6 +16,7 @@ from train_digits import BATCH, LOSS, batch, rate_for
 
 import fresnet
 from fresnet import FresnetError, Params, onednn, optim, tree
+from fresnet.ops import average_pool
 from fresnet.quantization import affine, from_levels, to_levels
 from fresnet.training import make_train_step, start
 from fresnet.types import Affine, Bottleneck
@@ -195,6 +196,11 @@ def test_what_lies_outside_of_the_range_is_clipped() -> None:
         255,
         255,
     ]
+
+
+def test_the_mean_of_levels_is_rounded() -> None:
+    levels = torch.tensor([[[[1, 1], [1, 0]]]], dtype=torch.uint8)
+    assert average_pool(levels).tolist() == [[[[1]]]]
 
 
 def test_a_channel_without_weights_stays_without() -> None:
