@@ -269,8 +269,13 @@ def _convert(args: argparse.Namespace) -> str:
     if args.target.suffix not in (".safetensors", ".pth", ".pt", ".bin", *SUFFIXES):
         expected = "a .safetensors, .pth, .pt, .bin, .onnx or .pt2"
         raise FresnetError(f"OUT expects {expected}; got {args.target}")
+    exported = args.target.suffix in SUFFIXES
+    if exported and args.layout != "torchvision":
+        raise FresnetError(
+            f"{args.target} expects no --layout: it holds a program; got {args.layout}"
+        )
     params = load(args.source, stride_in_1x1=args.stride_in_1x1)
-    if args.target.suffix in SUFFIXES:
+    if exported:
         export(params, args.target)
         return f"wrote {args.target}"
     if args.target.suffix != ".safetensors":

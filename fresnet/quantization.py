@@ -55,7 +55,7 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
     dtype = params.weights.head.weight.dtype
     if dtype is not torch.float32:
         raise FresnetError(f"quantize expects weights in torch.float32; got {dtype}")
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(params.weights.head.weight.device.type, enabled=False):
         folded = fold(params)
         seen = merge_over("quantize", batches, partial(_ranges, folded), _merge)
         if not all(leaf.isfinite().all() for leaf in tree.leaves(seen)):

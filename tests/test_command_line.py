@@ -162,6 +162,10 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
             "convert net.safetensors out.txt",
             "OUT expects a .safetensors, .pth, .pt, .bin, .onnx or",
         ),
+        (
+            "convert net.safetensors out.onnx --layout timm",
+            "out.onnx expects no --layout: it holds",
+        ),
         ("convert net.safetensors no/out.onnx", "export cannot write no/out.onnx: No such file or"),
         ("convert plain.safetensors out.pth", "expects a network that torchvision has; got NoShor"),
         ("convert net.safetensors no/out.pth", "convert cannot write no/out.pth: No such file or"),

@@ -174,6 +174,13 @@ def test_ranges_are_those_of_all_batches_in_any_order() -> None:
     assert first.images.tolist() == [min(map(Tensor.min, batches)), max(map(Tensor.max, batches))]
 
 
+def test_under_autocast_it_is_the_same() -> None:
+    params, x = fresnet.init(0, SPEC, num_classes=5), torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fresnet.quantize(params, [x])
+    assert_same(found, fresnet.quantize(params, [x]))
+
+
 def test_weights_are_rounded_to_steps_of_each_channels_largest() -> None:
     params = fresnet.init(0, SPEC, num_classes=5)
     x = torch.randn(2, 3, 16, 16)
