@@ -95,6 +95,7 @@ def test_several_threads_may_prepare_networks() -> None:
         prepared = list(pool.map(lambda x: fresnet.compile_inference(params, x), batches))
     for infer, x in zip(prepared, batches, strict=True):
         assert_close(infer(x), fresnet.forward(params, x), 1e-5)
+        assert_close(prepared[0](x), fresnet.forward(params, x), 1e-5)
 
 
 def test_a_network_with_winograds_layers() -> None:
