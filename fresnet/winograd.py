@@ -52,8 +52,11 @@ G: Matrix = (
     (0, 0, 1),
 )
 
-FEW = 16
-"""Tiles of a batch below which reading the kernel, four times as large, outweighs its products."""
+NARROW = 128
+"""Channels below which the transforms take as long as the multiplications that they save."""
+
+FEW = 2**14
+"""Values at one point below which more calls, and kernels four times as large, outweigh the rest."""
 
 CACHED = 2**21
 """Bytes of values made at once, where kernels are smaller: they are read again from the cache."""
@@ -61,13 +64,13 @@ CACHED = 2**21
 
 def is_faster(shape: torch.Size, weight: Tensor, stride: int, dilation: int, groups: int) -> bool:
     """Whether to take this algorithm for a convolution of activations of this shape, in float32."""
-    b, _, h, w = shape
+    b, c, h, w = shape
     return (
         weight.shape[2:] == (3, 3)
         and (stride, dilation, groups) == (1, 1, 1)
         and weight.dtype is torch.float32
-        and b * _tiles(h) * _tiles(w) >= FEW
-        and min(weight.shape[:2]) >= 64
+        and min(weight.shape[:2]) >= NARROW
+        and b * _tiles(h) * _tiles(w) * c >= FEW
         and _has_compiler()
     )
 

@@ -99,8 +99,8 @@ def test_several_threads_may_prepare_networks() -> None:
 
 def test_a_network_with_winograds_layers() -> None:
     """Of basic blocks, whose second convolution ends a shortcut, in parts of several images."""
-    params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1, 2)), num_classes=7)
-    x = torch.randn(5, 3, 60, 64, generator=torch.Generator().manual_seed(0))
+    params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1, 2), width=128), num_classes=7)
+    x = torch.randn(9, 3, 60, 64, generator=torch.Generator().manual_seed(0))
     infer = fresnet.compile_inference(params, x)
     assert winograd._compiled_tiles.cache_info().currsize >= 3
     assert_close(infer(x), fresnet.forward(params, x), 1e-5)
@@ -138,25 +138,26 @@ def test_other_dtypes_are_compiled_by_pytorch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "dtype", "stride", "dilation", "groups"),
+    ("images", "channels", "dtype", "stride", "dilation", "groups"),
     [
-        (64, torch.float32, 2, 1, 1),
-        (64, torch.float32, 1, 2, 1),
-        (64, torch.float32, 1, 1, 2),
-        (64, torch.bfloat16, 1, 1, 1),
-        (32, torch.float32, 1, 1, 1),
+        (8, 128, torch.float32, 2, 1, 1),
+        (8, 128, torch.float32, 1, 2, 1),
+        (8, 128, torch.float32, 1, 1, 2),
+        (8, 128, torch.bfloat16, 1, 1, 1),
+        (8, 64, torch.float32, 1, 1, 1),
+        (1, 128, torch.float32, 1, 1, 1),
     ],
 )
-def test_winograd_is_for_plain_convolutions_of_many_channels(
-    channels: int, dtype: torch.dtype, stride: int, dilation: int, groups: int
+def test_winograd_is_for_plain_convolutions_of_many_channels_and_images(
+    images: int, channels: int, dtype: torch.dtype, stride: int, dilation: int, groups: int
 ) -> None:
-    shape = torch.Size((8, channels * groups, 56, 56))
-    weight = torch.empty(64, channels, 3, 3, dtype=dtype)
+    shape = torch.Size((images, channels * groups, 28, 28))
+    weight = torch.empty(128, channels, 3, 3, dtype=dtype)
     assert not winograd.is_faster(shape, weight, stride, dilation, groups)
 
 
 def test_without_a_compiler_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, weight = torch.Size((8, 64, 56, 56)), torch.empty(64, 64, 3, 3)
+    shape, weight = torch.Size((8, 128, 28, 28)), torch.empty(128, 128, 3, 3)
     assert winograd.is_faster(shape, weight, 1, 1, 1)
     monkeypatch.setattr(winograd, "_has_compiler", lambda: False)
     assert not winograd.is_faster(shape, weight, 1, 1, 1)
