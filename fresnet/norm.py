@@ -141,14 +141,11 @@ class _FusedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _fused_norm(x, scale, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        _, *moments = output
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        y, *moments = _fused_norm(*inputs)
         ctx.mark_non_differentiable(*moments)
         ctx.save_for_backward(*inputs, *moments)
+        return y, *moments
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

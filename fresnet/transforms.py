@@ -44,18 +44,12 @@ def fused_norm_is_exact(*inputs: Tensor) -> bool:
     least, or its forward-mode derivative in any way, takes the saved moments for constants and
     comes out wrong without an error; and a vmap may come only once this call is over.
     """
-    if any(_is_differentiated_outside(tensor) for tensor in inputs):
+    stack, inputs = _stack(), tuple(map(_unwrapped, inputs))
+    if any(unpack_dual(tensor).tangent is not None for tensor in inputs):
         return False
-    return [kind for kind in _stack() if kind in (_KINDS.Grad, _KINDS.Jvp)] in ([], [_KINDS.Grad])
-
-
-def _is_differentiated_outside(tensor: Tensor) -> bool:
-    """Whether `torch.autograd`, not `torch.func`, is to differentiate by this tensor.
-
-    Its own reverse mode alone is left to the operation: it can ask how often.
-    """
-    in_transform, tensor = active(), _unwrapped(tensor)
-    return unpack_dual(tensor).tangent is not None or (in_transform and tensor.requires_grad)
+    if stack and any(tensor.requires_grad for tensor in inputs):
+        return False  # by torch.autograd, later; where it is alone, the operation can ask how often
+    return [kind for kind in stack if kind in (_KINDS.Grad, _KINDS.Jvp)] in ([], [_KINDS.Grad])
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:

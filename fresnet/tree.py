@@ -1,17 +1,17 @@
 """Trees of tensors: nested tuples, NamedTuples, lists and dicts whose leaves are tensors.
 
-The only file that touches PyTorch's pytree module, which is private but the one that
-`torch.func` itself flattens with, so a tree here is a tree there.
+So they are trees for `torch.func`, in the same order. They are walked here, and not by PyTorch's
+pytree module, which is private, because that takes several times as long.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from copy import copy
 from itertools import zip_longest
 from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from fresnet.errors import FresnetError, describe
 
@@ -26,7 +26,10 @@ def leaves(tree: Any) -> list[Tensor]:
     >>> fresnet.tree.leaves({"a": torch.tensor(1), "b": (torch.tensor(2),)})
     [tensor(1), tensor(2)]
     """
-    return _pytree.tree_leaves(tree)
+    children = _children(tree)
+    if children is None:
+        return [tree]
+    return [leaf for child in children for leaf in leaves(child)]
 
 
 def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: A001
@@ -40,7 +43,8 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: 
       FresnetError: if the trees differ in structure, node types included.
     """
     _check_structures("tree.map", tree, *rest)
-    return _pytree.tree_map(function, tree, *rest)  # type: ignore[no-any-return]
+    mapped: Tree = _map(function, tree, *rest)
+    return mapped
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -87,8 +91,12 @@ def paths(tree: Any) -> list[Path]:
     >>> fresnet.tree.paths({"a": 1, "b": (2, 3)})
     [('a',), ('b', 0), ('b', 1)]
     """
-    keyed, _ = _pytree.tree_flatten_with_path(tree)
-    return [tuple(_entry(key) for key in path) for path, _ in keyed]
+    children = _children(tree)
+    if children is None:
+        return [()]
+    steps = getattr(tree, "_fields", tree if isinstance(tree, dict) else range(len(tree)))
+    pairs = zip(steps, children, strict=True)
+    return [(step, *path) for step, child in pairs for path in paths(child)]
 
 
 def unflatten(like: Tree, new_leaves: Sequence[Any]) -> Tree:
@@ -101,12 +109,12 @@ def unflatten(like: Tree, new_leaves: Sequence[Any]) -> Tree:
     Raises:
       FresnetError: if there are more or fewer new leaves than places.
     """
-    spec = _pytree.tree_structure(like)
-    if spec.num_leaves != len(new_leaves):
-        raise FresnetError(
-            f"tree.unflatten expects {spec.num_leaves} leaves; got {len(new_leaves)}"
-        )
-    return _pytree.tree_unflatten(new_leaves, spec)  # type: ignore[no-any-return]
+    rest = iter(new_leaves)
+    places = len(leaves(like))
+    if places != len(new_leaves):
+        raise FresnetError(f"tree.unflatten expects {places} leaves; got {len(new_leaves)}")
+    filled: Tree = _map(lambda _: next(rest), like)
+    return filled
 
 
 def ravel(tree: Any) -> Tensor:
@@ -149,9 +157,28 @@ def unravel(like: Tree, vector: Tensor) -> Tree:
 
 
 def rebuild(node: Tree, children: Iterable[Any]) -> Tree:
-    """A tuple or NamedTuple of the same type with these children."""
-    new = type(node)
-    return new(*children) if hasattr(node, "_fields") else new(children)  # type: ignore[call-arg]
+    """A node of the same type, and the same keys, with these children."""
+    if isinstance(node, dict):
+        new = copy(node)  # some know more than their keys
+        new.update(zip(node, children, strict=True))
+        return new
+    kind = type(node)
+    return kind(*children) if hasattr(kind, "_fields") else kind(children)  # type: ignore[call-arg]
+
+
+def _children(node: Any) -> Collection[Any] | None:
+    """Of a leaf none, of a node without leaves no one."""
+    if isinstance(node, tuple | list):
+        return node
+    return node.values() if isinstance(node, dict) else None
+
+
+def _map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    children = _children(tree)
+    if children is None:
+        return function(tree, *rest)
+    below = zip(children, *[_children(other) for other in rest], strict=True)
+    return rebuild(tree, [_map(function, *places) for places in below])
 
 
 def _channels_last(leaf: Tensor) -> Tensor:
@@ -160,13 +187,24 @@ def _channels_last(leaf: Tensor) -> Tensor:
 
 
 def _check_structures(caller: str, first: Any, *rest: Any) -> None:
-    spec = _pytree.tree_structure(first)
     for number, other in enumerate(rest, start=2):
-        if _pytree.tree_structure(other) != spec:
+        if not _same(first, other):
             raise FresnetError(
                 f"{caller} expects trees of one structure; "
                 f"tree {number} differs from the first {_difference(first, other)}"
             )
+
+
+def _same(first: Any, other: Any) -> bool:
+    """Whether two trees are of one structure."""
+    children, others = _children(first), _children(other)
+    if children is None or others is None:
+        return children is others
+    if type(first) is not type(other) or len(children) != len(others):
+        return False
+    if isinstance(first, dict) and [*first] != [*other]:
+        return False
+    return all(_same(*pair) for pair in zip(children, others, strict=True))
 
 
 def _difference(first: Any, other: Any) -> str:
@@ -186,14 +224,3 @@ def _at(tree: Any, path: Path) -> Any:
     for step in path:
         tree = getattr(tree, step) if hasattr(tree, "_fields") else tree[step]  # type: ignore[arg-type]
     return tree
-
-
-def _entry(key: Any) -> str | int:
-    match key:
-        case _pytree.GetAttrKey(name=name):
-            return name
-        case _pytree.SequenceKey(idx=index):
-            return index
-        case _pytree.MappingKey(key=name):
-            return name  # type: ignore[no-any-return]
-    raise FresnetError(f"fresnet.tree knows tuples, NamedTuples, lists and dicts; got {key!r}")

@@ -56,7 +56,7 @@ NARROW = 128
 """Channels below which the transforms take as long as the multiplications that they save."""
 
 FEW = 2**14
-"""Values at one point below which more calls, and kernels four times as large, outweigh the rest."""
+"""Values at a point below which more calls, and kernels four times as large, outweigh the rest."""
 
 CACHED = 2**21
 """Bytes of values made at once, where kernels are smaller: they are read again from the cache."""

@@ -216,23 +216,26 @@ class Pair(NamedTuple):
     second: Any
 
 
-@st.composite
-def trees(draw: st.DrawFn) -> Any:
-    """Tuples, NamedTuples, lists and dicts, whose leaves may lie in each other's memory."""
-    owners = draw(st.lists(strided(), min_size=1, max_size=3))
-    leaves = st.sampled_from([*owners, *(x.movedim(0, -1) for x in owners if x.ndim), owners[0]])
-    return draw(
-        st.recursive(
-            leaves,
-            lambda nodes: (
-                st.lists(nodes, max_size=3)
-                | st.lists(nodes, max_size=3).map(tuple)
-                | st.builds(Pair, nodes, nodes)
-                | st.dictionaries(names | st.integers(0, 9), nodes, max_size=3)
-            ),
-            max_leaves=8,
-        )
+def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Tuples, NamedTuples, lists and dicts."""
+    return st.recursive(
+        leaves,
+        lambda nodes: (
+            st.lists(nodes, max_size=3)
+            | st.lists(nodes, max_size=3).map(tuple)
+            | st.builds(Pair, nodes, nodes)
+            | st.dictionaries(names | st.integers(0, 9), nodes, max_size=3)
+        ),
+        max_leaves=8,
     )
+
+
+@st.composite
+def tensor_trees(draw: st.DrawFn) -> Any:
+    """Trees whose leaves may lie in each other's memory."""
+    owners = draw(st.lists(strided(), min_size=1, max_size=3))
+    views = [x.movedim(0, -1) for x in owners if x.ndim]
+    return draw(trees(st.sampled_from([*owners, *views, owners[0]])))
 
 
 @st.composite

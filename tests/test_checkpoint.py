@@ -17,7 +17,7 @@ from assertions import assert_identical, assert_same, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
 from killed_saves import Kill, Order, Report, saver, state_of
-from strategies import OPTIMIZERS, examples, train_states, trees
+from strategies import OPTIMIZERS, examples, tensor_trees, train_states
 
 import fresnet
 from fresnet import FresnetError, Spec
@@ -76,7 +76,7 @@ def test_every_training_state_comes_back_to_the_bit_and_in_its_strides(
 
 
 @examples(150)
-@given(state=trees())
+@given(state=tensor_trees())
 def test_every_tree_comes_back_to_the_bit_and_in_its_strides(
     tmp_path_factory: pytest.TempPathFactory, state: Any
 ) -> None:

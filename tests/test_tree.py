@@ -1,10 +1,15 @@
 """Trees map, stack and ravel as they are, or say where they differ."""
 
+from collections import OrderedDict, defaultdict
+from typing import Any
+
 import pytest
 import torch
 from assertions import assert_same
 from hypothesis import given
-from strategies import examples, tiny_params
+from hypothesis import strategies as st
+from strategies import examples, tiny_params, trees
+from torch.utils import _pytree
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
@@ -31,6 +36,48 @@ def test_ravel_and_unravel_are_inverse(params: Params) -> None:
     assert_same(tree.unstack(together)[1], doubled)
     for leaf in tree.leaves(doubled):
         assert leaf.ndim != 4 or leaf.is_contiguous(memory_format=torch.channels_last)
+
+
+@examples(200)
+@given(one=trees(st.integers()))
+def test_a_tree_here_is_a_tree_for_torch_func(one: Any) -> None:
+    found, spec = _pytree.tree_flatten(one)
+    assert tree.leaves(one) == found
+    keyed, _ = _pytree.tree_flatten_with_path(one)
+    assert tree.paths(one) == [tuple(map(_step, path)) for path, _ in keyed]
+    doubled = [2 * leaf for leaf in found]
+    for other in (tree.map(lambda leaf: 2 * leaf, one), tree.unflatten(one, doubled)):
+        assert _pytree.tree_flatten(other) == (doubled, spec)
+    assert tree.map(lambda a, b, c: a + b + c, one, one, one) == tree.map(lambda a: 3 * a, one)
+
+
+@examples(200)
+@given(one=trees(st.integers()), other=trees(st.integers()))
+def test_trees_of_one_structure_map_and_no_others(one: Any, other: Any) -> None:
+    if _pytree.tree_structure(one) == _pytree.tree_structure(other):
+        assert tree.leaves(tree.map(lambda _, b: b, one, other)) == tree.leaves(other)
+    else:
+        with pytest.raises(FresnetError, match="tree 2 differs from the first"):
+            tree.map(lambda _, b: b, one, other)
+
+
+def test_dicts_of_other_types_keep_them() -> None:
+    counts = defaultdict(int, {"b": 1, "a": 2})
+    doubled = tree.map(lambda leaf: 2 * leaf, [OrderedDict(counts), counts])
+    assert doubled == [OrderedDict(b=2, a=4), {"b": 2, "a": 4}]
+    assert type(doubled[0]) is OrderedDict
+    assert type(doubled[1]) is defaultdict
+    assert counts == {"b": 1, "a": 2}
+
+
+def _step(key: Any) -> Any:
+    match key:
+        case _pytree.GetAttrKey(name=name):
+            return name
+        case _pytree.SequenceKey(idx=index):
+            return index
+        case _pytree.MappingKey(key=name):
+            return name
 
 
 def test_trees_that_do_not_fit_are_refused() -> None:
