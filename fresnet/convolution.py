@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnet import transforms
+from fresnet import onednn, transforms
 
 SMALL = 16 * 16
 """Positions of a map up to which one product of matrices beats a convolution for each image."""
@@ -38,6 +38,8 @@ class Geometry:
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """x `[b c h w]` by weight `[o c/groups k k]`."""
     stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
+    if missing := onednn.missing_columns(x.shape[3], weight, stride):
+        return convolve(F.pad(x, (0, missing)), weight, geometry)[..., :1]
     if not torch.compiler.is_compiling() and transforms.mapped():
         if weight.shape[2] == groups == 1:
             x = x[:, :, ::stride, ::stride].movedim(1, 3)
@@ -61,6 +63,10 @@ def pull_back(
     if transforms.mapped() and not transforms.forward_mode(cotangent, x, weight):
         grads: Gradients = _PullBack.apply(cotangent, x, weight, geometry, *needed)
         return grads
+    if missing := onednn.missing_columns(x.shape[3], weight, geometry.stride):
+        wider = F.pad(cotangent, (0, 1)), F.pad(x, (0, missing))
+        x_grad, weight_grad = pull_back(*wider, weight, geometry, *needed)
+        return None if x_grad is None else x_grad[..., : x.shape[3]], weight_grad
     x, weight = _strided(x), _strided(weight)
     *grads_, _ = torch.ops.aten.convolution_backward(
         cotangent,

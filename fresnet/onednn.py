@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fresnet.types import Affine
@@ -37,6 +38,16 @@ def is_int8_supported() -> bool:
     return layer(x, None).item() == 200
 
 
+def missing_columns(width: int, weight: Tensor, stride: int) -> int:
+    """How many columns of zeros activations need beside them, for the first output to be right.
+
+    Kernels for AMX that make a single output of a line, by a stride and of fewer than 32 bits,
+    return what was in memory before, gradients too (PyTorch 2.13). Beside another they do not.
+    """
+    alone = stride > 1 and width <= stride and weight.shape[-1] > 1
+    return stride if alone and weight.dtype.itemsize < 4 and weight.device.type == "cpu" else 0
+
+
 def convolution(
     shape: torch.Size,
     weight: Tensor,
@@ -55,9 +66,10 @@ def convolution(
       weight: `[o c/groups k k]`, detached.
       bias: `[o]`, detached.
     """
+    missing = missing_columns(shape[3], weight, stride)
     window = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-    packed = reorder(weight.to_mkldnn(), *window, list(shape))
+    packed = reorder(weight.to_mkldnn(), *window, [*shape[:3], shape[3] + missing])
     alone = torch.ops.mkldnn._convolution_pointwise.default
     over = torch.ops.mkldnn._convolution_pointwise_.binary
     name = "relu" if activation else "none"
@@ -72,7 +84,7 @@ def convolution(
             y = over(added, x, packed, bias, *window, "add", 1.0, relu, [], None)
         return y
 
-    return run
+    return _with_columns(run, missing)
 
 
 def int8_convolution(
@@ -100,8 +112,11 @@ def int8_convolution(
       result: what the results stand for.
       added: what the levels stand for that are added, if any are.
     """
+    missing = missing_columns(shape[3], weight, stride)
     window = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
-    packed = torch.ops.onednn.qconv_prepack(weight, scale, *source, *window, list(shape))
+    packed = torch.ops.onednn.qconv_prepack(
+        weight, scale, *source, *window, [*shape[:3], shape[3] + missing]
+    )
     alone = torch.ops.onednn.qconv2d_pointwise.default
     over = torch.ops.onednn.qconv2d_pointwise.binary
     symmetric = torch.zeros_like(scale, dtype=torch.int32)
@@ -117,6 +132,19 @@ def int8_convolution(
             levels = levels.contiguous(memory_format=torch.channels_last)
             y = over(*arguments, levels, bias, *window, *to, *added, "sum", 1.0, name, [], "")
         return y
+
+    return _with_columns(run, missing, source.zero_point)
+
+
+def _with_columns(layer: Layer, missing: int, zero: int = 0) -> Layer:
+    """The layer, where columns are missing for activations without them."""
+    if not missing:
+        return layer
+
+    def run(x: Tensor, added: Tensor | None = None) -> Tensor:
+        x = F.pad(x, (0, missing), value=zero).contiguous(memory_format=torch.channels_last)
+        y = layer(x, None if added is None else F.pad(added, (0, 1)))
+        return y[..., :1].contiguous(memory_format=torch.channels_last)
 
     return run
 

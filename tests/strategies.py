@@ -1,5 +1,6 @@
 """Every Hypothesis strategy of the suite."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +78,9 @@ class Convolution(NamedTuple):
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> Convolution:
+def convolutions(
+    draw: st.DrawFn, sizes: Sequence[tuple[int, int]] = ((3, 4), (9, 8), (40, 18))
+) -> Convolution:
     """One to three of one geometry, maps both smaller than the kernel and of many positions.
 
     In either memory format, with whatever stride a batch of one gets of `Tensor.unsqueeze`.
@@ -85,7 +88,7 @@ def convolutions(draw: st.DrawFn) -> Convolution:
     groups, k = draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([1, 3, 7]))
     geometry = Geometry(draw(st.integers(1, 2)), draw(st.integers(1, 2)), groups)
     count, batch = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    size = draw(st.sampled_from([(3, 4), (9, 8), (40, 18)]))
+    size = draw(st.sampled_from(sizes))
     generator = torch.Generator().manual_seed(draw(seeds))
     inputs, outputs = (groups * draw(st.integers(1, 3)) for _ in range(2))
     x, weight = (

@@ -129,6 +129,26 @@ def test_weight_gradients_by_either_kernel_and_their_norms(small: int, drawn: Co
     assert_close(norms, expected.flatten(1).square().sum(1), 1e-12)
 
 
+@examples(100)
+@given(drawn=convolutions(sizes=[(1, 1), (2, 2), (20, 1), (33, 2), (40, 18)]))
+def test_maps_of_any_width_in_bfloat16(drawn: Convolution) -> None:
+    """Of a single output in each line, kernels for AMX return what was in memory before."""
+    xs, weights, geometry = drawn
+    x, weight = xs[0].bfloat16(), weights[0].bfloat16()
+    y = stock(x.double(), weight.double(), geometry)
+    assert_close(convolve(x, weight, geometry).double(), y, 1e-2)
+    cotangent = y.cos().bfloat16()
+    expected = pull_back(cotangent.double(), x.double(), weight.double(), geometry, True, True)
+    for grads in (
+        pull_back(cotangent, x, weight, geometry, True, True),
+        vjp(lambda x, w: convolve(x, w, geometry), x, weight)[1](cotangent),
+    ):
+        for actual, exact in zip(grads, expected, strict=True):
+            assert actual is not None
+            assert exact is not None
+            assert_close(actual.double(), exact, 1e-2)
+
+
 def test_norms_form_no_gradient_where_positions_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """512x512x3x3 on 2x2 maps."""
     monkeypatch.setattr(convolution, "weight_gradients", None)

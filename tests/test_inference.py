@@ -76,22 +76,26 @@ def test_winograds_convolution_is_the_convolution(
 
 
 def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
-    params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,)), num_classes=5)
-    x = torch.randn(1, 3, 72, 76, generator=torch.Generator().manual_seed(0))
+    params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
+    x = torch.randn(6, 3, 72, 76, generator=torch.Generator().manual_seed(0))
+    made = winograd._compiled_values.cache_info().misses
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
             logits = fresnet.compile_inference(params, x)(x)
     finally:
         torch.set_default_dtype(torch.float32)
+    assert winograd._compiled_values.cache_info().misses > made
     assert_close(logits, fresnet.forward(params, x), 1e-5)
 
 
 def test_several_threads_may_prepare_networks() -> None:
-    params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,)), num_classes=5)
-    batches = [torch.randn(1, 3, side, 68) for side in (64, 68, 80)]
+    params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
+    batches = [torch.randn(7, 3, side, 68) for side in (64, 68, 80)]
+    made = winograd._compiled_values.cache_info().misses
     with ThreadPoolExecutor(3) as pool:
         prepared = list(pool.map(lambda x: fresnet.compile_inference(params, x), batches))
+    assert winograd._compiled_values.cache_info().misses >= made + 3
     for infer, x in zip(prepared, batches, strict=True):
         assert_close(infer(x), fresnet.forward(params, x), 1e-5)
         assert_close(prepared[0](x), fresnet.forward(params, x), 1e-5)
@@ -101,8 +105,9 @@ def test_a_network_with_winograds_layers() -> None:
     """Of basic blocks, whose second convolution ends a shortcut, in parts of several images."""
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1, 2), width=128), num_classes=7)
     x = torch.randn(9, 3, 60, 64, generator=torch.Generator().manual_seed(0))
+    made = winograd._compiled_tiles.cache_info().misses
     infer = fresnet.compile_inference(params, x)
-    assert winograd._compiled_tiles.cache_info().currsize >= 3
+    assert winograd._compiled_tiles.cache_info().misses >= made + 3
     assert_close(infer(x), fresnet.forward(params, x), 1e-5)
 
 
