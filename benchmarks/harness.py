@@ -110,10 +110,11 @@ def _distance(result: Any, expected: Any) -> float:
     if isinstance(result, Tensor):
         result, expected = {"": result}, {"": expected}
     assert result.keys() == expected.keys()
-    return max(
-        float((result[name] - value).norm() / (value.norm() + 1e-3))
-        for name, value in expected.items()
-    )
+    with torch.no_grad():
+        return max(
+            float((result[name] - value).norm() / (value.norm() + 1e-3))
+            for name, value in expected.items()
+        )
 
 
 def ratios(rows: list[Measured], name: str, against: str) -> list[float]:

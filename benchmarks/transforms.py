@@ -176,6 +176,7 @@ def ready(run: Run) -> Callable[[], Run]:
 
 def comparisons(full: bool) -> Iterator[Comparison]:
     warnings.filterwarnings("ignore", "There is a performance drop")  # of stock vmap
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # of Opacus
     for batch, side in ((8, 64), (4, 224)) if full else ((8, 64),):
         size = f"ResNet-50, {batch} images of {side} px"
         contenders = {name: ready(run) for name, run in per_sample(batch, side).items()}
