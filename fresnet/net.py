@@ -111,7 +111,8 @@ def forward_train(
         takes, or if some norm would see one value per channel.
     """
     check_momentum("forward_train", momentum)
-    logits, moments = _forward_moments("forward_train", params, x, group)
+    _check("forward_train", params, x, group)
+    logits, moments = run_training(params, x, group=group)
     return logits, update(params.stats, moments, momentum=momentum)
 
 
@@ -142,17 +143,36 @@ def forward_moments(
     Raises:
       FresnetError: as `forward_train` does.
     """
-    return _forward_moments("forward_moments", params, x, group, recompute)
+    _check("forward_moments", params, x, group)
+    return run_training(params, x, group=group, recompute=recompute)
 
 
-def _forward_moments(
-    caller: str, params: Params, x: Tensor, group: Group | None, recompute: bool = False
-) -> tuple[Tensor, Stats]:
+def _check(caller: str, params: Params, x: Tensor, group: Group | None) -> None:
     check_call(caller, params, x)
     check_group(caller, group)
-    layer = partial(compose, conv2d, partial(training_norm, group=group))
+
+
+def run_training(
+    params: Params,
+    x: Tensor,
+    *,
+    group: Group | None = None,
+    recompute: bool = False,
+    once: bool = False,
+) -> tuple[Tensor, Stats]:
+    """As `forward_moments`, of what has been checked; in x's dtype, whatever the weights'.
+
+    Once: `torch.autograd` differentiates it at most once.
+    """
+
+    def convolve(x: Tensor, conv: Tensor, **options: int) -> Tensor:
+        # Rounded here, not all in advance: so each gradient is widened as soon as it is there.
+        return conv2d(x, conv.to(x.dtype), **options)
+
+    layer = partial(compose, convolve, partial(training_norm, group=group, once=once))
     activations, moments = run_network(params, x, layer, recompute=recompute)
-    return run_head(params.weights.head, activations[-1]), moments
+    head = Head(*(leaf.to(x.dtype) for leaf in params.weights.head))
+    return run_head(head, activations[-1]), moments
 
 
 def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:

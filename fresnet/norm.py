@@ -53,7 +53,12 @@ def inference_norm(
 
 
 def training_norm(
-    norm: AnyNorm, stats: NormStats | tuple[()], x: Tensor, group: Group | None = None
+    norm: AnyNorm,
+    stats: NormStats | tuple[()],
+    x: Tensor,
+    *,
+    group: Group | None = None,
+    once: bool = False,
 ) -> tuple[Tensor, Moments | tuple[()]]:
     """Normalise each channel by the batch's moments, or a frozen norm's by its running ones.
 
@@ -67,6 +72,8 @@ def training_norm(
         beside a bias alone, ().
       x: activations `[b c h w]`.
       group: the processes whose batches are normalised as one, by default this process alone.
+      once: whether `torch.autograd` differentiates this at most once. The kernel's own derivative
+        is right then, and quicker where values are few.
     Returns:
       `(y, moments)`: y `[b c h w]` in x's dtype; moments of all b h w values, of none from a
       frozen norm, () from a bias alone.
@@ -86,12 +93,12 @@ def training_norm(
             f"{tuple(x.shape)}: use a larger batch or larger images"
         )
     scale, bias = (v.to(stats.mean.dtype) for v in norm)
-    y, moments = _batch_norm(x, scale, bias, group)
+    y, moments = _batch_norm(x, scale, bias, group, once)
     return y, Moments(*(moment.detach() for moment in moments))
 
 
 def _batch_norm(
-    x: Tensor, scale: Tensor, bias: Tensor, group: Group | None = None
+    x: Tensor, scale: Tensor, bias: Tensor, group: Group | None = None, once: bool = False
 ) -> tuple[Tensor, Moments]:
     """One function in two forms.
 
@@ -104,7 +111,7 @@ def _batch_norm(
         or not transforms.fused_norm_is_exact(x, scale, bias)
     ):
         return _composed_norm(x, scale, bias, group)
-    fused = _fused_norm if transforms.active() else _FusedNorm.apply
+    fused = _fused_norm if once or transforms.active() else _FusedNorm.apply
     y, mean, inverse_std = fused(x, scale, bias)
     n = mean.new_full((), x.numel() // x.shape[1])
     return y, Moments(n, mean, (inverse_std**-2 - EPS).clamp(min=0) * n)
@@ -176,7 +183,7 @@ def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
         raise FresnetError(
             f"a bias of activations {tuple(x.shape)} is [{x.shape[1]}]; got {tuple(bias.shape)}"
         )
-    return add(x, bias[:, None, None].expand_as(x))
+    return add(x, bias.to(x.dtype)[:, None, None].expand_as(x))
 
 
 def _check_channels(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> None:

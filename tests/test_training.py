@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 import fresnet
 from fresnet import FresnetError, Params, moments, optim, training, tree
+from fresnet.net import run_training
 from fresnet.recompute import recomputed
 from fresnet.training import TrainState, gradients, make_train_step, start
 from fresnet.training.step import TrainStep
@@ -329,9 +330,13 @@ def test_in_bfloat16_all_but_the_network_stays_wide(wide: torch.dtype) -> None:
     assert {leaf.dtype for leaf in tree.leaves(state.params)} == {wide}
 
     def loss(weights: Any) -> tuple[Tensor, Any]:
-        narrow = tree.map(lambda leaf: leaf.bfloat16(), weights)
+        rounded = [
+            leaf.bfloat16() if optim.all_but_norms(path) else leaf.float()
+            for path, leaf in zip(tree.paths(weights), tree.leaves(weights), strict=True)
+        ]
         stats = tree.map(lambda leaf: leaf.float(), params.stats)
-        logits, seen = fresnet.forward_moments(Params(narrow, stats), x.bfloat16())
+        narrow = Params(tree.unflatten(weights, rounded), stats)
+        logits, seen = run_training(narrow, x.bfloat16())
         return F.cross_entropy(logits.to(wide), Y), seen
 
     grads, seen = grad(loss, has_aux=True)(params.weights)

@@ -13,7 +13,7 @@ from fresnet.check import check_call, check_group, check_momentum, stats_dtype
 from fresnet.collectives import Group, all_sum
 from fresnet.errors import FresnetError, describe
 from fresnet.moments import merge, merge_across, update
-from fresnet.net import forward_moments
+from fresnet.net import run_training
 from fresnet.optim import Optimizer, clip_by_norm
 from fresnet.training.gradients import gradients
 from fresnet.training.mixing import Mixing
@@ -77,8 +77,8 @@ def make_train_step(
         reduction="none").mean(1)`.
       mixing: what is done to each batch, from `fresnet.training.mixing`.
       precision: what the network computes in, by default the weights' own dtype. In bfloat16 it
-        reads rounded weights; the weights themselves, their gradients, the optimizer, the
-        statistics and the loss stay as wide as they are.
+        reads rounded weights, but for the norms'; the weights themselves, their gradients, the
+        optimizer, the statistics and the loss stay as wide as they are.
       micro_batches: into how many parts a batch is cut, which take their gradients one after the
         other. A norm normalises each part by itself; gradient and running statistics are those of
         as many processes with a part each, whose norms are not tied by `norms_across`.
@@ -116,7 +116,7 @@ def make_train_step(
         raise FresnetError("make_train_step expects a group with norms_across; got none")
 
     across = group if norms_across else None
-    run = partial(forward_moments, group=across, recompute=recompute)
+    run = partial(run_training, group=across, recompute=recompute, once=True)
 
     def loss_of(
         weights: Weights, stats: Stats, x: Tensor, targets: Tensor, images: Tensor
@@ -125,8 +125,8 @@ def make_train_step(
         if precision is None:
             logits, seen = run(Params(weights, stats), x)
         else:
-            narrow = Params(_to(precision, weights), _to(stats_dtype(precision), stats))
-            logits, seen = _to(x.dtype, run(narrow, x.to(precision)))
+            stats = _to(stats_dtype(precision), stats)
+            logits, seen = _to(x.dtype, run(Params(weights, stats), x.to(precision)))
         classes = targets if targets.ndim == 1 else targets.argmax(1)
         right = (logits.argmax(1) == classes).sum()
         losses = loss_fn(logits, targets)
