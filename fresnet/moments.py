@@ -113,9 +113,10 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
     old, seen = zip(*pairs, strict=True)
     sizes = [len(node.mean) for node in old]
     n, mean, m2 = _joined(seen)
-    weight = torch.as_tensor(momentum, dtype=mean.dtype, device=mean.device)
-    olds = (torch.cat(values).detach() for values in zip(*old, strict=True))
-    news = (mean, m2 / (n - 1).clamp(min=1))
+    olds = [torch.cat(values).detach() for values in zip(*old, strict=True)]
+    dtype = olds[0].dtype  # the moments' may differ: a step may compute in another precision
+    weight = torch.as_tensor(momentum, dtype=dtype, device=mean.device)
+    news = (mean.to(dtype), (m2 / (n - 1).clamp(min=1)).to(dtype))
     moved = (
         torch.where(n > 0, a.lerp(b, weight), a).split(sizes)
         for a, b in zip(olds, news, strict=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fresnet import transforms
+from fresnet.check import stats_dtype
 from fresnet.collectives import Group
 from fresnet.errors import FresnetError
 from fresnet.moments import merge_across
@@ -68,8 +69,7 @@ def training_norm(
 
     Args:
       norm: scale and bias, each `[c]`; or a bias alone, which is added.
-      stats: mean and var, each `[c]`: read where the norm is frozen, else for their dtype alone;
-        beside a bias alone, ().
+      stats: mean and var, each `[c]`: read where the norm is frozen; beside a bias alone, ().
       x: activations `[b c h w]`.
       group: the processes whose batches are normalised as one, by default this process alone.
       once: whether `torch.autograd` differentiates this at most once. The kernel's own derivative
@@ -92,7 +92,7 @@ def training_norm(
             "training expects more than one value per channel at every norm; got activations "
             f"{tuple(x.shape)}: use a larger batch or larger images"
         )
-    scale, bias = (v.to(stats.mean.dtype) for v in norm)
+    scale, bias = (v.to(stats_dtype(x.dtype)) for v in norm)
     y, moments = _batch_norm(x, scale, bias, group, once)
     return y, Moments(*(moment.detach() for moment in moments))
 

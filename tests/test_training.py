@@ -348,6 +348,19 @@ def test_in_bfloat16_all_but_the_network_stays_wide(wide: torch.dtype) -> None:
     assert_trees_close(state.params.stats, moments.update(params.stats, seen), 1e-6)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_in_float64_a_step_is_that_of_the_widened_network(frozen: bool) -> None:
+    params, x = tree.map(torch.Tensor.float, PARAMS), X.float()
+    params = fresnet.freeze(params) if frozen else params
+    wide = tree.map(torch.Tensor.double, params)
+    plain = optim.sgd(0.1)
+    state, metrics = make_train_step(plain, precision=torch.float64)(start(params, plain), (x, Y))
+    truth, expected = make_train_step(plain)(start(wide, plain), (x.double(), Y))
+    assert {leaf.dtype for leaf in tree.leaves(state.params)} == {torch.float32}
+    assert_close(metrics.loss, expected.loss.float(), 1e-6)
+    assert_trees_close(state.params, tree.map(torch.Tensor.float, truth.params), 1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # of linearize
 def test_in_forward_mode_recomputing_changes_nothing() -> None:
     weights, direction = PARAMS.weights, tree.map(torch.cos, PARAMS.weights)

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fresnet import transforms, tree
-from fresnet.check import check_call, check_group, check_momentum, stats_dtype
+from fresnet.check import check_call, check_group, check_momentum
 from fresnet.collectives import Group, all_sum
 from fresnet.errors import FresnetError, describe
 from fresnet.moments import merge, merge_across, update
@@ -21,7 +21,6 @@ from fresnet.training.state import TrainState
 from fresnet.training.targets import check_classes, cross_entropy
 from fresnet.types import Params, Stats, Weights
 
-Tree = TypeVar("Tree")
 Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any, Any]
 TrainStep: TypeAlias = Callable[[TrainState, Batch], "tuple[TrainState, Metrics]"]
 
@@ -122,11 +121,8 @@ def make_train_step(
         weights: Weights, stats: Stats, x: Tensor, targets: Tensor, images: Tensor
     ) -> tuple[Tensor, tuple[Stats, Tensor]]:
         """This part's share of the mean over all images; the moments, and how many are right."""
-        if precision is None:
-            logits, seen = run(Params(weights, stats), x)
-        else:
-            stats = _to(stats_dtype(precision), stats)
-            logits, seen = _to(x.dtype, run(Params(weights, stats), x.to(precision)))
+        logits, seen = run(Params(weights, stats), x.to(precision or x.dtype))
+        logits = logits.to(x.dtype)
         classes = targets if targets.ndim == 1 else targets.argmax(1)
         right = (logits.argmax(1) == classes).sum()
         losses = loss_fn(logits, targets)
@@ -174,10 +170,6 @@ def make_train_step(
         return new, Metrics(sums[0], sums[1], images)
 
     return train_step
-
-
-def _to(dtype: torch.dtype, trees: Tree) -> Tree:
-    return tree.map(lambda leaf: leaf.to(dtype), trees)
 
 
 def _mixed(
