@@ -150,14 +150,15 @@ def tiny_params(draw: st.DrawFn, dilated: bool = True) -> fresnet.Params:
     if dilated and spec.shortcut is not PooledProjection and draw(st.booleans()):
         strides = [(1 if spec.stem is Stem3x3 else 4) << stage for stage in range(len(spec.depths))]
         params = fresnet.dilate(params, output_stride=draw(st.sampled_from(strides)))
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
     return fresnet.Params(
-        weights=fresnet.tree.map(
-            lambda w: w + 0.1 * torch.randn(w.shape, generator=generator, dtype=w.dtype),
-            params.weights,
-        ),
+        weights=fresnet.tree.map(lambda w: w + 0.1 * noise(w), params.weights),
+        # A mean starts at 0 and a variance at 1. Means of either sign: ReLU would make all else 0.
         stats=fresnet.tree.map(
-            lambda s: s * torch.rand(s.shape, generator=generator, dtype=s.dtype) + 0.5,
-            params.stats,
+            lambda s: 0.3 * noise(s) * (1 - s) + s * (0.5 + noise(s).abs()), params.stats
         ),
     )
 
