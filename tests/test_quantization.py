@@ -77,7 +77,8 @@ def error_in_int8(params: Params, x: Tensor) -> Tensor:
         logits = fresnet.compile_inference(quantized, x)(x)
     head, features = params.weights.head, fresnet.features(params, x)[-1].mean((2, 3))
     terms = features @ head.weight.abs().T + head.bias.abs()
-    return (logits - fresnet.forward(params, x)).norm() / terms.norm()
+    error: Tensor = (logits - fresnet.forward(params, x)).norm() / terms.norm()
+    return error
 
 
 @st.composite
