@@ -76,19 +76,19 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
 
     def infer(x: Tensor) -> Tensor:
         check_images("the compiled network", network, x)
-        if x.shape not in prepared:
-            with _PREPARING:
-                if x.shape not in prepared:
-                    prepared[x.shape] = prepare(network, x)
-        return prepared[x.shape](x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if x.shape not in prepared:
+                with _PREPARING:
+                    if x.shape not in prepared:
+                        prepared[x.shape] = prepare(network, x)
+            return prepared[x.shape](x)
 
     infer(x)
     return infer
 
 
-@torch.no_grad()
 def _pack(params: Params, x: Tensor) -> Inference:
-    """Run the network once, keeping of each layer what oneDNN is to do; then do that."""
+    """Run the network once, keeping of each layer what is to be done; then have that fused."""
     layers: list[onednn.Layer] = []
 
     def pack(
@@ -119,18 +119,17 @@ def _pack(params: Params, x: Tensor) -> Inference:
         layers.append(layer)
         return layer(x, shortcut), ()
 
-    run_network(params, x.contiguous(memory_format=torch.channels_last), pack)
+    x = x.contiguous(memory_format=torch.channels_last)
+    run_network(params, x, pack)
 
-    @torch.no_grad()
-    def infer(x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+    def run(x: Tensor) -> Tensor:
         activations, _ = run_network(params, x, _one_by_one(layers))
         return run_head(params.weights.head, activations[-1])
 
-    return infer
+    fused = onednn.fuse(run, x)
+    return lambda x: fused(x.contiguous(memory_format=torch.channels_last))
 
 
-@torch.no_grad()
 def _pack_int8(network: Quantized, x: Tensor) -> Inference:
     """As `_pack`. Layers are told what levels stand for by two images run in floating point.
 
@@ -173,7 +172,6 @@ def _pack_int8(network: Quantized, x: Tensor) -> Inference:
     activations, _ = run_network(params, _filled(network.images, *x.shape[1:]), pack)
     images, last = affine(network.images), affine(activations[-1])
 
-    @torch.no_grad()
     def infer(x: Tensor) -> Tensor:
         activations, _ = run_network(params, to_levels(x, images), _one_by_one(layers))
         return run_head(network.weights.head, from_levels(activations[-1], last))
@@ -198,7 +196,6 @@ def _compile(params: Params, x: Tensor) -> Inference:
     mode = "reduce-overhead" if x.is_cuda else "default"
     compiled = torch.compile(partial(forward, params), dynamic=False, mode=mode)
 
-    @torch.no_grad()
     def infer(x: Tensor) -> Tensor:
         return compiled(x).clone()  # what a CUDA graph returns, the next run writes over
 

@@ -1,11 +1,11 @@
-"""Convolutions of oneDNN with weights packed once: what PyTorch has, but only its compiler calls.
+"""oneDNN with weights packed once: what PyTorch has, but only its compilers call.
 
-The only file that touches those operators, which are private.
+The only file that touches those operators, which are private, and TorchScript, which is deprecated.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,32 +59,43 @@ def convolution(
     groups: int = 1,
     activation: bool = False,
 ) -> Layer:
-    """A convolution of activations of this shape, lying channels last, then sum and ReLU.
+    """A convolution of activations of this shape, then sum and ReLU, for `fuse` to make one.
 
     Args:
       shape: of the activations, `[b c h w]`.
       weight: `[o c/groups k k]`, detached.
       bias: `[o]`, detached.
     """
-    missing = missing_columns(shape[3], weight, stride)
-    window = ([padding] * 2, [stride] * 2, [dilation] * 2, groups)
-    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-    packed = reorder(weight.to_mkldnn(), *window, [*shape[:3], shape[3] + missing])
-    alone = torch.ops.mkldnn._convolution_pointwise.default
-    over = torch.ops.mkldnn._convolution_pointwise_.binary
-    name = "relu" if activation else "none"
 
     def run(x: Tensor, added: Tensor | None = None) -> Tensor:
-        y: Tensor
-        if added is None:
-            y = alone(x, packed, bias, *window, name, [], "")
-        else:
-            relu = "relu" if activation else None
-            added = added.contiguous(memory_format=torch.channels_last)  # others it does not fuse
-            y = over(added, x, packed, bias, *window, "add", 1.0, relu, [], None)
-        return y
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        y = y if added is None else y + added
+        return F.relu(y) if activation else y
 
-    return _with_columns(run, missing)
+    return _with_columns(run, missing_columns(shape[3], weight, stride))
+
+
+def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function for tensors such as x, by oneDNN's own compiler.
+
+    It takes a block of a network, or a stage, at once; packs weights, and keeps what PyTorch's
+    operators prepare anew in each call. TorchScript is the only way to it that PyTorch has. What it
+    refuses, as some networks on images of a single pixel, is run as it is.
+    """
+    enabled = torch.jit.onednn_fusion_enabled()
+    torch.jit.enable_onednn_fusion(True)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that shapes are numbers to it
+            # `torch.jit.trace` would keep the graph, and its weights, as long as the process.
+            graph, _ = torch._C._create_graph_by_tracing(function, (x,), lambda _: "", True, False)
+        fused: Callable[[Tensor], Tensor] = torch._C._create_function_from_graph("fused", graph)
+        for _ in range(2):  # watched, then compiled
+            fused(x)
+    except RuntimeError:
+        return function
+    finally:
+        torch.jit.enable_onednn_fusion(enabled)
+    return fused
 
 
 def int8_convolution(

@@ -45,7 +45,7 @@ def average_pool(x: Tensor) -> Tensor:
     """2x2 average pooling of stride 2: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`."""
     if x.dtype is torch.uint8:
         return average_pool(x.float()).round_().to(torch.uint8)
-    return F.avg_pool2d(x, kernel_size=2, ceil_mode=True, count_include_pad=False)
+    return F.avg_pool2d(x, kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
 
 
 def subsample(x: Tensor, stride: int) -> Tensor:

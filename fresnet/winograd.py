@@ -83,24 +83,15 @@ def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, activation: boo
     per_image = weight.element_size() * POINTS * c * rows * columns
     at_once = max(CACHED, kernel.numel() * kernel.element_size()) // per_image
     sizes = [len(part) for part in _empty(b).chunk(-(-b // max(at_once, 1)))]
-    products = {
-        n: onednn.convolution(
-            torch.Size((1, POINTS * c, 1, n * rows * columns)), kernel, None, groups=POINTS
-        )
-        for n in set(sizes)
-    }
 
     def run(x: Tensor, added: Tensor | None = None) -> Tensor:
         x = x.permute(0, 2, 3, 1)
         y = x.new_empty(b, h, w, o)
-        parts = [x.split(sizes), y.split(sizes)]
-        if added is not None:
-            parts.append(added.permute(0, 2, 3, 1).split(sizes))
-        for part, out, *plus in zip(*parts, strict=True):
-            n = len(part)
-            values = _compiled_values(n, h, w, c)(part)
-            made = products[n](values.permute(0, 3, 1, 2), None).permute(0, 2, 3, 1)
-            _compiled_tiles(n, h, w, o, bool(plus), activation)(out, made, bias, *plus)
+        plus = [None] * len(sizes) if added is None else added.permute(0, 2, 3, 1).split(sizes)
+        for part, out, more in zip(x.split(sizes), y.split(sizes), plus, strict=True):
+            values = torch.ops.fresnet.winograd_values(part).permute(0, 3, 1, 2)
+            products = F.conv2d(values, kernel, groups=POINTS).permute(0, 2, 3, 1)
+            torch.ops.fresnet.winograd_tiles(out, products, bias, more, activation)
         return y.permute(0, 3, 1, 2)
 
     return run
@@ -165,6 +156,30 @@ def _compiled_tiles(
     out, bias = _empty(b, h, w, o), _empty(o)
     added = [torch.empty_like(out)] if with_sum else []
     return _compiled(partial(_tiles_of, activation=activation), out, products, bias, *added)
+
+
+def _run_values(x: Tensor) -> Tensor:
+    values: Tensor = _compiled_values(*x.shape)(x.contiguous())
+    return values
+
+
+def _run_tiles(
+    out: Tensor, products: Tensor, bias: Tensor, added: Tensor | None, activation: bool
+) -> None:
+    plus = () if added is None else (added.contiguous(),)
+    run = _compiled_tiles(*out.shape, bool(plus), activation)
+    run(out, products.contiguous(), bias, *plus)
+
+
+_OPERATORS = torch.library.Library("fresnet", "DEF")
+"""The transforms as `onednn.fuse` can call them."""
+
+for schema, run in {
+    "winograd_values(Tensor x) -> Tensor": _run_values,
+    "winograd_tiles(Tensor(a!) out, Tensor products, Tensor bias, Tensor? added,"
+    " bool activation) -> ()": _run_tiles,
+}.items():
+    _OPERATORS.impl(_OPERATORS.define(schema), run, "CPU")
 
 
 def _empty(*shape: int) -> Tensor:

@@ -1,6 +1,9 @@
 """`compile_inference` computes what `forward` does, in one thread or several."""
 
+import gc
+import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, images, seeds, tiny_params
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import conv2d
 
 import fresnet
 from fresnet import FresnetError, Params, onednn, tree, winograd
+from fresnet.net import run_head, run_network
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Relative to the terms of which logits are the sums: they may cancel."""
@@ -132,6 +137,54 @@ def test_what_is_compiled_keeps_its_weights_and_takes_no_derivatives() -> None:
             leaf.zero_()
     assert torch.equal(infer(x), before)
     assert before.norm() > 0
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_onednn_compiles_a_network_and_lets_go_of_it(dtype: torch.dtype) -> None:
+    """All of it: of PyTorch's own operations only the mean before the head is left."""
+    params = fresnet.fold(fresnet.init(0, fresnet.RESNET50, num_classes=5, dtype=torch.float64))
+    weights = tree.map(lambda leaf: leaf.to(dtype), params.weights)
+    x = torch.randn(1, 3, 64, 64).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def run(x: Tensor, weights: fresnet.types.Weights = weights) -> Tensor:
+        def layer(
+            conv: Tensor, norm: Any, _: Any, x: Tensor, shortcut: Tensor | None = None, **how: Any
+        ) -> tuple[Tensor, tuple[()]]:
+            how |= {"padding": conv.shape[-1] // 2, "activation": how.get("activation", True)}
+            return onednn.convolution(x.shape, conv, norm.bias, **how)(x, shortcut), ()
+
+        activations, _ = run_network(Params(weights, params.stats), x, layer)
+        return run_head(weights.head, activations[-1])
+
+    with torch.no_grad():
+        fused: Any = onednn.fuse(run, x)
+        assert_close(fused(x).double(), run(x).double(), 1e-2)
+        graph = str(fused.graph_for(x)).split("with prim::")[0]
+    assert not torch.jit.onednn_fusion_enabled()
+    assert set(re.findall(r" = (?:aten|mkldnn)::(\w+)", graph)) == {"mean"}
+    assert "oneDNNFusionGroup" in graph
+    weight = StorageWeakRef(weights.head.weight.untyped_storage())
+    del fused, run, weights
+    gc.collect()
+    assert weight.expired()
+
+
+def test_what_is_compiled_runs_in_any_mode_of_pytorch() -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
+    x = torch.randn(2, 3, 16, 16)
+    infer = fresnet.compile_inference(params, x)
+    expected = infer(x)
+    with torch.inference_mode():
+        assert torch.equal(infer(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(infer(x), expected)
+        assert_close(fresnet.compile_inference(params, x)(x), expected, 1e-5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert_close(infer(x), expected, 1e-5)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_other_dtypes_are_compiled_by_pytorch() -> None:
