@@ -24,15 +24,15 @@ _PREPARING = Lock()
 def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     """`forward` of these parameters, frozen: norms folded, weights packed for the processor.
 
-    On a CPU, in float32 and bfloat16, each layer of the network, its sum and its ReLU are one call
-    of oneDNN; 3x3 convolutions of stride 1 in float32 are Winograd's where that is faster, whose
-    logits differ from those of `forward` by about 1e-6 of their norm (5e-7 otherwise; bfloat16's
-    by 1e-2). On other devices and in other dtypes `torch.compile` does what it can.
+    On a CPU, in float32 and bfloat16, oneDNN compiles a block of the network at a time; 3x3
+    convolutions of stride 1 in float32 are Winograd's where that is faster, whose logits differ
+    from those of `forward` by about 1e-6 of their norm (5e-7 otherwise; bfloat16's by 1e-2). On
+    other devices and in other dtypes `torch.compile` does what it can.
 
     What `quantize` returns runs in int8: activations are uint8 from the images to the last layer,
     and the head is float32.
 
-    What is not finite may not be seen in the logits: ReLU within a call of oneDNN makes NaN 0, and
+    What is not finite may not be seen in the logits: oneDNN's ReLU makes NaN 0, and
     int8 has none. Where that matters, look at the images.
 
     Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, for as
@@ -67,7 +67,7 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
         with torch.no_grad():
             network = tree.map(torch.clone, tree.map(Tensor.detach, fold(params)))
         head = params.weights.head.weight
-        prepare = _pack if onednn.is_supported(head.dtype, head.device) else _compile
+        prepare = _fuse if onednn.is_supported(head.dtype, head.device) else _compile
     check_images("compile_inference", network, x)
     if isinstance(params, Params):
         with torch.no_grad():  # what does not fit, packed layers would refuse less well, or not
@@ -87,11 +87,11 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     return infer
 
 
-def _pack(params: Params, x: Tensor) -> Inference:
-    """Run the network once, keeping of each layer what is to be done; then have that fused."""
+def _fuse(params: Params, x: Tensor) -> Inference:
+    """Run the network once, keeping of each layer what is to be done; then have all that fused."""
     layers: list[onednn.Layer] = []
 
-    def pack(
+    def keep(
         conv: Tensor,
         norm: Bias,
         _: Any,
@@ -120,7 +120,7 @@ def _pack(params: Params, x: Tensor) -> Inference:
         return layer(x, shortcut), ()
 
     x = x.contiguous(memory_format=torch.channels_last)
-    run_network(params, x, pack)
+    run_network(params, x, keep)
 
     def run(x: Tensor) -> Tensor:
         activations, _ = run_network(params, x, _one_by_one(layers))
@@ -131,10 +131,11 @@ def _pack(params: Params, x: Tensor) -> Inference:
 
 
 def _pack_int8(network: Quantized, x: Tensor) -> Inference:
-    """As `_pack`. Layers are told what levels stand for by two images run in floating point.
+    """Run the network once, packing each layer; from then on, call them.
 
-    One of them has the least value everywhere, and one the greatest: whatever stands between
-    layers, pooling, padding or nothing, hands these on.
+    They are told what levels stand for by two images run in floating point. One of them has the
+    least value everywhere, and one the greatest: whatever stands between layers, pooling, padding
+    or nothing, hands these on.
     """
     params = Params(network.weights, network.ranges)
     layers: list[onednn.Layer] = []
