@@ -174,12 +174,12 @@ def _run_tiles(
 _OPERATORS = torch.library.Library("fresnet", "DEF")
 """The transforms as `onednn.fuse` can call them."""
 
-for schema, run in {
-    "winograd_values(Tensor x) -> Tensor": _run_values,
-    "winograd_tiles(Tensor(a!) out, Tensor products, Tensor bias, Tensor? added,"
-    " bool activation) -> ()": _run_tiles,
-}.items():
-    _OPERATORS.impl(_OPERATORS.define(schema), run, "CPU")
+_OPERATORS.define("winograd_values(Tensor x) -> Tensor")
+_OPERATORS.define(
+    "winograd_tiles(Tensor(a!) y, Tensor products, Tensor bias, Tensor? added, bool relu) -> ()"
+)
+_OPERATORS.impl("winograd_values", _run_values, "CPU")
+_OPERATORS.impl("winograd_tiles", _run_tiles, "CPU")
 
 
 def _empty(*shape: int) -> Tensor:
