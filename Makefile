@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Two processes of one thread each: much of the time goes into compiling, on one core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: train test test-fast lint bench bench-full
+.PHONY: train test test-fast lint bench bench-full bench-gpu
 
 train: .venv/ready  ## train a ResNet-50 on handwritten digits
 	$(BIN)/python examples/train_digits.py
@@ -24,6 +24,11 @@ bench: .venv/bench  ## against others that run or train a ResNet, five minutes
 
 bench-full: .venv/bench  ## all sizes and settings, an hour; writes docs/performance.md
 	$(BIN)/python benchmarks/run.py --full
+
+bench-gpu: .venv/bench  ## inference and training on a GPU; writes docs/performance.md
+	rm -f docs/performance_gpu.json
+	$(BIN)/python benchmarks/gpu.py --full --record docs/performance_gpu.json
+	$(BIN)/python benchmarks/run.py --report
 
 .venv/bench: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

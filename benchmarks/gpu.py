@@ -1,30 +1,33 @@
 """Inference and training of a ResNet-50 on a GPU: fresnet beside torchvision, both compiled.
 
     python benchmarks/gpu.py                     # prints tables; --full for all batch sizes
+    make bench-gpu                               # all of them, and into docs/performance.md
 
-In bfloat16 and channels last; for inference both record CUDA graphs. "Of peak" is the share of
-the fastest of a matrix product and a convolution on the same device. Nothing here has been run on a
-GPU yet: `docs/performance.md` has no figures of one.
+In bfloat16 and channels last, with cuDNN's search for the fastest algorithms; for inference both
+record CUDA graphs. "Of peak" is the share of the roofline: a layer needs at least as long as its
+operations take at the peak, of a matrix product or a convolution, and as what it reads and writes
+takes at the rate of a copy.
 """
 
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Comparison, Run, main
+from harness import Comparison, Run, main, peak, timed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import optim, training, tree
+from fresnet.net import inference_layer, run_network
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
 
-DEVICE, SIDE = "cuda", 224
+DEVICE, SIDE, ROUNDS = "cuda", 224, 15
 
 
 def images(batch: int) -> Tensor:
@@ -90,32 +93,63 @@ def our_step(x: Tensor, y: Tensor) -> Run:
     return finished(step)
 
 
+@cache
+def bandwidth() -> float:
+    """Bytes per second that a copy reads and writes."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * len(source) / timed(lambda: target.copy_(source), DEVICE)
+
+
+def roofline(x: Tensor, *, training: bool = False) -> float:
+    """Seconds that a ResNet-50 needs at least.
+
+    A training step has three convolutions for one, and a norm, which must have seen all values of
+    the batch before it changes the first, reads or writes each value seven times more: forward it
+    reads one and writes one, and its derivative reads two twice and writes one.
+    """
+    params = fresnet.fold(fresnet.init(0, device="meta", dtype=x.dtype))
+    operations, speed = peak(x.dtype, DEVICE), bandwidth()
+    seconds = 0.0
+
+    def layer(
+        conv: Tensor, *rest: Any, shortcut: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Any]:
+        nonlocal seconds
+        *_, x = rest
+        y, seen = inference_layer(conv, *rest, shortcut=shortcut, **options)
+        added = 0 if shortcut is None else shortcut.numel()
+        moved = (x.numel() + conv.numel() + y.numel() + added) * x.itemsize
+        least = max(2 * y.numel() * conv[0].numel() / operations, moved / speed)
+        seconds += 3 * least + 7 * y.nbytes / speed if training else least
+        return y, seen
+
+    run_network(params, x.to("meta"), layer)
+    return seconds
+
+
 def comparisons(full: bool) -> Iterator[Comparison]:
-    params = fresnet.init(0, device="meta")
-    macs = fresnet.summary(params, SIDE).multiply_adds
     for batch in (1, 8, 32, 128, 256) if full else (1, 32):
         x = images(batch)
-        y = torch.arange(batch, device=DEVICE)
         contenders = {
             "torchvision compiled": partial(torchvision, x),
             "torchvision": partial(torchvision, x, compiled=False),
             "fresnet": partial(ours, x),
         }
-        title, flops = f"on a GPU, {batch} images", 2.0 * macs * batch
-        yield Comparison(
-            f"Inference {title}", contenders, batch, flops, x.dtype, 3e-2, device=DEVICE
-        )
-        if batch > 1:
-            steps = {
-                "torchvision compiled": partial(torchvision_step, x, y),
-                "fresnet compiled": partial(our_step, x, y),
-            }
-            yield Comparison(
-                f"Training step {title}", steps, batch, 3 * flops, x.dtype, 0.05, device=DEVICE
-            )
+        title = f"Inference on a GPU, {batch} image{'s' * (batch > 1)}"
+        yield Comparison(title, contenders, batch, roofline(x), 3e-2, rounds=ROUNDS, device=DEVICE)
+    for batch in (32, 128, 256) if full else (32,):
+        x, y = images(batch), torch.arange(batch, device=DEVICE)
+        steps = {
+            "torchvision compiled": partial(torchvision_step, x, y),
+            "fresnet compiled": partial(our_step, x, y),
+        }
+        title, least = f"Training step on a GPU, {batch} images", roofline(x, training=True)
+        yield Comparison(title, steps, batch, least, 0.05, rounds=ROUNDS, device=DEVICE)
 
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here")
+    torch.backends.cudnn.benchmark = True
     main(__doc__, comparisons)

@@ -36,8 +36,7 @@ class Comparison(NamedTuple):
       title: of the job.
       contenders: names to what prepares them, the first being whom the others are compared with.
       images: that one run takes.
-      flops: that one run needs, if that is known: twice the multiply-adds.
-      dtype: in which the peak is taken.
+      least: seconds that one run would need at the peak that was measured, if that is known.
       agree: the largest error allowed, relative to the first one's result.
       bounds: of those who have a bound of their own; those with an infinite one are not compared.
       view: of a result, what is compared: a tensor, or tensors by name.
@@ -48,8 +47,7 @@ class Comparison(NamedTuple):
     title: str
     contenders: Mapping[str, Callable[[], Run]]
     images: int
-    flops: float = 0.0
-    dtype: torch.dtype = torch.float32
+    least: float = 0.0
     agree: float = 1e-4
     bounds: Mapping[str, float] = {}
     view: Callable[[Any], Any] = lambda result: result
@@ -139,15 +137,19 @@ def peak(dtype: torch.dtype, device: str = "cpu") -> float:
         (2.0 * n**3, lambda: a @ a),
         (2.0 * x.numel() * w[:, 0].numel(), lambda: torch.conv2d(x, w, padding=1)),
     ]
-    return max(flops / min(_timed(job, device) for _ in range(7)) for flops, job in jobs)
+    return max(flops / timed(job, device) for flops, job in jobs)
 
 
-def _timed(run: Run, device: str) -> float:
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def timed(run: Run, device: str) -> float:
+    """Seconds of the fastest of several."""
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def table(entry: Mapping[str, Any]) -> str:
@@ -162,7 +164,7 @@ def table(entry: Mapping[str, Any]) -> str:
     for row in rows:
         low, middle, high = quartiles(ratios(rows, row.name, first))
         seconds = statistics.median(row.seconds)
-        share = f"{entry['flops'] / seconds / entry['peak']:.0%}" if entry["flops"] else ""
+        share = f"{entry['least'] / seconds:.0%}" if entry["least"] else ""
         error = "" if isnan(row.error) else f"{row.error:.0e}"
         lines.append(
             f"| {row.name} | {entry['images'] / seconds:.1f} "
@@ -195,7 +197,9 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
-def setting() -> str:
+def setting(device: str) -> str:
+    if device == "cuda":
+        return "on a GPU"
     return "pages kept" if os.environ.get("MALLOC_TRIM_THRESHOLD_") else "default allocator"
 
 
@@ -203,26 +207,25 @@ def environment() -> dict[str, str]:
     """What the figures depend on."""
     cpu = Path("/proc/cpuinfo").read_text()
     model = next((line.split(": ")[1] for line in cpu.splitlines() if "model name" in line), "")
-    packages = ("torch", "torchvision", "onnxruntime", "openvino", "opacus")
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": f"{model}, {torch.get_num_threads()} threads",
-        **gpu,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+    packages = ["torch", "torchvision"]
+    found = {"date": time.strftime("%Y-%m-%d")}
+    found["processor"] = f"{model}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cudnn": str(torch.backends.cudnn.version())}
+    else:
+        packages += ["onnxruntime", "openvino", "opacus"]
+    found["python"] = platform.python_version()
+    return found | {name: version(name) for name in packages}
 
 
 def entry_of(comparison: Comparison, rows: list[Measured]) -> dict[str, Any]:
     """All of a comparison that a table or a judge of it needs, as JSON takes it."""
     return {
         "title": comparison.title,
-        "setting": setting(),
+        "setting": setting(comparison.device),
         "environment": environment(),
         "images": comparison.images,
-        "flops": comparison.flops,
-        "peak": peak(comparison.dtype, comparison.device),
+        "least": comparison.least,
         "rows": [row._asdict() for row in rows],
     }
 
@@ -236,7 +239,9 @@ def main(description: str | None, comparisons: Callable[[bool], Iterable[Compari
     parser.add_argument("--record", type=Path, help="a file of JSON lines to append to")
     parser.add_argument("--only", default="", help="comparisons whose title has this in it")
     args = parser.parse_args()
-    print(f"{setting()}; {', '.join(f'{k} {v}' for k, v in environment().items())}\n", flush=True)
+    print(
+        f"{setting('cpu')}; {', '.join(f'{k} {v}' for k, v in environment().items())}\n", flush=True
+    )
     for comparison in comparisons(args.full):
         if args.only in comparison.title:
             entry = entry_of(comparison, measure(comparison))

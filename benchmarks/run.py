@@ -6,7 +6,7 @@
 Each benchmark runs in a process of its own for each setting; with the default allocator only
 inference in all sizes. A full run leaves `docs/performance.json`, every time of it, and from that
 writes the measured part of `docs/performance.md` and its picture; --report does so without
-measuring.
+measuring. Of a GPU, it writes what `make bench-gpu` left in `docs/performance_gpu.json`.
 """
 
 import argparse
@@ -28,10 +28,12 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "performance.md"
 RESULTS = DOCUMENT.with_suffix(".json")
+GPU_RESULTS = DOCUMENT.with_name("performance_gpu.json")
 PICTURE = DOCUMENT.with_suffix(".png")
 
 BENCHMARKS = ("inference.py", "training_step.py", "transforms.py")
-PAGES_KEPT, DEFAULT = "pages kept", "default allocator"
+PAGES_KEPT, DEFAULT, GPU = "pages kept", "default allocator", "on a GPU"
+HEADINGS = {PAGES_KEPT: "With pages kept", DEFAULT: "Default allocator", GPU: "On a GPU"}
 
 
 class Target(NamedTuple):
@@ -82,6 +84,12 @@ def targets() -> list[Target]:
     for what in ("logits", "gradients"):
         title = f"Ensemble of 8 ResNet-18, {what}, 16 images of 64 px"
         found.append(Target(title, "fresnet vmap", ("loop",), 1.0))
+    rival = ("torchvision compiled",)
+    for images in ("1 image", "8 images", "32 images", "128 images", "256 images"):
+        found += [
+            Target(f"Inference on a GPU, {images}", "fresnet", rival, 1.0, GPU),
+            Target(f"Training step on a GPU, {images}", "fresnet compiled", rival, 1.0, GPU),
+        ]
     return found
 
 
@@ -118,21 +126,23 @@ def judge(results: Results) -> str:
 
 def report(results: Results) -> str:
     """The measured part of the document."""
-    environments = [entry["environment"] for entry in results.values()]
+    cpu = [entry for (_, setting), entry in results.items() if setting != GPU]
+    parts = [_measured(cpu), judge(results)]
+    for setting, heading in HEADINGS.items():
+        entries = [entry for (_, found), entry in results.items() if found == setting]
+        if entries:
+            parts.append(f"\n## {heading}\n")
+            parts += [_measured(entries)] if setting == GPU else []
+            parts.append("\n\n".join(map(table, entries)))
+    return "\n".join(parts)
+
+
+def _measured(entries: Sequence[Mapping[str, Any]]) -> str:
+    """When, on what and with which versions."""
+    environments = [entry["environment"] for entry in entries]
     dates = sorted({environment["date"] for environment in environments})
     environment = {**environments[0], "date": " and ".join(dates)}
-    versions = ", ".join(f"{name} {value}" for name, value in environment.items())
-    parts = [f"Measured: {versions}.\n", judge(results)]
-    for setting in (PAGES_KEPT, DEFAULT):
-        tables = [table(entry) for (_, found), entry in results.items() if found == setting]
-        if tables:
-            parts += [
-                f"\n## With {setting}\n"
-                if setting == PAGES_KEPT
-                else f"\n## {setting.capitalize()}\n"
-            ]
-            parts += ["\n\n".join(tables)]
-    return "\n".join(parts)
+    return f"Measured: {', '.join(f'{name} {value}' for name, value in environment.items())}.\n"
 
 
 def draw(results: Results, path: Path) -> None:
@@ -183,10 +193,10 @@ def main() -> None:
                 command.append("--full")
             subprocess.run(command, env={**os.environ, **setting}, check=True)
         results = read(path)
-        print(judge(results))
         if args.full:
             RESULTS.write_text(path.read_text())
     if args.full or args.report:
+        results = {**results, **read(GPU_RESULTS)}
         written = re.sub(
             r"(?<=<!-- measured -->\n).*?(?=<!-- end -->)",
             lambda _: report(results) + "\n",
@@ -195,6 +205,7 @@ def main() -> None:
         )
         DOCUMENT.write_text(written)
         draw(results, PICTURE)
+    print(judge(results))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet import onednn, tree, winograd
+from fresnet import cudnn, onednn, tree, winograd
 from fresnet.check import check_images, check_params, check_quantized
 from fresnet.net import Layer, forward, run_head, run_network
+from fresnet.ops import max_pool
 from fresnet.quantization import affine, from_levels, to_levels
 from fresnet.regimes import fold
-from fresnet.types import Bias, Params, Quantized, Rescale
+from fresnet.types import Bias, FusedLayer, Params, Quantized, Rescale
 
 Inference = Callable[[Tensor], Tensor]
 
@@ -67,7 +68,9 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
         with torch.no_grad():
             network = tree.map(torch.clone, tree.map(Tensor.detach, fold(params)))
         head = params.weights.head.weight
-        prepare = _fuse if onednn.is_supported(head.dtype, head.device) else _compile
+        library = cudnn if head.is_cuda else onednn
+        fusible = library.is_supported(head.dtype, head.device)
+        prepare = partial(_fuse, library) if fusible else _compile
     check_images("compile_inference", network, x)
     if isinstance(params, Params):
         with torch.no_grad():  # what does not fit, packed layers would refuse less well, or not
@@ -87,9 +90,10 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     return infer
 
 
-def _fuse(params: Params, x: Tensor) -> Inference:
+def _fuse(library: Any, params: Params, x: Tensor) -> Inference:
     """Run the network once, keeping of each layer what is to be done; then have all that fused."""
-    layers: list[onednn.Layer] = []
+    layers: list[FusedLayer] = []
+    owed: Tensor | None = None
 
     def keep(
         conv: Tensor,
@@ -103,13 +107,19 @@ def _fuse(params: Params, x: Tensor) -> Inference:
         shortcut: Tensor | None = None,
         activation: bool = True,
     ) -> tuple[Tensor, tuple[()]]:
-        if winograd.is_faster(x.shape, conv, stride, dilation, groups):
-            layer = winograd.convolution(x.shape, conv, norm.bias, activation=activation)
+        nonlocal owed
+        bias: Tensor | None = norm.bias
+        if not activation:  # a projection: the layer that it is added to adds its bias too
+            bias, owed = None, bias
+        elif shortcut is not None and owed is not None:
+            bias, owed = norm.bias + owed, None
+        if bias is not None and winograd.is_faster(x.shape, conv, stride, dilation, groups):
+            layer = winograd.convolution(x.shape, conv, bias, activation=activation)
         else:
-            layer = onednn.convolution(
+            layer = library.convolution(
                 x.shape,
                 conv,
-                norm.bias,
+                bias,
                 stride=stride,
                 padding=dilation * (conv.shape[-1] // 2),
                 dilation=dilation,
@@ -120,13 +130,14 @@ def _fuse(params: Params, x: Tensor) -> Inference:
         return layer(x, shortcut), ()
 
     x = x.contiguous(memory_format=torch.channels_last)
-    run_network(params, x, keep)
+    pool = cudnn.max_pool if library is cudnn else max_pool
+    run_network(params, x, keep, pool=pool)
 
     def run(x: Tensor) -> Tensor:
-        activations, _ = run_network(params, x, _one_by_one(layers))
+        activations, _ = run_network(params, x, _one_by_one(layers), pool=pool)
         return run_head(params.weights.head, activations[-1])
 
-    fused = onednn.fuse(run, x)
+    fused: Inference = library.fuse(run, x)
     return lambda x: fused(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -138,7 +149,7 @@ def _pack_int8(network: Quantized, x: Tensor) -> Inference:
     or nothing, hands these on.
     """
     params = Params(network.weights, network.ranges)
-    layers: list[onednn.Layer] = []
+    layers: list[FusedLayer] = []
 
     def pack(
         conv: Tensor,
@@ -184,7 +195,7 @@ def _filled(ends: Tensor, c: int, h: int, w: int) -> Tensor:
     return ends[:, None, None, None].expand(2, c, h, w)
 
 
-def _one_by_one(layers: list[onednn.Layer]) -> Layer:
+def _one_by_one(layers: list[FusedLayer]) -> Layer:
     rest = iter(layers)
 
     def layer(*arguments: Any, shortcut: Tensor | None = None, **_: Any) -> Any:
@@ -194,11 +205,6 @@ def _one_by_one(layers: list[onednn.Layer]) -> Layer:
 
 
 def _compile(params: Params, x: Tensor) -> Inference:
-    mode = "reduce-overhead" if x.is_cuda else "default"
-    compiled = torch.compile(partial(forward, params), dynamic=False, mode=mode)
-
-    def infer(x: Tensor) -> Tensor:
-        return compiled(x).clone()  # what a CUDA graph returns, the next run writes over
-
-    infer(x)
-    return infer
+    compiled: Inference = torch.compile(partial(forward, params), dynamic=False)
+    compiled(x)
+    return compiled

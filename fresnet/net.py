@@ -252,11 +252,16 @@ def plan(weights: Weights) -> list[list[tuple[Block, Grid]]]:
 
 
 def run_network(
-    params: Params, x: Tensor, layer: Layer, *, recompute: bool = False
+    params: Params,
+    x: Tensor,
+    layer: Layer,
+    *,
+    pool: Callable[[Tensor], Tensor] = max_pool,
+    recompute: bool = False,
 ) -> tuple[tuple[Tensor, ...], Stats]:
     """Stem and stages: their outputs, and a tree of what the layers returned."""
     weights, stats = params
-    x, stem_stats = run_stem(weights.stem, stats.stem, x, layer)
+    x, stem_stats = run_stem(weights.stem, stats.stem, x, layer, pool)
     activations, stages_stats = [x], []
     for blocks, blocks_stats in zip(plan(weights), stats.stages, strict=True):
         stage_stats = []
@@ -270,11 +275,13 @@ def run_network(
     return tuple(activations), Stats(stem_stats, tuple(stages_stats))
 
 
-def run_stem(w: Stem, s: Any, x: Tensor, layer: Layer) -> tuple[Tensor, StemStats]:
+def run_stem(
+    w: Stem, s: Any, x: Tensor, layer: Layer, pool: Callable[[Tensor], Tensor] = max_pool
+) -> tuple[Tensor, StemStats]:
     match w:
         case Stem7x7():
             y, stats = layer(w.conv, w.norm, s.norm, x, stride=2)
-            return max_pool(y), Stem7x7Stats(stats)
+            return pool(y), Stem7x7Stats(stats)
         case Stem3x3():
             y, stats = layer(w.conv, w.norm, s.norm, x)
             return y, Stem3x3Stats(stats)
@@ -282,7 +289,7 @@ def run_stem(w: Stem, s: Any, x: Tensor, layer: Layer) -> tuple[Tensor, StemStat
             y, norm1 = layer(w.conv1, w.norm1, s.norm1, x, stride=2)
             y, norm2 = layer(w.conv2, w.norm2, s.norm2, y)
             y, norm3 = layer(w.conv3, w.norm3, s.norm3, y)
-            return max_pool(y), DeepStemStats(norm1, norm2, norm3)
+            return pool(y), DeepStemStats(norm1, norm2, norm3)
 
 
 def _basic_block(

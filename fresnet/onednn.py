@@ -11,10 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnet.types import Affine
-
-Layer = Callable[[Tensor, Tensor | None], Tensor]
-"""Of activations and what is to be added to the result, over which it may be written."""
+from fresnet.types import Affine, FusedLayer
 
 
 def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
@@ -58,7 +55,7 @@ def convolution(
     dilation: int = 1,
     groups: int = 1,
     activation: bool = False,
-) -> Layer:
+) -> FusedLayer:
     """A convolution of activations of this shape, then sum and ReLU, for `fuse` to make one.
 
     Args:
@@ -112,7 +109,7 @@ def int8_convolution(
     dilation: int = 1,
     groups: int = 1,
     activation: bool = False,
-) -> Layer:
+) -> FusedLayer:
     """As `convolution`, from uint8 to uint8: sums are int32, then float32, and rounded once.
 
     Args:
@@ -147,7 +144,7 @@ def int8_convolution(
     return _with_columns(run, missing, source.zero_point)
 
 
-def _with_columns(layer: Layer, missing: int, zero: int = 0) -> Layer:
+def _with_columns(layer: FusedLayer, missing: int, zero: int = 0) -> FusedLayer:
     """The layer, where columns are missing for activations without them."""
     if not missing:
         return layer

@@ -6,7 +6,7 @@ A network is two such trees, `weights` and `stats`, in parallel: where the one h
 `norm1.scale` and `norm1.bias`, the other has `norm1.mean` and `norm1.var`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -68,6 +68,10 @@ class Affine(NamedTuple):
 
     scale: float
     zero_point: int
+
+
+FusedLayer: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
+"""Of activations and what is to be added to the result, over which it may be written."""
 
 
 class Identity(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from fresnet import onednn
+from fresnet.types import FusedLayer
 
 TILE, WINDOW = 4, 6
 POINTS = WINDOW**2
@@ -69,13 +69,14 @@ def is_faster(shape: torch.Size, weight: Tensor, stride: int, dilation: int, gro
         weight.shape[2:] == (3, 3)
         and (stride, dilation, groups) == (1, 1, 1)
         and weight.dtype is torch.float32
+        and weight.device.type == "cpu"
         and min(weight.shape[:2]) >= NARROW
         and b * _tiles(h) * _tiles(w) * c >= FEW
         and _has_compiler()
     )
 
 
-def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, activation: bool) -> onednn.Layer:
+def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, activation: bool) -> FusedLayer:
     """As `onednn.convolution` of a 3x3 weight, padded by 1, to rounding several times as large."""
     b, c, h, w = shape
     o, rows, columns = len(bias), _tiles(h), _tiles(w)
