@@ -28,17 +28,19 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     On a CPU, in float32 and bfloat16, oneDNN compiles a block of the network at a time; 3x3
     convolutions of stride 1 in float32 are Winograd's where that is faster, whose logits differ
     from those of `forward` by about 1e-6 of their norm (5e-7 otherwise; bfloat16's by 1e-2). On
+    an NVIDIA GPU, in these and float16, cuDNN's convolutions add and rectify too, and the network
+    is one CUDA graph; float32 is TF32 if PyTorch's setting says so when a shape is prepared. On
     other devices and in other dtypes `torch.compile` does what it can.
 
     What `quantize` returns runs in int8: activations are uint8 from the images to the last layer,
     and the head is float32.
 
-    What is not finite may not be seen in the logits: oneDNN's ReLU makes NaN 0, and
-    int8 has none. Where that matters, look at the images.
+    What is not finite may not be seen in the logits: a fused ReLU may make NaN 0, and int8 has
+    none. Where that matters, look at the images.
 
     Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, for as
     many threads as PyTorch then has; they stay for the process, and weights packed for the shape
-    with the callable. Several threads may use it.
+    with the callable. Several threads may use it; on a GPU they take turns.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
