@@ -11,7 +11,7 @@ three, so the derivatives of the two are the two again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
     if missing := onednn.missing_columns(x.shape[3], weight, stride):
         return convolve(F.pad(x, (0, missing)), weight, geometry)[..., :1]
+    if onednn.overruns(weight, stride):
+        return convolve(x[:, :, ::stride, ::stride], weight, replace(geometry, stride=1))
     if not torch.compiler.is_compiling() and transforms.mapped():
         if weight.shape[2] == groups == 1:
             x = x[:, :, ::stride, ::stride].movedim(1, 3)
@@ -67,6 +69,10 @@ def pull_back(
         wider = F.pad(cotangent, (0, 1)), F.pad(x, (0, missing))
         x_grad, weight_grad = pull_back(*wider, weight, geometry, *needed)
         return None if x_grad is None else x_grad[..., : x.shape[3]], weight_grad
+    if needed[1] and onednn.overruns(weight, geometry.stride):
+        x_grad, _ = pull_back(cotangent, x, weight, geometry, needed[0], False)
+        x, geometry = x[:, :, :: geometry.stride, :: geometry.stride], replace(geometry, stride=1)
+        return x_grad, weight_gradient(cotangent, x, weight, geometry)
     x, weight = _strided(x), _strided(weight)
     *grads_, _ = torch.ops.aten.convolution_backward(
         cotangent,

@@ -45,6 +45,16 @@ def missing_columns(width: int, weight: Tensor, stride: int) -> int:
     return stride if alone and weight.dtype.itemsize < 4 and weight.device.type == "cpu" else 0
 
 
+def overruns(weight: Tensor, stride: int) -> bool:
+    """Whether the kernel for AVX2 may write past its buffer, for this weight's gradient.
+
+    It does for 1x1 convolutions by a stride, of fewer than 8 channels that lie channels last, and
+    the process ends or the gradient is wrong (uxlfoundation/oneDNN issue 6035; PyTorch 2.13).
+    """
+    narrow = stride > 1 and weight.shape[1] < 8 and weight.shape[-1] == 1
+    return narrow and weight.device.type == "cpu"
+
+
 def convolution(
     shape: torch.Size,
     weight: Tensor,

@@ -33,10 +33,6 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
     >>> quantized = fresnet.quantize(params, [x])
     >>> quantized.weights.stem.conv.dtype, quantized.ranges.stem.norm.shape
     (torch.int8, torch.Size([2]))
-    >>> run = fresnet.compile_inference(quantized, x)
-    >>> exact = fresnet.forward(params, x)
-    >>> bool((run(x) - exact).norm() < 0.05 * exact.norm())
-    True
 
     Args:
       params: the network, in float32.
