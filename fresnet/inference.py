@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet import cudnn, onednn, tree, winograd
+from fresnet import cudnn, onednn, side_by_side, tree, winograd
 from fresnet.check import check_images, check_params, check_quantized
 from fresnet.net import Layer, forward, run_head, run_network
-from fresnet.ops import max_pool
+from fresnet.ops import linear, max_pool
 from fresnet.quantization import affine, from_levels, to_levels
 from fresnet.regimes import fold
 from fresnet.types import Bias, FusedLayer, Params, Quantized, Rescale
@@ -111,11 +111,26 @@ def _fuse(library: Any, params: Params, x: Tensor) -> Inference:
     ) -> tuple[Tensor, tuple[()]]:
         nonlocal owed
         bias: Tensor | None = norm.bias
-        if not activation:  # a projection: the layer that it is added to adds its bias too
+        if not activation and library is cudnn:
+            # A projection, and cuDNN adds a bias only where ReLU follows: the next sum adds it too.
             bias, owed = None, bias
         elif shortcut is not None and owed is not None:
             bias, owed = norm.bias + owed, None
-        if bias is not None and winograd.is_faster(x.shape, conv, stride, dilation, groups):
+        n = len(images) // len(x)
+        if stride > 1 and library is onednn and any(conv is leaf for leaf in last_stage):
+            n = side_by_side.images_together(x, stride)
+        if n > 1:
+            layer = side_by_side.convolution(
+                n,
+                x.shape,
+                conv,
+                norm.bias,
+                stride=stride,
+                dilation=dilation,
+                groups=groups,
+                activation=activation,
+            )
+        elif bias is not None and winograd.is_faster(x.shape, conv, stride, dilation, groups):
             layer = winograd.convolution(x.shape, conv, bias, activation=activation)
         else:
             layer = library.convolution(
@@ -131,15 +146,19 @@ def _fuse(library: Any, params: Params, x: Tensor) -> Inference:
         layers.append(layer)
         return layer(x, shortcut), ()
 
-    x = x.contiguous(memory_format=torch.channels_last)
+    images = x.contiguous(memory_format=torch.channels_last)
+    last_stage = tree.leaves(params.weights.stages[-1])
     pool = cudnn.max_pool if library is cudnn else max_pool
-    run_network(params, x, keep, pool=pool)
+    run_network(params, images, keep, pool=pool)
 
     def run(x: Tensor) -> Tensor:
         activations, _ = run_network(params, x, _one_by_one(layers), pool=pool)
+        if library is onednn:
+            y = side_by_side.average(activations[-1], len(x) // len(activations[-1]))
+            return linear(y, *params.weights.head)
         return run_head(params.weights.head, activations[-1])
 
-    fused: Inference = library.fuse(run, x)
+    fused: Inference = library.fuse(run, images)
     return lambda x: fused(x.contiguous(memory_format=torch.channels_last))
 
 
