@@ -28,10 +28,10 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     On a CPU, in float32 and bfloat16, oneDNN compiles a stage of the network at a time; 3x3
     convolutions of stride 1 in float32 are Winograd's where that is faster, whose logits differ
     from those of `forward` by about 1e-6 of their norm (5e-7 otherwise; bfloat16's by 1e-2). In
-    bfloat16 the last stage takes four images as one, where their number is a multiple of four. On
-    an NVIDIA GPU, in these and float16, cuDNN's convolutions add and rectify too, and the network
-    is one CUDA graph; float32 is TF32 if PyTorch's setting says so when a shape is prepared. On
-    other devices and in other dtypes `torch.compile` does what it can.
+    bfloat16 with AMX the last stage takes four images as one, or two, if maps are narrow and the
+    batch can be so divided. On an NVIDIA GPU, in these and float16, cuDNN's convolutions add and
+    rectify too, and the network is one CUDA graph; float32 is TF32 if PyTorch's setting says so
+    when a shape is prepared. On other devices and in other dtypes `torch.compile` does what it can.
 
     What `quantize` returns runs in int8: activations are uint8 from the images to the last layer,
     and the head is float32.

@@ -46,12 +46,13 @@ def missing_columns(width: int, weight: Tensor, stride: int) -> int:
 
 
 def overruns(weight: Tensor, stride: int) -> bool:
-    """Whether the kernel for AVX2 may write past its buffer, for this weight's gradient.
+    """Whether a kernel may write past its buffer, for this weight's gradient.
 
-    It does for 1x1 convolutions by a stride, of fewer than 8 channels that lie channels last, and
-    the process ends or the gradient is wrong (uxlfoundation/oneDNN issue 6035; PyTorch 2.13).
+    They do for 1x1 convolutions by a stride that lie channels last, of fewer channels than fill a
+    vector: 8 by AVX2 and 16 by AVX-512. The process ends, or the gradient is wrong
+    (uxlfoundation/oneDNN issue 6035; PyTorch 2.13).
     """
-    narrow = stride > 1 and weight.shape[1] < 8 and weight.shape[-1] == 1
+    narrow = stride > 1 and weight.shape[1] < 16 and weight.shape[-1] == 1
     return narrow and weight.device.type == "cpu"
 
 

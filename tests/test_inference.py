@@ -17,7 +17,6 @@ from torch.nn.functional import conv2d
 
 import fresnet
 from fresnet import FresnetError, Params, onednn, side_by_side, tree, winograd
-from fresnet.net import run_head, run_network
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Relative to the terms of which logits are the sums: they may cancel."""
@@ -199,37 +198,59 @@ def test_every_network_runs_side_by_side(params: Params, x: Tensor) -> None:
     assert_logits_close(params, x, logits, 1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_onednn_compiles_a_network_and_lets_go_of_it(dtype: torch.dtype) -> None:
-    """All of it: of PyTorch's own operations only the mean before the head is left."""
+def test_onednn_compiles_a_stage_at_once_and_lets_go_of_it(
+    dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it: PyTorch's own operations only lay images out and take the last mean."""
     if not onednn.is_supported(dtype, torch.device("cpu")):
         pytest.skip("bfloat16 needs a processor with AVX-512")
-    params = fresnet.fold(fresnet.init(0, fresnet.RESNET50, num_classes=5, dtype=torch.float64))
-    weights = tree.map(lambda leaf: leaf.to(dtype), params.weights)
-    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
+    weights, graphs = [], []
+    convolution, fuse = onednn.convolution, onednn.fuse
 
-    def run(x: Tensor, weights: fresnet.types.Weights = weights) -> Tensor:
-        def layer(
-            conv: Tensor, norm: Any, _: Any, x: Tensor, shortcut: Tensor | None = None, **how: Any
-        ) -> tuple[Tensor, tuple[()]]:
-            how |= {"padding": conv.shape[-1] // 2, "activation": how.get("activation", True)}
-            return onednn.convolution(x.shape, conv, norm.bias, **how)(x, shortcut), ()
+    def seen_convolution(shape: torch.Size, weight: Tensor, bias: Tensor, **how: Any) -> Any:
+        weights.append(StorageWeakRef(weight.untyped_storage()))
+        return convolution(shape, weight, bias, **how)
 
-        activations, _ = run_network(Params(weights, params.stats), x, layer)
-        return run_head(weights.head, activations[-1])
+    def seen_fuse(function: Any, x: Tensor) -> Any:
+        fused: Any = fuse(function, x)
+        graphs.append(str(fused.graph_for(x)).split("with prim::")[0])
+        return fused
 
-    with torch.no_grad():
-        fused: Any = onednn.fuse(run, x)
-        assert_close(fused(x).double(), run(x).double(), BOUNDS[dtype])
-        graph = str(fused.graph_for(x)).split("with prim::")[0]
+    monkeypatch.setattr(onednn, "convolution", seen_convolution)
+    monkeypatch.setattr(onednn, "fuse", seen_fuse)
+    params = fresnet.fold(fresnet.init(0, fresnet.RESNET50, num_classes=5))
+    params = tree.map(lambda leaf: leaf.to(dtype), params)
+    x = torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    infer = fresnet.compile_inference(params, x)
     assert not torch.jit.onednn_fusion_enabled()
-    assert set(re.findall(r" = (?:aten|mkldnn)::(\w+)", graph)) == {"mean"}
-    assert "oneDNNFusionGroup" in graph
-    weight = StorageWeakRef(weights.head.weight.untyped_storage())
-    del fused, run, weights
+    (graph,) = graphs
+    together = side_by_side.images_together(x[..., :4], 2)
+    left = set(re.findall(r" = (?:aten|mkldnn)::(\w+)", graph))
+    assert "sum" in left
+    assert not left & {"_convolution", "conv2d", "add", "relu", "max_pool2d", "linear"}
+    pieces = len(set(re.findall(r"oneDNNFusionGroup_\d+", graph)))
+    assert pieces == (15 if together > 1 else 7)
+    assert len(weights) > 40
+    del infer
     gc.collect()
-    assert weight.expired()
+    assert all(weight.expired() for weight in weights)
+
+
+def test_images_lie_side_by_side_where_there_are_tiles_to_fill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def together(batch: int, width: int, stride: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        x = torch.empty(batch, 1, 30, width, dtype=dtype)
+        return side_by_side.images_together(x, stride)
+
+    for amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
+        found = [together(b, 14, 2) for b in (1, 2, 3, 4, 6, 8, 32)]
+        assert found == ([1, 2, 1, 4, 2, 4, 4] if amx else [1] * 7)
+        assert together(4, 16, 2) == together(4, 15, 2) == together(4, 8, 1) == (4 if amx else 1)
+        assert together(4, 17, 2) == together(4, 9, 1) == together(4, 14, 2, torch.float32) == 1
 
 
 def test_what_is_compiled_runs_in_any_mode_of_pytorch() -> None:
@@ -299,25 +320,3 @@ def test_what_forward_refuses_is_refused() -> None:
         infer(x[0])
     with pytest.raises(FresnetError, match=r"in the weights' torch\.float32; got torch\.float64"):
         infer(x.double())
-
-
-@pytest.mark.parametrize(("batch", "most"), [(1, 7), (8, 20)])
-def test_a_stage_is_compiled_at_once(
-    batch: int, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In pieces of a layer or two, one image takes 7% longer in bfloat16."""
-    graphs: list[Any] = []
-
-    def fuse(function: Any, x: Tensor) -> Any:
-        fused: Any = original(function, x)
-        graphs.append(fused.graph_for(x))
-        return fused
-
-    original = onednn.fuse
-    monkeypatch.setattr(onednn, "fuse", fuse)
-    params = fresnet.init(0, fresnet.RESNET50, num_classes=5)
-    dtype = torch.bfloat16 if onednn.is_supported(torch.bfloat16, torch.device("cpu")) else None
-    params = tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(params))
-    fresnet.compile_inference(params, torch.ones(batch, 3, 64, 64).to(dtype))
-    (graph,) = graphs
-    assert 0 < len(set(re.findall(r"oneDNNFusionGroup_\d+", str(graph)))) <= most
