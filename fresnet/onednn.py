@@ -50,7 +50,7 @@ def overruns(weight: Tensor, stride: int) -> bool:
 
     They do for 1x1 convolutions by a stride that lie channels last, of fewer channels than fill a
     vector: 8 by AVX2 and 16 by AVX-512. The process ends, or the gradient is wrong
-    (uxlfoundation/oneDNN issue 6035; PyTorch 2.13).
+    (uxlfoundation/oneDNN#6035; PyTorch 2.13).
     """
     narrow = stride > 1 and weight.shape[1] < 16 and weight.shape[-1] == 1
     return narrow and weight.device.type == "cpu"

@@ -224,6 +224,7 @@ def test_onednn_compiles_a_stage_at_once_and_lets_go_of_it(
     params = tree.map(lambda leaf: leaf.to(dtype), params)
     x = torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     infer = fresnet.compile_inference(params, x)
+    assert_close(infer(x).double(), fresnet.forward(params, x).double(), BOUNDS[dtype])
     assert not torch.jit.onednn_fusion_enabled()
     (graph,) = graphs
     together = side_by_side.images_together(x[..., :4], 2)
