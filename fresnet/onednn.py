@@ -50,10 +50,11 @@ def overruns(weight: Tensor, stride: int) -> bool:
 
     They do for 1x1 convolutions by a stride that lie channels last, of fewer channels than fill a
     vector: 8 by AVX2 and 16 by AVX-512. The process ends, or the gradient is wrong
-    (uxlfoundation/oneDNN#6035; PyTorch 2.13).
+    (uxlfoundation/oneDNN#6035; PyTorch 2.13). Never in a program that is exported: it gives no
+    gradients, and what keeps off the kernel would bind it to sizes as odd as those of its example.
     """
     narrow = stride > 1 and weight.shape[1] < 16 and weight.shape[-1] == 1
-    return narrow and weight.device.type == "cpu"
+    return narrow and weight.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def convolution(

@@ -52,12 +52,13 @@ GROUPED_D = Spec(
 NETWORKS = {
     "grouped resnet-d": network(GROUPED_D),
     "cifar, zero padding": network(Spec(BasicBlock, (1, 1, 1), 4, stem=Stem3x3, shortcut=ZeroPad)),
+    "few channels": network(Spec(BasicBlock, (1, 1, 1), 4)),
     "plain": network(Spec(BasicBlock, (1, 1), 4, stem=Stem3x3, shortcut=NoShortcut)),
     "v1, frozen": fresnet.freeze(network(Spec(BottleneckV1, (2, 1), 4))),
     "dilated": fresnet.dilate(network(Spec(Bottleneck, (1, 1), 4)), output_stride=4),
 }
-STRIDES = {"grouped resnet-d": 8, "cifar, zero padding": 4, "plain": 2, "v1, frozen": 8}
-STRIDES["dilated"] = 4
+STRIDES = {"grouped resnet-d": 8, "cifar, zero padding": 4, "few channels": 16, "plain": 2}
+STRIDES |= {"v1, frozen": 8, "dilated": 4}
 """Of the whole network: how far apart the pixels are that the last stage is computed at."""
 
 SMALL = network(Spec(BasicBlock, (1,), 4, stem=Stem3x3))
