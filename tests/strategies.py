@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -236,10 +236,13 @@ def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def tensor_trees(draw: st.DrawFn) -> Any:
-    """Trees whose leaves may lie in each other's memory."""
+    """Trees whose leaves may lie in each other's memory, each of a name that no other has."""
     owners = draw(st.lists(strided(), min_size=1, max_size=3))
     views = [x.movedim(0, -1) for x in owners if x.ndim]
-    return draw(trees(st.sampled_from([*owners, *views, owners[0]])))
+    drawn = draw(trees(st.sampled_from([*owners, *views, owners[0]])))
+    leaf_names = [".".join(map(str, path)) for path in fresnet.tree.paths(drawn)]
+    assume(len({*leaf_names}) == len(leaf_names))  # unlike those of {1: x, "1": y}
+    return drawn
 
 
 @st.composite
