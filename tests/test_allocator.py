@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from statistics import median_low
 
 import pytest
 
@@ -21,25 +22,24 @@ if sys.argv[1] == "kept":
     assert fresnet.keep_pages()
 for _ in range(3):
     torch.ones(2**24)
-before = page_faults()
-for _ in range(20):
+for _ in range(11):
+    before = page_faults()
     torch.ones(2**24)
-print(page_faults() - before)
+    print(page_faults() - before)
 """
 
 
 def faults(setting: str) -> int:
+    """What a tensor of 64 MiB costs: the median, as a small block may come to lie in its way."""
     command = [sys.executable, "-c", FAULTS, setting]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return median_low(map(int, printed.split()))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
 def test_freed_pages_are_used_again() -> None:
-    """Twenty tensors of 64 MiB in turn are 330,000 pages of 4 KiB, or fewer that are huge.
-
-    A small block that comes to lie within a freed one may cost one tensor fresh pages, seldom.
-    """
-    assert 4 * faults("kept") < faults("default")
+    """64 MiB are 16,384 pages of 4 KiB, or 32 that are huge."""
+    assert faults("kept") < 10 < faults("default")
 
 
 def test_elsewhere_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
