@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import optim, training, tree
-from fresnet.net import inference_layer, run_network
+from fresnet.network.net import inference_layer, run_network
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.types import BasicBlock, Stats, Weights
+from fresnet.network.nodes import BasicBlock, Stats, Weights
 
 MEMBERS, STEPS, BATCH = 8, 100, 64
 

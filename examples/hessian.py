@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 import fresnet
 from fresnet import Params, tree
 
-SPEC = fresnet.Spec(fresnet.types.BasicBlock, (1, 1), width=8)
+SPEC = fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=8)
 STEPS, BATCH, RATE = 200, 64, 0.1
 HESSIAN_BATCH, LANCZOS_STEPS, EIGENPAIRS, RISE = 256, 60, 5, 0.1
 

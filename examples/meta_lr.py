@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 import fresnet
 from fresnet import Params, tree
 
-SPEC = fresnet.Spec(fresnet.types.BasicBlock, (1, 1), width=8)
+SPEC = fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=8)
 STEPS, BATCH, HELD_OUT = 16, 64, 256
 FIRST_RATE, META_STEPS, META_RATE, STATS_MOMENTUM = 0.1, 20, 0.3, 0.3
 KINDS = ("convolutions", "norms", "head")

@@ -28,7 +28,7 @@ from torch.nn.functional import one_hot
 import fresnet
 from fresnet import Params, tree
 
-SPEC, CLASSES = fresnet.Spec(fresnet.types.BasicBlock, (1, 1), width=16), 10
+SPEC, CLASSES = fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=16), 10
 FEW, TRAIN, TEST, RIDGE = 16, 200, 100, 1e-4
 
 

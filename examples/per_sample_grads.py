@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.types import BasicBlock, Stats, Weights
+from fresnet.network.nodes import BasicBlock, Stats, Weights
 
 TRAIN, FLIPPED, BATCH, RATE = 1000, 100, 100, 0.1
 CHECKPOINTS, STEPS = 5, 20  # checkpoints, and the steps before each

@@ -5,23 +5,24 @@ logits = fresnet.forward(params, x)                # inference: running statisti
 logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
-from fresnet import moments, optim, training, tree
-from fresnet.allocator import keep_pages
-from fresnet.clipping import clipped_grads, per_sample_norms
+from fresnet import data, optim, training, tree
+from fresnet.data.preprocess import PRESETS, Preset, preprocess
 from fresnet.errors import FresnetError
-from fresnet.export import export
-from fresnet.files import load, save
-from fresnet.inference import compile_inference
-from fresnet.init import init
-from fresnet.interop import from_state_dict, to_state_dict
-from fresnet.net import features, forward, forward_moments, forward_train
-from fresnet.per_sample import per_sample_grads
-from fresnet.preprocess import PRESETS, preprocess
-from fresnet.quantization import quantize
-from fresnet.regimes import dilate, fold, freeze, recalibrate
-from fresnet.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
-from fresnet.summary import summary
-from fresnet.types import Params, Quantized
+from fresnet.gradients.clipping import clipped_grads, per_sample_norms
+from fresnet.gradients.per_sample import per_sample_grads
+from fresnet.inference.compiled import compile_inference
+from fresnet.inference.quantization import quantize
+from fresnet.network import moments, nodes
+from fresnet.network.init import init
+from fresnet.network.net import features, forward, forward_moments, forward_train
+from fresnet.network.nodes import Params, Quantized
+from fresnet.network.rewrites import dilate, fold, freeze, recalibrate
+from fresnet.network.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
+from fresnet.network.summary import summary
+from fresnet.pytorch.allocator import keep_pages
+from fresnet.weights.export import export
+from fresnet.weights.files import load, save
+from fresnet.weights.interop import from_state_dict, to_state_dict
 
 __version__ = "0.1.0"
 
@@ -35,10 +36,12 @@ __all__ = [
     "SPECS",
     "FresnetError",
     "Params",
+    "Preset",
     "Quantized",
     "Spec",
     "clipped_grads",
     "compile_inference",
+    "data",
     "dilate",
     "export",
     "features",
@@ -52,6 +55,7 @@ __all__ = [
     "keep_pages",
     "load",
     "moments",
+    "nodes",
     "optim",
     "per_sample_grads",
     "per_sample_norms",

@@ -23,14 +23,14 @@ from fresnet import (
     summary,
     to_state_dict,
 )
-from fresnet.allocator import keep_pages
+from fresnet.data.preprocess import PRESETS, Preset
 from fresnet.errors import FresnetError, reason, suggestion
-from fresnet.export import SUFFIXES
-from fresnet.interop import LAYOUTS, foreign_to, untold
-from fresnet.preprocess import PRESETS, Preset
-from fresnet.specs import SPECS
-from fresnet.storage import write_pickle, write_safetensors
-from fresnet.types import Params
+from fresnet.network.nodes import Params
+from fresnet.network.specs import SPECS
+from fresnet.pytorch.allocator import keep_pages
+from fresnet.weights.export import SUFFIXES
+from fresnet.weights.interop import LAYOUTS, foreign_to, untold
+from fresnet.weights.storage import write_pickle, write_safetensors
 
 EXAMPLES = {
     "summary": """examples:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fresnet import transforms, tree
+from fresnet import tree
 from fresnet.errors import FresnetError, describe
+from fresnet.pytorch import transform_stack
 
 Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
 Rate: TypeAlias = float | Tensor | Schedule
@@ -306,7 +307,7 @@ def _plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
 
 def _plus_over(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
     """x + factor y, written over x, which nothing else reads."""
-    if torch.compiler.is_compiling() or transforms.active():
+    if torch.compiler.is_compiling() or transform_stack.active():
         return _plus(x, factor, y)
     if isinstance(factor, Tensor):
         return x.addcmul_(y, factor)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fresnet
 from fresnet import FresnetError
+from fresnet.network.nodes import Bottleneck
 from fresnet.training import cross_entropy, joined, make_train_step, start
-from fresnet.types import Bottleneck
 
 TIMEOUT_S = 5.0
 STEPS, LAST = 6, 3

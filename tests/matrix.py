@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.types import BasicBlock, Weights
+from fresnet.network.nodes import BasicBlock, Weights
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "transforms.md"
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 import fresnet
 from fresnet import Spec
-from fresnet.check import DTYPES
-from fresnet.convolution import Geometry
 from fresnet.data import Order, steps_per_epoch
-from fresnet.training import TrainState, start
-from fresnet.types import (
+from fresnet.network.check import DTYPES
+from fresnet.network.convolution import Geometry
+from fresnet.network.nodes import (
     BLOCKS,
     SHORTCUTS,
     STEMS,
@@ -26,6 +25,7 @@ from fresnet.types import (
     PooledProjection,
     Stem3x3,
 )
+from fresnet.training import TrainState, start
 
 
 def examples(count: int) -> settings:

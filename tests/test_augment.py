@@ -33,7 +33,7 @@ from fresnet.data import (
     trivial_augment,
 )
 from fresnet.data.augment import EIGENVALUES, EIGENVECTORS
-from fresnet.preprocess import Preset
+from fresnet.data.preprocess import Preset
 
 T = torchvision.transforms
 BILINEAR = T.InterpolationMode.BILINEAR

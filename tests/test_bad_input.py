@@ -10,7 +10,7 @@ import torch
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.types import (
+from fresnet.network.nodes import (
     BasicBlock,
     Bottleneck,
     DeepStem,

@@ -21,10 +21,10 @@ from strategies import OPTIMIZERS, examples, tensor_trees, train_states
 
 import fresnet
 from fresnet import FresnetError, Spec
+from fresnet.network.nodes import BasicBlock, Bottleneck, BottleneckV1
 from fresnet.optim import adamw, sgd
 from fresnet.training import TrainState, restore_state, save_state, start
 from fresnet.training.checkpoint import saved_states
-from fresnet.types import BasicBlock, Bottleneck, BottleneckV1
 
 Give = Callable[[Order], Report]
 

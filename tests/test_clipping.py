@@ -15,8 +15,9 @@ from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
 import fresnet
-from fresnet import FresnetError, Params, convolution, tree
-from fresnet.types import BasicBlock, Bottleneck, Weights
+from fresnet import FresnetError, Params, tree
+from fresnet.network import convolution
+from fresnet.network.nodes import BasicBlock, Bottleneck, Weights
 
 MEANINGS = st.sampled_from(["running", "batch"])
 REGIMES = st.sampled_from(

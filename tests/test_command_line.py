@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 import fresnet
 from fresnet import Spec
 from fresnet.__main__ import main
-from fresnet.types import BottleneckV1
+from fresnet.network.nodes import BottleneckV1
 
 PARAMS = fresnet.init(0, Spec(BottleneckV1, (1, 1), width=8), num_classes=4)
 

@@ -16,8 +16,15 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.functional import conv2d
 
-from fresnet import convolution, tree
-from fresnet.convolution import Geometry, convolve, pull_back, squared_norms, weight_gradients
+from fresnet import tree
+from fresnet.network import convolution
+from fresnet.network.convolution import (
+    Geometry,
+    convolve,
+    pull_back,
+    squared_norms,
+    weight_gradients,
+)
 
 Function = Callable[[Tensor, Tensor], Any]
 
@@ -154,7 +161,7 @@ def test_maps_of_any_width_in_bfloat16(drawn: Convolution) -> None:
 
 FEW_CHANNELS = """
 import torch
-from fresnet.convolution import Geometry, convolve, pull_back
+from fresnet.network.convolution import Geometry, convolve, pull_back
 
 for channels in range(1, 18):
     x, weight, cotangent = (

@@ -15,7 +15,7 @@ from torch.func import grad, jvp, vjp
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.types import Bottleneck, Weights
+from fresnet.network.nodes import Bottleneck, Weights
 
 PARAMS = fresnet.init(
     0, fresnet.Spec(Bottleneck, (1, 1), width=3), num_classes=4, dtype=torch.float64

@@ -43,7 +43,7 @@ from fresnet.data import (
     prepare,
     scan,
 )
-from fresnet.preprocess import Preset
+from fresnet.data.preprocess import Preset
 
 RECIPE = Augmentation(AreaCrop(24), trivial_augment=True, lighting=0.1, erase=0.5)
 AUGMENT = partial(augment, augmentation=RECIPE)

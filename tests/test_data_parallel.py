@@ -25,7 +25,8 @@ from torch.multiprocessing.spawn import spawn
 
 import fresnet
 from fresnet import FresnetError, Params, optim, tree
-from fresnet.collectives import Group
+from fresnet.network.nodes import Bottleneck, Weights
+from fresnet.pytorch.collectives import Group
 from fresnet.training import (
     Evaluation,
     check_same,
@@ -40,7 +41,6 @@ from fresnet.training import (
     share,
     start,
 )
-from fresnet.types import Bottleneck, Weights
 
 PARAMS = fresnet.init(
     0, fresnet.Spec(Bottleneck, (1, 1), width=3), num_classes=6, dtype=torch.float64

@@ -14,8 +14,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 
 import fresnet
-from fresnet import FresnetError, Params, moments, tree
-from fresnet.types import Bottleneck, Stats, Weights
+from fresnet import FresnetError, Params, tree
+from fresnet.network import moments
+from fresnet.network.nodes import Bottleneck, Stats, Weights
 
 PARAMS = fresnet.init(
     0, fresnet.Spec(Bottleneck, (1, 1), width=3), num_classes=4, dtype=torch.float64

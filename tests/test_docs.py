@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import reference  # noqa: F401  (makes torchvision importable beside a CPU-only torch)
 
-from fresnet import onednn
+from fresnet.inference import onednn
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.types import BasicBlock, Bottleneck, Stats, Weights
+from fresnet.network.nodes import BasicBlock, Bottleneck, Stats, Weights
 
 RATE, MOMENTUM, DECAY, STEPS = 0.05, 0.9, 1e-3, 3
 

@@ -20,8 +20,8 @@ from torch.nn.functional import conv2d, cross_entropy, relu
 
 import fresnet
 from fresnet import optim, training, tree
-from fresnet.storage import read_safetensors
-from fresnet.types import Identity, Projection, ZeroPad
+from fresnet.network.nodes import Identity, Projection, ZeroPad
+from fresnet.weights.storage import read_safetensors
 
 FOLDER = Path(train_digits.__file__).parent
 QUICK = ("--arch", "resnet18", "--epochs", "1")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.types import (
+from fresnet.network.nodes import (
     BasicBlock,
     Bottleneck,
     BottleneckV1,
@@ -265,7 +265,7 @@ def test_onnx_runtime_folds_every_norm_into_its_convolution(
     onnxruntime.InferenceSession(exported.folder / "net.onnx", options)
     nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
     count = Counter(node.op_type for node in nodes)
-    blocks = [b for s in exported.params.weights.stages for b in fresnet.types.blocks_of(s)]
+    blocks = [b for s in exported.params.weights.stages for b in fresnet.nodes.blocks_of(s)]
     assert count["Mul"] == count["BatchNormalization"] == 0
     assert count["Add"] == sum(not isinstance(b.shortcut, NoShortcut) for b in blocks)
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, Spec, tree
-from fresnet.types import (
+from fresnet.network.nodes import (
     Bottleneck,
     BottleneckV1,
     DilatedStage,

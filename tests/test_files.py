@@ -26,13 +26,14 @@ from hypothesis import strategies as st
 from strategies import examples, tiny_params
 
 import fresnet
-from fresnet import FresnetError, Params, Spec, hub, storage, tree
-from fresnet.types import (
+from fresnet import FresnetError, Params, Spec, tree
+from fresnet.network.nodes import (
     Bottleneck,
     BottleneckV1,
     NoShortcut,
     PooledProjection,
 )
+from fresnet.weights import files, hub, storage
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (1, 2), 4, groups=2, group_width=32), num_classes=3)
 STATE = fresnet.to_state_dict(PARAMS)
@@ -359,7 +360,7 @@ def metadata(structure: Any) -> dict[str, str]:
     return {"fresnet": text, "crc32": storage._checksum({"fresnet": text}, STATE)}
 
 
-WHOLE = fresnet.files._structure(PARAMS.weights)
+WHOLE = files._structure(PARAMS.weights)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, Params, tree
-from fresnet.types import Bias, Stats
+from fresnet.network.nodes import Bias, Stats
 
 
 @examples(50)

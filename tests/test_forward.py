@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import fresnet
-from fresnet.norm import inference_norm
-from fresnet.types import Norm, NormStats, Weights
+from fresnet.network.nodes import Norm, NormStats, Weights
+from fresnet.network.norm import inference_norm
 
 
 @reference.every_member

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy
 
 import fresnet
-from fresnet import Params, cudnn, inference, optim, training, tree
+from fresnet import Params, optim, training, tree
+from fresnet.inference import compiled, cudnn
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -72,7 +73,7 @@ def test_a_network_of_fused_layers_is_the_network(params: Params, x: Tensor) -> 
         patch.setattr(torch, "cudnn_convolution_add_relu", convolution_add_relu)
         patch.setattr(cudnn, "ALIGNED", 2)
         patch.setattr(cudnn, "fuse", lambda function, x: function)
-        logits = inference._fuse(cudnn, fresnet.fold(params), x)(x)
+        logits = compiled._fuse(cudnn, fresnet.fold(params), x)(x)
     assert_close(logits, fresnet.forward(params, x), 1e-11)
 
 

@@ -16,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import conv2d
 
 import fresnet
-from fresnet import FresnetError, Params, onednn, side_by_side, tree, winograd
+from fresnet import FresnetError, Params, tree
+from fresnet.inference import onednn, side_by_side, winograd
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Relative to the terms of which logits are the sums: they may cancel."""
@@ -273,7 +274,7 @@ def test_what_is_compiled_runs_in_any_mode_of_pytorch() -> None:
 
 
 def test_other_dtypes_are_compiled_by_pytorch() -> None:
-    spec = fresnet.Spec(fresnet.RESNET18.block, (1,), width=4, stem=fresnet.types.Stem3x3)
+    spec = fresnet.Spec(fresnet.RESNET18.block, (1,), width=4, stem=fresnet.nodes.Stem3x3)
     params = fresnet.init(0, spec, num_classes=5, dtype=torch.float64)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     assert not onednn.is_supported(x.dtype, x.device)

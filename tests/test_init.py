@@ -13,7 +13,7 @@ from strategies import examples, seeds, tiny_specs
 
 import fresnet
 from fresnet import Spec, tree
-from fresnet.types import BasicBlock, Bottleneck
+from fresnet.network.nodes import BasicBlock, Bottleneck
 
 named = pytest.mark.parametrize("name", reference.TORCHVISION)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.types import (
+from fresnet.network.nodes import (
     BasicBlock,
     Bottleneck,
     BottleneckV1,

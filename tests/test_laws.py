@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.types import BasicBlock, Stats, Weights
+from fresnet.network.nodes import BasicBlock, Stats, Weights
 
 
 @examples(25)
@@ -121,7 +121,7 @@ def test_training_does_not_see_the_scale_of_a_convolution_as_eps_vanishes(
 
     def logits(params: Params, eps: float) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fresnet.norm.EPS", eps)
+            patch.setattr("fresnet.network.norm.EPS", eps)
             return fresnet.forward_train(params, x)[0]
 
     scaled = params._replace(weights=scale_convolutions(params.weights, factor))

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import fresnet
-from fresnet import FresnetError, Params, moments, tree
-from fresnet.types import Moments, Stem3x3
+from fresnet import FresnetError, Params, tree
+from fresnet.network import moments
+from fresnet.network.nodes import Moments, Stem3x3
 
 
 def moments_of(values: Tensor) -> Moments:
@@ -173,7 +174,7 @@ def test_momentum_may_be_a_tensor_and_be_mapped_over_and_differentiated(
 
 
 def test_wrong_moments_are_refused() -> None:
-    params = fresnet.init(0, fresnet.Spec(fresnet.types.BasicBlock, (1,), width=2))
+    params = fresnet.init(0, fresnet.Spec(fresnet.nodes.BasicBlock, (1,), width=2))
     x = torch.randn(2, 3, 16, 16)
     _, seen = fresnet.forward_moments(params, x)
     _, stacked = vmap(fresnet.forward_moments, (None, 0))(params, torch.stack([x, x]))

@@ -14,8 +14,9 @@ from torch.func import grad, jacrev, vmap
 from torch.nn.functional import cross_entropy
 
 import fresnet
-from fresnet import FresnetError, Params, moments, tree
-from fresnet.types import BasicBlock, Weights
+from fresnet import FresnetError, Params, tree
+from fresnet.network import moments
+from fresnet.network.nodes import BasicBlock, Weights
 
 
 def batch_gradient(run: Any, params: Params, x: Tensor, y: Tensor) -> Weights:
@@ -188,7 +189,7 @@ def test_models_trained_at_once_are_models_trained_apart(x: Tensor, depth: int) 
     spec, y = fresnet.Spec(BasicBlock, (depth,), width=4), labels(x, 5)
 
     def step(params: Params, rate: Tensor) -> Params:
-        def loss(weights: Weights, stats: fresnet.types.Stats) -> Any:
+        def loss(weights: Weights, stats: fresnet.nodes.Stats) -> Any:
             logits, stats = fresnet.forward_train(Params(weights, stats), x)
             return cross_entropy(logits, y), stats
 

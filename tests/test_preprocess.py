@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from fresnet import FresnetError
-from fresnet.preprocess import PRESETS, Preset, preprocess
+from fresnet.data.preprocess import PRESETS, Preset, preprocess
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (31, 47, 3), np.uint8)

@@ -15,11 +15,12 @@ from torch.nn.functional import conv2d
 from train_digits import BATCH, LOSS, batch, rate_for
 
 import fresnet
-from fresnet import FresnetError, Params, onednn, optim, tree
-from fresnet.ops import average_pool
-from fresnet.quantization import affine, from_levels, to_levels
+from fresnet import FresnetError, Params, optim, tree
+from fresnet.inference import onednn
+from fresnet.inference.quantization import affine, from_levels, to_levels
+from fresnet.network.nodes import Affine, Bottleneck
+from fresnet.network.ops import average_pool
 from fresnet.training import make_train_step, start
-from fresnet.types import Affine, Bottleneck
 
 SPEC = fresnet.SPECS["resnet20"]
 

@@ -42,8 +42,8 @@ from fresnet.data import (
     loader,
     scan,
 )
-from fresnet.preprocess import PRESETS, Preset, preprocess
-from fresnet.storage import read_safetensors
+from fresnet.data.preprocess import PRESETS, Preset, preprocess
+from fresnet.network.nodes import BasicBlock, Stem3x3
 from fresnet.training import cross_entropy, evaluate, make_train_step, plots, share
 from fresnet.training import run as running
 from fresnet.training import start as begin
@@ -62,7 +62,7 @@ from fresnet.training.recipes import (
 )
 from fresnet.training.record import read_log
 from fresnet.training.run import Outcome, Run, train
-from fresnet.types import BasicBlock, Stem3x3
+from fresnet.weights.storage import read_safetensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 

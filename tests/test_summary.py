@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.types import DilatedStage
+from fresnet.network.nodes import DilatedStage
 
 sides = st.integers(1, 300)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.types import Stats, Weights
+from fresnet.network.nodes import Stats, Weights
 
 
 def loss_fn(

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import fresnet
-from fresnet import FresnetError, Params, moments, optim, training, tree
-from fresnet.net import run_training
-from fresnet.recompute import recomputed
+from fresnet import FresnetError, Params, optim, training, tree
+from fresnet.network import moments
+from fresnet.network.net import run_training
+from fresnet.network.recompute import recomputed
 from fresnet.training import TrainState, gradients, make_train_step, start
 from fresnet.training.step import TrainStep
 
@@ -141,7 +142,7 @@ def test_gradients_of_weights_that_a_loss_does_not_use_are_zero() -> None:
 
 
 PARAMS = fresnet.init(
-    0, fresnet.Spec(fresnet.types.Bottleneck, (2, 1), width=4), num_classes=5, dtype=torch.float64
+    0, fresnet.Spec(fresnet.nodes.Bottleneck, (2, 1), width=4), num_classes=5, dtype=torch.float64
 )
 X = torch.randn(4, 3, 37, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([3, 1, 4, 1])
@@ -438,7 +439,7 @@ def test_a_step_is_differentiable_in_what_it_depends_on() -> None:
 def test_a_compiled_step_is_the_step() -> None:
     train_step = make_train_step(SGD, max_norm=1.0)
     compiled = torch.compile(train_step, fullgraph=True, backend="aot_eager")
-    small = fresnet.Spec(fresnet.types.BasicBlock, (1, 1), width=2)
+    small = fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=2)
     params = fresnet.init(0, small, num_classes=5, dtype=torch.float64)
     state = start(params, SGD, average=True)
     expected, actual = (run(step, state, [(X, Y)] * 2) for step in (train_step, compiled))

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.norm import _batch_norm
-from fresnet.types import Weights
+from fresnet.network.nodes import Weights
+from fresnet.network.norm import _batch_norm
 
 Function = Callable[[Tensor], Tensor]
 
@@ -164,7 +164,7 @@ def test_per_sample_gradients_through_forward_are_a_loop(params: Params, x: Tens
 
 
 BFLOAT16 = fresnet.init(
-    0, fresnet.Spec(fresnet.types.Bottleneck, (1, 1), width=8), num_classes=5, dtype=torch.bfloat16
+    0, fresnet.Spec(fresnet.nodes.Bottleneck, (1, 1), width=8), num_classes=5, dtype=torch.bfloat16
 )
 
 
@@ -203,7 +203,7 @@ def test_bfloat16_keeps_float32_statistics_under_every_transform() -> None:
 @pytest.mark.parametrize("name", ["forward", "forward_train", "features", "grad", "jvp", "vmap"])
 def test_compiled_in_one_graph_is_eager(name: str) -> None:
     params = fresnet.init(
-        0, fresnet.Spec(fresnet.types.BasicBlock, (1, 1), width=4), dtype=torch.float64
+        0, fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=4), dtype=torch.float64
     )
     x = torch.randn(4, 3, 33, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     stacked = tree.stack([params, tree.map(lambda leaf: 2 * leaf, params)])
@@ -227,7 +227,7 @@ def test_compiled_in_one_graph_is_eager(name: str) -> None:
 def test_parameters_that_autograd_follows() -> None:
     """`loss.backward()` on leaves that require gradients is `torch.func.grad`."""
     params = fresnet.init(
-        0, fresnet.Spec(fresnet.types.Bottleneck, (1, 1), width=4), dtype=torch.float64
+        0, fresnet.Spec(fresnet.nodes.Bottleneck, (1, 1), width=4), dtype=torch.float64
     )
     x = torch.randn(4, 3, 33, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = grad(loss_of(params, x, train=True))(params.weights)

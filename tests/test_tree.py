@@ -13,7 +13,7 @@ from torch.utils import _pytree
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.types import BasicBlock, Bottleneck
+from fresnet.network.nodes import BasicBlock, Bottleneck
 
 
 @examples(20)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fresnet.data.folder import Folder
 from fresnet.data.order import Place, keyed_generator
+from fresnet.data.preprocess import upright_rgb
 from fresnet.errors import FresnetError, reason
-from fresnet.preprocess import upright_rgb
 
 Transform = Callable[[Image, Generator], Tensor]
 """From an upright RGB image to `[3 h w]`: drawing from the generator alone, and writing to nothing.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe, reason
-from fresnet.files import BESIDES, NETWORK, structure_of
-from fresnet.interop import names
-from fresnet.storage import as_path, read_safetensors, remove_leftovers, write_safetensors
-from fresnet.types import Params
+from fresnet.network.nodes import Params
+from fresnet.weights.files import BESIDES, NETWORK, structure_of
+from fresnet.weights.interop import names
+from fresnet.weights.storage import as_path, read_safetensors, remove_leftovers, write_safetensors
 
 STATE = "fresnet.state"
 """The metadata with step, notes, strides, and types of nodes."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from fresnet import data, tree
 from fresnet.data import Folder, Images, scan
 from fresnet.errors import FresnetError, reason, suggestion
-from fresnet.files import load
-from fresnet.init import fresh_head, init
-from fresnet.specs import SPECS
+from fresnet.network.init import fresh_head, init
+from fresnet.network.nodes import Params
+from fresnet.network.specs import SPECS
 from fresnet.training.processes import Processes, joined, share
 from fresnet.training.recipes import (
     RECIPES,
@@ -39,7 +39,7 @@ from fresnet.training.run import (
     assemble,
     train,
 )
-from fresnet.types import Params
+from fresnet.weights.files import load
 
 
 def run(args: argparse.Namespace) -> str:

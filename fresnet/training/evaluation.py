@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fresnet.check import check_call, check_group, check_params
-from fresnet.collectives import Group, all_sum
 from fresnet.errors import FresnetError
-from fresnet.net import forward
+from fresnet.network.check import check_call, check_group, check_params
+from fresnet.network.net import forward
+from fresnet.network.nodes import Params
+from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.step import Batch
 from fresnet.training.targets import check_classes, cross_entropy
-from fresnet.types import Params
 
 
 class Evaluation(NamedTuple):

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from fresnet import transforms, tree
-from fresnet.collectives import Group, all_sum, start_sum
+from fresnet import tree
+from fresnet.pytorch import transform_stack
+from fresnet.pytorch.collectives import Group, all_sum, start_sum
 
 Weights = TypeVar("Weights")
 
@@ -51,7 +52,9 @@ def gradients(
       `(grads, found)`: a tree like the weights, to the bit the same on every process of the group;
       `(loss, seen)` of each part.
     """
-    if torch.compiler.is_compiling() or transforms.differentiated(*tree.leaves((weights, parts))):
+    if torch.compiler.is_compiling() or transform_stack.differentiated(
+        *tree.leaves((weights, parts))
+    ):
         return _composed(loss_fn, weights, parts, group)
     leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(weights)]
     buckets = None if group is None else _Buckets(leaves, len(parts), group)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, distributed
 
 from fresnet import tree
-from fresnet.collectives import Group, all_sum, answered
 from fresnet.errors import FresnetError, describe
+from fresnet.pytorch.collectives import Group, all_sum, answered
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from fresnet import optim
 from fresnet.data import AreaCrop, Augmentation, ScaleCrop
+from fresnet.data.preprocess import PRESETS, Preset
 from fresnet.errors import FresnetError
-from fresnet.preprocess import PRESETS, Preset
 from fresnet.training.mixing import Mixing, cutmix, mixup, one_of
 
 

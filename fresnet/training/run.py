@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, distributed
 
 from fresnet import data, tree
-from fresnet.collectives import answered
 from fresnet.data import Folder, Images, Order, Place
 from fresnet.errors import FresnetError
-from fresnet.files import save
+from fresnet.network.nodes import Params
+from fresnet.pytorch.collectives import answered
 from fresnet.training.checkpoint import restore_state, save_state, saved_states
 from fresnet.training.evaluation import Evaluation, evaluate
 from fresnet.training.plots import draw_confusion, draw_curves
@@ -34,7 +34,7 @@ from fresnet.training.record import read_log, recording
 from fresnet.training.state import TrainState, start
 from fresnet.training.step import Metrics, TrainStep, make_train_step
 from fresnet.training.targets import cross_entropy
-from fresnet.types import Params
+from fresnet.weights.files import save
 
 CHECKPOINTS, NETWORK = "checkpoints", "network.safetensors"
 LABELS = "labels.txt"

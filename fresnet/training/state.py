@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fresnet import optim, tree
-from fresnet.check import check_params, first_conv
 from fresnet.errors import FresnetError
-from fresnet.types import Params
+from fresnet.network.check import check_params, first_conv
+from fresnet.network.nodes import Params
 
 NoAverage: TypeAlias = tuple[()]
 

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fresnet import transforms, tree
-from fresnet.check import check_call, check_group, check_momentum
-from fresnet.collectives import Group, all_sum
+from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.moments import merge, merge_across, update
-from fresnet.net import run_training
+from fresnet.network.check import check_call, check_group, check_momentum
+from fresnet.network.moments import merge, merge_across, update
+from fresnet.network.net import run_training
+from fresnet.network.nodes import Params, Stats, Weights
 from fresnet.optim import Optimizer, clip_by_norm
+from fresnet.pytorch import transform_stack
+from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.gradients import gradients
 from fresnet.training.mixing import Mixing
 from fresnet.training.state import TrainState
 from fresnet.training.targets import check_classes, cross_entropy
-from fresnet.types import Params, Stats, Weights
 
 Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any, Any]
 TrainStep: TypeAlias = Callable[[TrainState, Batch], "tuple[TrainState, Metrics]"]
@@ -178,7 +179,7 @@ def _mixed(
     """Images, targets and the next state of the generator."""
     if mixing is None:
         return x, y, state.rng
-    if transforms.active():
+    if transform_stack.active():
         raise FresnetError("a train step that mixes does not map: a generator's state does not")
     generator = torch.Generator("cpu")
     generator.set_state(state.rng.cpu())

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fresnet import transforms
 from fresnet.errors import FresnetError, describe
+from fresnet.pytorch import transform_stack
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -34,7 +34,7 @@ def check_classes(caller: str, x: Tensor, y: Tensor, classes: int) -> None:
         raise FresnetError(
             f"{caller} expects y to be {len(x)} classes, int64 ({len(x)},); got {describe(y)}"
         )
-    if torch.compiler.is_compiling() or transforms.active() or y.device.type != "cpu":
+    if torch.compiler.is_compiling() or transform_stack.active() or y.device.type != "cpu":
         return
     outside = y[(y < 0) | (y >= classes)]
     if len(outside):

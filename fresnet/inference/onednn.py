@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnet.types import Affine, FusedLayer
+from fresnet.network.nodes import Affine, FusedLayer
 
 
 def is_supported(dtype: torch.dtype, device: torch.device) -> bool:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from fresnet.check import check_call
 from fresnet.errors import FresnetError, describe
-from fresnet.moments import statistics
-from fresnet.net import forward, forward_moments
-from fresnet.types import Params, Weights
+from fresnet.network.check import check_call
+from fresnet.network.moments import statistics
+from fresnet.network.net import forward, forward_moments
+from fresnet.network.nodes import Params, Weights
 
 MEANINGS = ("running", "batch", "coupled")
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from fresnet import onednn, tree
-from fresnet.collectives import Group
+from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.types import (
+from fresnet.inference import onednn
+from fresnet.network.nodes import (
     BLOCKS,
     NODES,
     STATS_OF,
@@ -26,6 +26,7 @@ from fresnet.types import (
     Weights,
     blocks_of,
 )
+from fresnet.pytorch.collectives import Group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Of weights."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from fresnet.types import FusedLayer
+from fresnet.network.nodes import FusedLayer
 
 TILE, WINDOW = 4, 6
 POINTS = WINDOW**2

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from fresnet.types import FusedLayer
+from fresnet.network.nodes import FusedLayer
 
 ALIGNED = 8
 """Channels in multiples of which the kernels for tensor cores read."""

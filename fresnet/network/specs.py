@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from fresnet.errors import FresnetError
-from fresnet.types import (
+from fresnet.network.nodes import (
     BLOCKS,
     SHORTCUTS,
     STEMS,
@@ -28,7 +28,7 @@ class Spec:
     """A network before it has weights.
 
     Args:
-      block: the type of every block, such as `fresnet.types.Bottleneck`.
+      block: the type of every block, such as `fresnet.nodes.Bottleneck`.
       depths: the number of blocks in each stage.
       width: the channels that the stem puts out; each stage after the first doubles them.
       stem: the type of the stem.
@@ -38,7 +38,7 @@ class Spec:
         (Xie et al. 2017, arXiv:1611.05431).
       group_width: the channels of a group for each 64 of the stage's.
     Raises:
-      FresnetError: if a type is none of `fresnet.types`, if a number is not positive, if a basic
+      FresnetError: if a type is none of `fresnet.nodes`, if a number is not positive, if a basic
         block is to be grouped or widened, or if that leaves a convolution without channels.
     """
 

@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fresnet import moments, tree
-from fresnet.check import check_call, check_params
+from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.init import fresh_stats
-from fresnet.net import forward_moments
-from fresnet.norm import EPS
-from fresnet.types import (
+from fresnet.network import moments
+from fresnet.network.check import check_call, check_params
+from fresnet.network.init import fresh_stats
+from fresnet.network.net import forward_moments
+from fresnet.network.nodes import (
     Bias,
     DilatedStage,
     FrozenNorm,
@@ -25,6 +25,7 @@ from fresnet.types import (
     Weights,
     blocks_of,
 )
+from fresnet.network.norm import EPS
 
 T = TypeVar("T")
 

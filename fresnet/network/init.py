@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet.check import DTYPES, stats_dtype
 from fresnet.errors import FresnetError
-from fresnet.specs import RESNET50, Spec
-from fresnet.types import (
+from fresnet.network.check import DTYPES, stats_dtype
+from fresnet.network.nodes import (
     STATS_OF,
     BasicBlock,
     Block,
@@ -29,6 +28,7 @@ from fresnet.types import (
     ZeroPad,
     blocks_of,
 )
+from fresnet.network.specs import RESNET50, Spec
 
 
 def init(

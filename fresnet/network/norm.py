@@ -13,13 +13,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fresnet import transforms
-from fresnet.check import stats_dtype
-from fresnet.collectives import Group
 from fresnet.errors import FresnetError
-from fresnet.moments import merge_across
-from fresnet.ops import add
-from fresnet.types import AnyNorm, Bias, FrozenNorm, Moments, Norm, NormStats
+from fresnet.network.check import stats_dtype
+from fresnet.network.moments import merge_across
+from fresnet.network.nodes import AnyNorm, Bias, FrozenNorm, Moments, Norm, NormStats
+from fresnet.network.ops import add
+from fresnet.pytorch import transform_stack
+from fresnet.pytorch.collectives import Group
 
 EPS = 1e-5
 
@@ -108,10 +108,10 @@ def _batch_norm(
     if (
         torch.compiler.is_compiling()
         or group is not None
-        or not transforms.fused_norm_is_exact(x, scale, bias)
+        or not transform_stack.fused_norm_is_exact(x, scale, bias)
     ):
         return _composed_norm(x, scale, bias, group)
-    fused = _fused_norm if once or transforms.active() else _FusedNorm.apply
+    fused = _fused_norm if once or transform_stack.active() else _FusedNorm.apply
     y, mean, inverse_std = fused(x, scale, bias)
     n = mean.new_full((), x.numel() // x.shape[1])
     return y, Moments(n, mean, (inverse_std**-2 - EPS).clamp(min=0) * n)
@@ -136,7 +136,7 @@ def _fused_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor,
     Beside a scale of a wider dtype than x it takes the moments in that, but has no rule for vmap,
     which under a transform may still come.
     """
-    wide = x.to(scale.dtype) if transforms.active() else x
+    wide = x.to(scale.dtype) if transform_stack.active() else x
     y, mean, inverse_std = torch.native_batch_norm(wide, scale, bias, None, None, True, 0.0, EPS)
     return y.to(x.dtype), mean, inverse_std
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fresnet import tree
-from fresnet.check import check_image_size, check_params
-from fresnet.net import RUN_BLOCK, Grid, inference_layer, plan, run_head, run_stem
-from fresnet.types import (
+from fresnet.network.check import check_image_size, check_params
+from fresnet.network.net import RUN_BLOCK, Grid, inference_layer, plan, run_head, run_stem
+from fresnet.network.nodes import (
     DeepStem,
     Head,
     Identity,

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fresnet.check import check_group, check_momentum
-from fresnet.collectives import Group, all_sum
 from fresnet.errors import FresnetError, describe
+from fresnet.network.check import check_group, check_momentum
+from fresnet.network.nodes import Moments, NormStats
+from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.tree import rebuild
-from fresnet.types import Moments, NormStats
 
 Tree = TypeVar("Tree")
 
@@ -28,8 +28,8 @@ def merge(first: Tree, *rest: Tree) -> Tree:
     Associative and commutative to rounding; moments of no values are the identity, exactly.
 
     >>> import torch, fresnet
-    >>> one = fresnet.types.Moments(torch.tensor(1.0), torch.tensor([3.0]), torch.tensor([0.0]))
-    >>> two = fresnet.types.Moments(torch.tensor(2.0), torch.tensor([6.0]), torch.tensor([2.0]))
+    >>> one = fresnet.nodes.Moments(torch.tensor(1.0), torch.tensor([3.0]), torch.tensor([0.0]))
+    >>> two = fresnet.nodes.Moments(torch.tensor(2.0), torch.tensor([6.0]), torch.tensor([2.0]))
     >>> fresnet.moments.merge(one, two)              # of 3, 5 and 7
     Moments(n=tensor(3.), mean=tensor([5.]), m2=tensor([8.]))
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnet import onednn, transforms
+from fresnet.inference import onednn
+from fresnet.pytorch import transform_stack
 
 SMALL = 16 * 16
 """Positions of a map up to which one product of matrices beats a convolution for each image."""
@@ -42,12 +43,12 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         return convolve(F.pad(x, (0, missing)), weight, geometry)[..., :1]
     if onednn.overruns(weight, stride):
         return convolve(x[:, :, ::stride, ::stride], weight, replace(geometry, stride=1))
-    if not torch.compiler.is_compiling() and transforms.mapped():
+    if not torch.compiler.is_compiling() and transform_stack.mapped():
         if weight.shape[2] == groups == 1:
             x = x[:, :, ::stride, ::stride].movedim(1, 3)
             y = x.flatten(0, 2) @ weight.flatten(1).mT
             return torch.unflatten(y, 0, x.shape[:3]).movedim(3, 1)
-        if not transforms.forward_mode(x, weight):
+        if not transform_stack.forward_mode(x, weight):
             result: Tensor = _Convolve.apply(x, weight, geometry)
             return result
     padding = dilation * (weight.shape[3] // 2)
@@ -62,7 +63,7 @@ def pull_back(
     Args:
       needed: whether each of the two is; None comes instead.
     """
-    if transforms.mapped() and not transforms.forward_mode(cotangent, x, weight):
+    if transform_stack.mapped() and not transform_stack.forward_mode(cotangent, x, weight):
         grads: Gradients = _PullBack.apply(cotangent, x, weight, geometry, *needed)
         return grads
     if missing := onednn.missing_columns(x.shape[3], weight, geometry.stride):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.check import check_call, check_params
 from fresnet.errors import FresnetError
-from fresnet.net import inference_layer, run_network
-from fresnet.regimes import fold, merge_over
-from fresnet.types import Affine, Bias, Params, Quantized, Rescale, Stats
+from fresnet.network.check import check_call, check_params
+from fresnet.network.net import inference_layer, run_network
+from fresnet.network.nodes import Affine, Bias, Params, Quantized, Rescale, Stats
+from fresnet.network.rewrites import fold, merge_over
 
 
 def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:

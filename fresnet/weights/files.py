@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.check import check_params, first_conv
 from fresnet.errors import FresnetError, reason
-from fresnet.hub import download, is_repository, local
-from fresnet.init import fresh_stats
-from fresnet.interop import assemble, from_state_dict, named, names
-from fresnet.net import forward
-from fresnet.storage import as_path, read_safetensors, write_safetensors
-from fresnet.types import (
+from fresnet.network.check import check_params, first_conv
+from fresnet.network.init import fresh_stats
+from fresnet.network.net import forward
+from fresnet.network.nodes import (
     BLOCKS,
     NORMS,
     SHORTCUTS,
@@ -30,6 +27,9 @@ from fresnet.types import (
     Params,
     Weights,
 )
+from fresnet.weights.hub import download, is_repository, local
+from fresnet.weights.interop import assemble, from_state_dict, named, names
+from fresnet.weights.storage import as_path, read_safetensors, write_safetensors
 
 TYPES = {
     kind.__name__: kind

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
-from fresnet import onednn, transforms
-from fresnet.convolution import Geometry, convolve
 from fresnet.errors import FresnetError
+from fresnet.inference import onednn
+from fresnet.network.convolution import Geometry, convolve
+from fresnet.pytorch import transform_stack
 
 
 def conv2d(
@@ -86,7 +87,7 @@ def add(y: Tensor, shortcut: Tensor) -> Tensor:
             f"a block with output {tuple(y.shape)} expects a shortcut of the same shape; "
             f"got {tuple(shortcut.shape)}"
         )
-    if torch.compiler.is_compiling() or transforms.active():
+    if torch.compiler.is_compiling() or transform_stack.active():
         return y + shortcut  # vmap refuses to write what it maps over what it does not
     return y.add_(shortcut)
 

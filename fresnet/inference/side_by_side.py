@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnet import onednn
-from fresnet.types import FusedLayer
+from fresnet.inference import onednn
+from fresnet.network.nodes import FusedLayer
 
 IMAGES = 4
 """Eight are no faster than four."""

@@ -11,23 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from fresnet.check import check_call, check_group, check_momentum
-from fresnet.collectives import Group
-from fresnet.moments import update
-from fresnet.norm import NormFunction, inference_norm, training_norm
-from fresnet.ops import (
-    add,
-    average_pool,
-    conv2d,
-    global_average_pool,
-    linear,
-    max_pool,
-    relu,
-    subsample,
-    zero_pad,
-)
-from fresnet.recompute import recomputed
-from fresnet.types import (
+from fresnet.network.check import check_call, check_group, check_momentum
+from fresnet.network.moments import update
+from fresnet.network.nodes import (
     BasicBlock,
     BasicBlockStats,
     Block,
@@ -58,6 +44,20 @@ from fresnet.types import (
     ZeroPad,
     blocks_of,
 )
+from fresnet.network.norm import NormFunction, inference_norm, training_norm
+from fresnet.network.ops import (
+    add,
+    average_pool,
+    conv2d,
+    global_average_pool,
+    linear,
+    max_pool,
+    relu,
+    subsample,
+    zero_pad,
+)
+from fresnet.network.recompute import recomputed
+from fresnet.pytorch.collectives import Group
 
 
 def forward(params: Params, x: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet import cudnn, onednn, side_by_side, tree, winograd
-from fresnet.check import check_images, check_params, check_quantized
-from fresnet.net import Layer, forward, run_head, run_network
-from fresnet.ops import linear, max_pool
-from fresnet.quantization import affine, from_levels, to_levels
-from fresnet.regimes import fold
-from fresnet.types import Bias, FusedLayer, Params, Quantized, Rescale
+from fresnet import tree
+from fresnet.inference import cudnn, onednn, side_by_side, winograd
+from fresnet.inference.quantization import affine, from_levels, to_levels
+from fresnet.network.check import check_images, check_params, check_quantized
+from fresnet.network.net import Layer, forward, run_head, run_network
+from fresnet.network.nodes import Bias, FusedLayer, Params, Quantized, Rescale
+from fresnet.network.ops import linear, max_pool
+from fresnet.network.rewrites import fold
 
 Inference = Callable[[Tensor], Tensor]
 

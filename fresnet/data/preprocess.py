@@ -49,7 +49,7 @@ def preprocess(images: Sequence[Any], preset: str | Preset = "imagenet-v1") -> T
     Only 16-bit grey, which Pillow would clip, is scaled: 0 to 65535 becomes 0 to 255.
 
     >>> import numpy
-    >>> from fresnet.preprocess import preprocess
+    >>> from fresnet import preprocess
     >>> grey = numpy.full((300, 400), 124, dtype=numpy.uint8)
     >>> x = preprocess([grey], "imagenet-v2")
     >>> x.shape, x[0, :, 0, 0]

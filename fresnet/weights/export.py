@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fresnet import tree
-from fresnet.check import check_image_size, check_params, first_conv
 from fresnet.errors import FresnetError
-from fresnet.interop import names
-from fresnet.net import forward
-from fresnet.storage import as_path, write_file
-from fresnet.types import Params
+from fresnet.network.check import check_image_size, check_params, first_conv
+from fresnet.network.net import forward
+from fresnet.network.nodes import Params
+from fresnet.weights.interop import names
+from fresnet.weights.storage import as_path, write_file
 
 SUFFIXES = (".onnx", ".pt2")
 

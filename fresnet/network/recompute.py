@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from fresnet import transforms, tree
+from fresnet import tree
+from fresnet.pytorch import transform_stack
 
 Function = Callable[..., tuple[Tensor, Any]]
 
@@ -25,7 +26,7 @@ def recomputed(function: Function, *trees: Any) -> tuple[Tensor, Any]:
         respect to all of them. It must be pure, for it is called again.
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
-    if torch.compiler.is_compiling() or transforms.forward_mode(*tree.leaves(trees)):
+    if torch.compiler.is_compiling() or transform_stack.forward_mode(*tree.leaves(trees)):
         return function(*trees)
     like = tree.map(lambda _: 0, trees)  # not the trees: nothing must keep x once it is used
     structure: list[Any] = []

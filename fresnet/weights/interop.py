@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.check import DTYPES, check_params, first_conv
 from fresnet.errors import FresnetError, describe
-from fresnet.init import init
-from fresnet.specs import Spec
-from fresnet.types import (
+from fresnet.network.check import DTYPES, check_params, first_conv
+from fresnet.network.init import init
+from fresnet.network.nodes import (
     BasicBlock,
     Bias,
     Bottleneck,
@@ -33,6 +32,7 @@ from fresnet.types import (
     ZeroPad,
     blocks_of,
 )
+from fresnet.network.specs import Spec
 
 LAYOUTS = ("torchvision", "timm", "huggingface")
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fresnet import transforms, tree
-from fresnet.check import stats_dtype
-from fresnet.convolution import Geometry, squared_norms, weight_gradient
+from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.net import compose, run_network
-from fresnet.norm import EPS, inference_norm
-from fresnet.ops import conv2d, global_average_pool, linear
-from fresnet.per_sample import LossFunction, apart, check_images, grads_apart
-from fresnet.types import AnyNorm, Bias, Head, NormStats, Params, Weights
+from fresnet.gradients.per_sample import LossFunction, apart, check_images, grads_apart
+from fresnet.network.check import stats_dtype
+from fresnet.network.convolution import Geometry, squared_norms, weight_gradient
+from fresnet.network.net import compose, run_network
+from fresnet.network.nodes import AnyNorm, Bias, Head, NormStats, Params, Weights
+from fresnet.network.norm import EPS, inference_norm
+from fresnet.network.ops import conv2d, global_average_pool, linear
+from fresnet.pytorch import transform_stack
 
 MEANINGS = ("running", "batch")
 """Of a gradient of one image alone."""
@@ -124,7 +125,7 @@ def _composed(*trees: Any) -> bool:
     In inference mode there would be no way back to take.
     """
     escapes = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-    return escapes or transforms.differentiated(*tree.leaves(trees))
+    return escapes or transform_stack.differentiated(*tree.leaves(trees))
 
 
 def _norms(grads: Weights) -> Tensor:

@@ -1,0 +1,1 @@
+"""Gradients of each image: themselves, their norms, and their clipped sum."""

@@ -1,0 +1,1 @@
+"""A network frozen into the fastest callable, for each kind of processor."""

@@ -1,0 +1,1 @@
+"""The network: its nodes, its operations, and its pure functions."""

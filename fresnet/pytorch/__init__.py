@@ -1,0 +1,1 @@
+"""What PyTorch keeps private or lacks: the transform stack, collectives, the allocator."""

@@ -1,0 +1,1 @@
+"""Weights under other names, in files, and in programs that run without fresnet."""
