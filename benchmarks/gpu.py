@@ -22,7 +22,10 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import optim, training, tree
-from fresnet.network.net import inference_layer, run_network
+from fresnet.network.net import run_network
+from fresnet.network.nodes import Geometry, Pair
+from fresnet.network.norm import inference_norm
+from fresnet.network.regimes import Composed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
@@ -109,23 +112,35 @@ def roofline(x: Tensor, *, training: bool = False) -> float:
     reads one and writes one, and its derivative reads two twice and writes one.
     """
     params = fresnet.fold(fresnet.init(0, device="meta", dtype=x.dtype))
-    operations, speed = peak(x.dtype, DEVICE), bandwidth()
-    seconds = 0.0
+    count = _Counting(peak(x.dtype, DEVICE), bandwidth(), training=training)
+    run_network(params, x.to("meta"), count)
+    return count.seconds
+
+
+class _Counting(Composed):
+    """Inference that adds up the seconds that each layer needs at least."""
+
+    def __init__(self, operations: float, speed: float, *, training: bool) -> None:
+        super().__init__(inference_norm)
+        self.seconds = 0.0
+        self._operations, self._speed, self._training = operations, speed, training
 
     def layer(
-        conv: Tensor, *rest: Any, shortcut: Tensor | None = None, **options: Any
+        self,
+        at: Pair,
+        x: Tensor,
+        how: Geometry,
+        *,
+        add: Tensor | None = None,
+        relu: bool = True,
     ) -> tuple[Tensor, Any]:
-        nonlocal seconds
-        *_, x = rest
-        y, seen = inference_layer(conv, *rest, shortcut=shortcut, **options)
-        added = 0 if shortcut is None else shortcut.numel()
+        y, seen = super().layer(at, x, how, add=add, relu=relu)
+        conv = at.unit.conv
+        added = 0 if add is None else add.numel()
         moved = (x.numel() + conv.numel() + y.numel() + added) * x.itemsize
-        least = max(2 * y.numel() * conv[0].numel() / operations, moved / speed)
-        seconds += 3 * least + 7 * y.nbytes / speed if training else least
+        least = max(2 * y.numel() * conv[0].numel() / self._operations, moved / self._speed)
+        self.seconds += 3 * least + 7 * y.nbytes / self._speed if self._training else least
         return y, seen
-
-    run_network(params, x.to("meta"), layer)
-    return seconds
 
 
 def comparisons(full: bool) -> Iterator[Comparison]:

@@ -68,10 +68,10 @@ def gradient_norms(params: Params, digits: Digits) -> Tensor:
     return torch.stack([g.norm() for g in tree.leaves(grads) if g.shape[-2:] == (3, 3)])
 
 
-def norms(network: Any) -> list[Any]:
-    """What stands at each 3x3 layer's norm, in order, in weights or in moments."""
+def layers(network: Any) -> list[Any]:
+    """What stands in each 3x3 layer's place, in order, in weights or in moments."""
     blocks = [block for stage in network.stages for block in stage]
-    return [network.stem.norm, *(norm for block in blocks for norm in (block.norm1, block.norm2))]
+    return [network.stem.layer, *(one for block in blocks for one in (block.layer1, block.layer2))]
 
 
 def response_std(norm: Norm, moments: Moments) -> Tensor:
@@ -88,8 +88,8 @@ def response_std(norm: Norm, moments: Moments) -> Tensor:
 def response_stds(params: Params, x: Tensor) -> Tensor:
     """That of every 3x3 layer, in order `[layers]`: after BatchNorm, before ReLU and addition."""
     _, moments = fresnet.forward_moments(params, x)
-    pairs = zip(norms(params.weights), norms(moments), strict=True)
-    return torch.stack([response_std(*pair) for pair in pairs])
+    pairs = zip(layers(params.weights), layers(moments), strict=True)
+    return torch.stack([response_std(layer.norm, seen) for layer, seen in pairs])
 
 
 def draw(measured: dict[str, list[Tensor]], steps: int, path: Path) -> None:

@@ -22,7 +22,7 @@ from fresnet.network.summary import summary
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.export import export
 from fresnet.weights.files import load, save
-from fresnet.weights.interop import from_state_dict, to_state_dict
+from fresnet.weights.state_dicts import from_state_dict, to_state_dict
 
 __version__ = "0.1.0"
 

@@ -25,11 +25,13 @@ from fresnet import (
 )
 from fresnet.data.preprocess import PRESETS, Preset
 from fresnet.errors import FresnetError, reason, suggestion
+from fresnet.network.check import first_conv
 from fresnet.network.nodes import Params
 from fresnet.network.specs import SPECS
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.export import SUFFIXES
-from fresnet.weights.interop import LAYOUTS, foreign_to, untold
+from fresnet.weights.names import LAYOUTS, foreign_to
+from fresnet.weights.state_dicts import untold
 from fresnet.weights.storage import write_pickle, write_safetensors
 
 EXAMPLES = {
@@ -235,7 +237,7 @@ def _preset(text: str) -> str | Preset:
 
 
 def _probabilities(params: Params, images: Sequence[str], preset: str | Preset) -> Iterator[Tensor]:
-    stem = params.weights.stem[0]
+    stem = first_conv(params.weights)
     for start in range(0, len(images), BATCH):
         x = preprocess(images[start : start + BATCH], preset)
         with torch.no_grad():

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fresnet import tree
+from fresnet import Params, tree
 from fresnet.errors import describe
+from fresnet.network.net import run_network
+from fresnet.network.regimes import INFERENCE
 
 
 def assert_close(actual: Tensor, expected: Tensor, relative: float, name: str = "tensor") -> None:
@@ -57,6 +59,13 @@ def assert_identical(actual: Any, expected: Any) -> None:
         assert describe(a) == describe(b), name
         assert a.stride() == b.stride(), name
         assert bits(a) == bits(b), name
+
+
+def logit_terms(params: Params, x: Tensor) -> Tensor:
+    """The absolute terms of which each logit is the sum: logits may cancel, these do not."""
+    head, features = params.weights.head, run_network(params, x, INFERENCE).y
+    terms: Tensor = features.abs().mean((2, 3)) @ head.weight.abs().T + head.bias.abs()
+    return terms
 
 
 def bits(x: Tensor) -> bytes:

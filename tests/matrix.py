@@ -46,20 +46,21 @@ def _of_two_norms(loss: Loss, w: Weights, x: Tensor) -> Callable[[Tensor], Tenso
     """The loss as a function of few numbers, for whole Jacobians and Hessians: the bias of the
     stem's norm and the scale of the next one, both of which pass through later norms.
     """
-    bias, block = w.stem.norm.bias, w.stages[0][0]
+    layer, block = w.stem.layer, w.stages[0][0]
 
     def of_vector(v: Tensor) -> Tensor:
         stem_bias, scale = v.chunk(2)
-        stem = w.stem._replace(norm=w.stem.norm._replace(bias=stem_bias))
-        first = block._replace(norm1=block.norm1._replace(scale=scale))
+        stem = w.stem._replace(layer=layer._replace(norm=layer.norm._replace(bias=stem_bias)))
+        scaled = block.layer1.norm._replace(scale=scale)
+        first = block._replace(layer1=block.layer1._replace(norm=scaled))
         return loss(w._replace(stem=stem, stages=((first,), *w.stages[1:])), x)
 
-    assert bias.shape == block.norm1.scale.shape
+    assert layer.norm.bias.shape == block.layer1.norm.scale.shape
     return of_vector
 
 
 def _vector(w: Weights) -> Tensor:
-    return torch.cat([w.stem.norm.bias, w.stages[0][0].norm1.scale])
+    return torch.cat([w.stem.layer.norm.bias, w.stages[0][0].layer1.norm.scale])
 
 
 def _along(w: Weights) -> Weights:

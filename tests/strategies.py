@@ -14,16 +14,20 @@ import fresnet
 from fresnet import Spec
 from fresnet.data import Order, steps_per_epoch
 from fresnet.network.check import DTYPES
-from fresnet.network.convolution import Geometry
 from fresnet.network.nodes import (
+    ATTENTIONS,
     BLOCKS,
+    LASTS,
     SHORTCUTS,
     STEMS,
+    BareStem7x7,
     BasicBlock,
     Bottleneck,
+    Geometry,
     Identity,
+    NoAttention,
     PooledProjection,
-    Stem3x3,
+    PreActivation,
 )
 from fresnet.training import TrainState, start
 
@@ -119,36 +123,41 @@ def small_specs(draw: st.DrawFn, block: type | None = None) -> Spec:
 
 
 @st.composite
-def tiny_specs(draw: st.DrawFn) -> Spec:
+def tiny_specs(draw: st.DrawFn, attention: bool = True) -> Spec:
     """Architectures of every node type and any number of stages, but few channels.
 
     For laws that need no reference.
     """
-    block, width = draw(st.sampled_from(BLOCKS)), 2 * draw(st.integers(1, 3))
+    block = draw(st.sampled_from(BLOCKS))
+    stems = [kind for kind in STEMS if kind is not BareStem7x7 or block is PreActivation]
+    attentions = ATTENTIONS if attention and block is not PreActivation else (NoAttention,)
+    width = 2 * draw(st.integers(1, 3))
     fits = groupings.filter(lambda grouping: grouping[1] * width % 64 == 0)
     groups, group_width = (1, 64) if block is BasicBlock else draw(fits)
     return Spec(
         block,
         tuple(draw(st.lists(st.integers(1, 2), min_size=1, max_size=4))),
         width,
-        stem=draw(st.sampled_from(STEMS)),
+        stem=draw(st.sampled_from(stems)),
         shortcut=draw(st.sampled_from([kind for kind in SHORTCUTS if kind is not Identity])),
+        last=draw(st.sampled_from(LASTS)),
+        attention=draw(st.sampled_from(attentions)),
         groups=groups,
         group_width=group_width,
     )
 
 
 @st.composite
-def tiny_params(draw: st.DrawFn, dilated: bool = True) -> fresnet.Params:
+def tiny_params(draw: st.DrawFn, dilated: bool = True, attention: bool = True) -> fresnet.Params:
     """Networks of `tiny_specs` in float64, every leaf away from where `init` puts it.
 
     Now and then with stages that dilate instead of striding.
     """
     generator = torch.Generator().manual_seed(draw(seeds))
-    spec = draw(tiny_specs())
+    spec = draw(tiny_specs(attention))
     params = fresnet.init(generator, spec, num_classes=draw(class_counts), dtype=torch.float64)
     if dilated and spec.shortcut is not PooledProjection and draw(st.booleans()):
-        strides = [(1 if spec.stem is Stem3x3 else 4) << stage for stage in range(len(spec.depths))]
+        strides = [spec.stem.stride() << stage for stage in range(len(spec.depths))]
         params = fresnet.dilate(params, output_stride=draw(st.sampled_from(strides)))
 
     def noise(like: Tensor) -> Tensor:
@@ -173,7 +182,7 @@ def train_states(draw: st.DrawFn, params: fresnet.Params | None = None) -> Train
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     params = fresnet.tree.map(lambda leaf: leaf.to(dtype), params)
     if draw(st.booleans()):
-        params = fresnet.freeze(params, lambda path: path[-1] == "norm1")
+        params = fresnet.freeze(params, lambda path: path[-2] == "layer1")
     optimizer = draw(st.sampled_from(OPTIMIZERS))
     state = start(params, optimizer, seed=draw(seeds), average=draw(st.booleans()))
     generator = torch.Generator().manual_seed(draw(seeds))

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,14 +11,18 @@ import torch
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
 from fresnet.network.nodes import (
+    BareStem7x7,
     BasicBlock,
+    Bias,
     Bottleneck,
     DeepStem,
     Identity,
     Norm,
     NormStats,
     PooledProjection,
+    PreActivation,
     Projection,
+    SqueezeExcite,
 )
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4), num_classes=5)
@@ -73,7 +77,25 @@ def with_block(block: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda stages: (stages[0], (block(stages[1][0]), *stages[1][1:]))
 
 
+def with_layer(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return with_block(lambda block: block._replace(layer2=layer(block.layer2)))
+
+
 w, s = PARAMS
+
+
+def with_stem(**changed: Any) -> Any:
+    """The weights with another convolution or norm in the stem."""
+    return w._replace(stem=w.stem._replace(layer=w.stem.layer._replace(**changed)))
+
+
+class Unknown(NamedTuple):
+    """A norm of somebody else's, with the fields of ours."""
+
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+
 TREES: dict[str, tuple[Any, str]] = {
     "not params": ({"weights": w, "stats": s}, "expects Params(weights, stats); got a dict"),
     "an empty head": (
@@ -82,8 +104,8 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a shortcut as a block": (
         with_stages(weights=with_block(lambda b: b.shortcut)),
-        "expects weights.stages[1][0] to be BasicBlock or Bottleneck or BottleneckV1; "
-        "got a Projection",
+        "expects weights.stages[1][0] to be BasicBlock or Bottleneck or BottleneckV1 or "
+        "PreActivation; got a Projection",
     ),
     "a block as a shortcut": (
         with_stages(weights=with_block(lambda b: b._replace(shortcut=b))),
@@ -92,26 +114,41 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a projection as a stem": (
         PARAMS._replace(weights=w._replace(stem=Projection(*w.stem))),
-        "expects weights.stem to be Stem7x7 or DeepStem or Stem3x3; got a Projection",
+        "expects weights.stem to be Stem7x7 or DeepStem or Stem3x3 or BareStem7x7; "
+        "got a Projection",
     ),
     "a norm that is missing": (
-        with_stages(weights=with_block(lambda b: b._replace(norm2=()))),
-        "expects weights.stages[1][0].norm2 to be Norm or FrozenNorm or Bias; got a tuple",
+        with_stages(weights=with_layer(lambda layer: layer._replace(norm=()))),
+        "expects weights.stages[1][0].layer2.norm to be Norm or FrozenNorm or Bias or Rescale or "
+        "NoNorm; got a tuple",
+    ),
+    "a norm of another type": (
+        PARAMS._replace(weights=with_stem(norm=Unknown(*w.stem.layer.norm))),
+        "expects weights.stem.layer.norm to be Norm or FrozenNorm or Bias or Rescale or NoNorm; "
+        "got a Unknown",
+    ),
+    "statistics beside a bias": (
+        PARAMS._replace(weights=with_stem(norm=Bias(w.stem.layer.norm.bias))),
+        "expects stats.stem.layer to be () beside Bias; got a NormStats",
+    ),
+    "no statistics beside a norm": (
+        PARAMS._replace(stats=s._replace(stem=s.stem._replace(layer=()))),
+        "expects stats.stem.layer to be NormStats beside Norm; got a tuple",
     ),
     "an even kernel": (
-        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2[..., :2, :2]))),
+        with_stages(weights=with_layer(lambda layer: layer._replace(conv=layer.conv[..., :2, :2]))),
         "expects a weight [o 8 k k], k odd; got (8, 8, 2, 2)",
     ),
     "a group without channels": (
-        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2[:, :0]))),
+        with_stages(weights=with_layer(lambda layer: layer._replace(conv=layer.conv[:, :0]))),
         "expects a weight [o 8 k k], k odd; got (8, 0, 3, 3)",
     ),
     "a 3x3 that is a number": (
-        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2.sum()))),
+        with_stages(weights=with_layer(lambda layer: layer._replace(conv=layer.conv.sum()))),
         "expects a weight [o 8 k k], k odd; got ()",
     ),
     "groups that do not divide the output": (
-        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2[:7, :4]))),
+        with_stages(weights=with_layer(lambda layer: layer._replace(conv=layer.conv[:7, :4]))),
         "expects a weight [o 8/2 k k], k odd; got (7, 4, 3, 3)",
     ),
     "a bare pair": ((w, s), "expects Params(weights, stats); got a tuple"),
@@ -138,11 +175,12 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a block that is None": (
         with_stages(weights=with_block(lambda _: None)),
-        "expects weights.stages[1][0] to be BasicBlock or Bottleneck or BottleneckV1; got None",
+        "expects weights.stages[1][0] to be BasicBlock or Bottleneck or BottleneckV1 or "
+        "PreActivation; got None",
     ),
     "stats of another block": (
         with_stages(stats=with_block(lambda b: b.shortcut)),
-        "expects stats.stages[1][0] to be BottleneckStats beside Bottleneck; got a ProjectionStats",
+        "expects stats.stages[1][0] to be as weights.stages[1][0], a Bottleneck; got a Projection",
     ),
     "an identity where the size halves": (
         with_stages(
@@ -152,25 +190,25 @@ TREES: dict[str, tuple[Any, str]] = {
         "expects a shortcut of the same shape; got",
     ),
     "a leaf that is None": (
-        with_stages(weights=with_block(lambda b: b._replace(conv2=None))),
-        "expects weights.stages[1][0].conv2 to be a tensor; got None",
+        with_stages(weights=with_layer(lambda layer: layer._replace(conv=None))),
+        "expects weights.stages[1][0].layer2.conv to be a tensor; got None",
     ),
     "a float64 leaf": (
-        with_stages(weights=with_block(lambda b: b._replace(conv2=b.conv2.double()))),
-        "expects weights.stages[1][0].conv2 to be torch.float32 on cpu, "
+        with_stages(weights=with_layer(lambda layer: layer._replace(conv=layer.conv.double()))),
+        "expects weights.stages[1][0].layer2.conv to be torch.float32 on cpu, "
         "to go with the stem; got torch.float64 on cpu",
     ),
     "float64 stats": (
         PARAMS._replace(stats=tree.map(torch.Tensor.double, s)),
-        "expects stats.stem.norm.mean to be torch.float32 on cpu",
+        "expects stats.stem.layer.mean to be torch.float32 on cpu",
     ),
     "a leaf on another device": (
         with_stages(stats=with_block(lambda b: tree.map(lambda t: t.to("meta"), b))),
-        "expects stats.stages[1][0].norm1.mean to be torch.float32 on cpu, to go with "
+        "expects stats.stages[1][0].layer1.mean to be torch.float32 on cpu, to go with "
         "the stem; got torch.float32 on meta",
     ),
     "an integer stem": (
-        PARAMS._replace(weights=w._replace(stem=w.stem._replace(conv=w.stem.conv.int()))),
+        PARAMS._replace(weights=with_stem(conv=w.stem.layer.conv.int())),
         "expects the stem's first convolution to be a float tensor [o c k k]; "
         "got int32 (4, 3, 7, 7)",
     ),
@@ -180,8 +218,8 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a norm of one channel beside many": (
         Params(
-            w._replace(stem=w.stem._replace(norm=Norm(torch.ones(1), torch.zeros(1)))),
-            s._replace(stem=s.stem._replace(norm=NormStats(torch.zeros(1), torch.ones(1)))),
+            with_stem(norm=Norm(torch.ones(1), torch.zeros(1))),
+            s._replace(stem=s.stem._replace(layer=NormStats(torch.zeros(1), torch.ones(1)))),
         ),
         "a norm of activations (2, 4, 8, 8) expects scale, bias, mean and var [4] each; "
         "got (1,), (1,), (1,), (1,)",
@@ -261,12 +299,22 @@ def test_momentum(momentum: Any, got: str) -> None:
         ),
         ({"width": 0}, "width, groups and group_width to be positive integers"),
         ({"groups": -1}, "width, groups and group_width to be positive integers"),
-        ({"block": Norm}, "Spec expects block BasicBlock or Bottleneck or BottleneckV1; got"),
-        ({"stem": Norm}, "Spec expects stem Stem7x7 or DeepStem or Stem3x3; got"),
+        (
+            {"block": Norm},
+            "Spec expects block BasicBlock or Bottleneck or BottleneckV1 or PreActivation; got",
+        ),
+        ({"stem": Norm}, "Spec expects stem Stem7x7 or DeepStem or Stem3x3 or BareStem7x7; got"),
         ({"shortcut": Identity}, "Projection or PooledProjection or ZeroPad or NoShortcut; got"),
         ({"block": BasicBlock, "groups": 2}, "Spec expects groups and group_width of bottlenecks"),
         ({"group_width": 1, "width": 32}, "Spec expects at least one channel in each group"),
         ({"stem": DeepStem, "width": 1}, "Spec expects width to be at least 2 with a deep stem"),
+        ({"last": Norm}, "Spec expects last NoLastNorm or LastNorm; got"),
+        ({"attention": Norm}, "Spec expects attention NoAttention or SqueezeExcite; got"),
+        (
+            {"block": PreActivation, "attention": SqueezeExcite},
+            "Spec expects no attention in a PreActivation; got",
+        ),
+        ({"stem": BareStem7x7}, "Spec expects blocks that begin with a norm after BareStem7x7"),
         ({"depths": (1,) * 60}, "Spec expects fewer stages or a smaller width"),
     ],
 )

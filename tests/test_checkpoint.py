@@ -384,7 +384,7 @@ def one_block(block: type) -> TrainState:
         (
             frozen(begun()),
             begun(),
-            "state.params.weights.stem.norm Norm; got FrozenNorm",
+            "state.params.weights.stem.layer.norm Norm; got FrozenNorm",
         ),
         (begun(), begun(classes=5), "fc.weight float32 (5, 4); got float32 (3, 4)"),
         (

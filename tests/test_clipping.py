@@ -23,7 +23,7 @@ MEANINGS = st.sampled_from(["running", "batch"])
 REGIMES = st.sampled_from(
     [
         lambda params: params,
-        lambda params: fresnet.freeze(params, lambda path: path[-1] == "norm1"),
+        lambda params: fresnet.freeze(params, lambda path: path[-2] == "layer1"),
         fresnet.fold,
     ]
 )
@@ -78,7 +78,8 @@ def test_each_leaf_is_summed_by_its_own_kernel() -> None:
     """Every leaf in its own norm, in float64; tied leaves too, each in its place."""
     params = tree.map(Tensor.double, NETWORK)
     block = params.weights.stages[0][0]
-    block = block._replace(norm2=block.norm1)
+    tied = block.layer2._replace(norm=block.layer1.norm)
+    block = block._replace(layer2=tied)
     params = params._replace(
         weights=params.weights._replace(stages=((block,), params.weights.stages[1]))
     )

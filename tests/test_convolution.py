@@ -18,19 +18,14 @@ from torch.nn.functional import conv2d
 
 from fresnet import tree
 from fresnet.network import convolution
-from fresnet.network.convolution import (
-    Geometry,
-    convolve,
-    pull_back,
-    squared_norms,
-    weight_gradients,
-)
+from fresnet.network.convolution import convolve, pull_back, squared_norms, weight_gradients
+from fresnet.network.nodes import Geometry
 
 Function = Callable[[Tensor, Tensor], Any]
 
 
 def stock(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """In the plain layout: in the other PyTorch has a bug, on which see `_strided`."""
+    """In the plain layout: in the other PyTorch has a bug, see `faults.with_usual_stride`."""
     stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
     padding = dilation * (weight.shape[3] // 2)
     return conv2d(x, weight.contiguous(), None, stride, padding, dilation, groups)
@@ -161,7 +156,8 @@ def test_maps_of_any_width_in_bfloat16(drawn: Convolution) -> None:
 
 FEW_CHANNELS = """
 import torch
-from fresnet.network.convolution import Geometry, convolve, pull_back
+from fresnet.network.convolution import convolve, pull_back
+from fresnet.network.nodes import Geometry
 
 for channels in range(1, 18):
     x, weight, cotangent = (

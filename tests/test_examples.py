@@ -219,19 +219,20 @@ def test_response_stds_are_those_of_the_responses(name: str) -> None:
 def responses(weights: Any, x: torch.Tensor) -> list[torch.Tensor]:
     """What each 3x3 layer of a basic network for CIFAR puts out, batch normalised."""
 
-    def layer(x: torch.Tensor, conv: torch.Tensor, norm: Any, stride: int = 1) -> torch.Tensor:
+    def layer(x: torch.Tensor, unit: Any, stride: int = 1) -> torch.Tensor:
+        conv, norm = unit
         y = conv2d(x, conv, stride=stride, padding=conv.shape[-1] // 2)
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0, keepdim=True)
         scale, bias = (v[:, None, None] for v in norm)
         return torch.add(bias, (y - mean) / torch.sqrt(var + 1e-5) * scale)
 
-    seen = [layer(x, weights.stem.conv, weights.stem.norm)]
+    seen = [layer(x, weights.stem.layer)]
     x = relu(seen[0])
     for i, stage in enumerate(weights.stages):
         for j, w in enumerate(stage):
             stride = 2 if i > 0 and j == 0 else 1
-            inner = layer(x, w.conv1, w.norm1, stride)
-            y = layer(relu(inner), w.conv2, w.norm2)
+            inner = layer(x, w.layer1, stride)
+            y = layer(relu(inner), w.layer2)
             seen += [inner, y]
             match w.shortcut:
                 case Identity():
@@ -239,7 +240,7 @@ def responses(weights: Any, x: torch.Tensor) -> list[torch.Tensor]:
                 case ZeroPad():
                     y = y + torch.cat([x[:, :, ::2, ::2], 0 * x[:, :, ::2, ::2]], dim=1)
                 case Projection():
-                    y = y + layer(x, *w.shortcut, stride)
+                    y = y + layer(x, w.shortcut.layer, stride)
             x = relu(y)
     return seen
 

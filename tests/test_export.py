@@ -329,7 +329,8 @@ def test_nothing_is_printed(suffix: str, tmp_path: Path, capfd: pytest.CaptureFi
 
 
 STEM = SMALL.weights.stem
-MISFIT = SMALL._replace(weights=SMALL.weights._replace(stem=STEM._replace(conv=STEM.conv[:3])))
+NARROW = STEM._replace(layer=STEM.layer._replace(conv=STEM.layer.conv[:3]))
+MISFIT = SMALL._replace(weights=SMALL.weights._replace(stem=NARROW))
 META = tree.map(lambda leaf: leaf.to("meta"), SMALL)
 HALF = SMALL._replace(weights=tree.map(Tensor.bfloat16, SMALL.weights))
 

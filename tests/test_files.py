@@ -20,7 +20,7 @@ import safetensors.torch
 import timm
 import torch
 import transformers
-from assertions import assert_same, unmutated
+from assertions import assert_close, assert_same, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, tiny_params
@@ -30,6 +30,7 @@ from fresnet import FresnetError, Params, Spec, tree
 from fresnet.network.nodes import (
     Bottleneck,
     BottleneckV1,
+    DilatedStage,
     NoShortcut,
     PooledProjection,
 )
@@ -37,6 +38,19 @@ from fresnet.weights import files, hub, storage
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (1, 2), 4, groups=2, group_width=32), num_classes=3)
 STATE = fresnet.to_state_dict(PARAMS)
+
+
+def test_a_file_from_before_trees_held_layers_is_read_as_then() -> None:
+    """V1 bottlenecks, grouped, some norms frozen, a dilated stage; the logits of then."""
+    params = fresnet.load(Path(__file__).parent / "before_layers.safetensors")
+    x = torch.linspace(-1, 1, 3 * 16 * 16, dtype=torch.float64).view(1, 3, 16, 16)
+    expected = [[-0.00552044874434407, 0.2559785741717695, 0.2774513788031788]]
+    assert_close(fresnet.forward(params, x), torch.tensor(expected, dtype=torch.float64), 1e-12)
+    first, last = params.weights.stages
+    assert {type(block) for block in (*first, *last.blocks)} == {BottleneckV1}
+    assert type(last) is DilatedStage
+    norms = {type(unit.norm).__name__ for unit in first[0][:3]}
+    assert norms == {"Norm", "FrozenNorm"}
 
 
 def refusal(path: Any) -> str:
@@ -69,7 +83,7 @@ def test_every_network_comes_back_to_the_bit(
         tree.map(lambda s: s.to(wide), params.stats),
     )
     if frozen:
-        params = fresnet.freeze(params, lambda path: path[-1] == "norm1")
+        params = fresnet.freeze(params, lambda path: path[-2] == "layer1")
     with unmutated(params):
         fresnet.save(params, path)
     loaded = fresnet.load(path)
@@ -282,8 +296,8 @@ BAD = {
         "it is no file of safetensors or torch.save",
     ),
     "another architecture": (
-        lambda path: torch.save(timm.create_model("seresnet18").state_dict(), path),
-        "layer1.0.se.fc1.weight is unexpected",
+        lambda path: torch.save(timm.create_model("ecaresnet26t").state_dict(), path),
+        "layer1.0.se.conv.weight is unexpected",
     ),
     "no state dict": (lambda path: torch.save([1, 2], path), "expects a mapping of names"),
     "a tensor": (lambda path: torch.save(torch.ones(3), path), "expects a mapping of names"),
@@ -406,7 +420,9 @@ def test_concurrent_saves_leave_one_of_them(tmp_path: Path) -> None:
     networks = [tree.map(lambda leaf, n=n: leaf + n, PARAMS) for n in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: fresnet.save(networks[n % 4], path), range(40)))
-    assert any(torch.equal(fresnet.load(path).weights[0][0], n.weights[0][0]) for n in networks)
+    assert any(
+        torch.equal(fresnet.load(path).weights[0][0][0], n.weights[0][0][0]) for n in networks
+    )
     assert [found.name for found in tmp_path.iterdir()] == ["network"]
 
 
@@ -456,7 +472,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FresnetError, match=r"save .* load takes; conv1.weight holds values that"):
         fresnet.save(lost, tmp_path / "a")
     head = weights.head._replace(bias=torch.zeros(9))
-    with pytest.raises(FresnetError, match=r"save .* load takes; a head on activations"):
+    with pytest.raises(FresnetError, match=r"save .* load takes; fc.weight: a head on activations"):
         fresnet.save(PARAMS._replace(weights=weights._replace(head=head)), tmp_path / "a")
     with pytest.raises(FresnetError, match="save expects Params"):
         fresnet.save(STATE, tmp_path / "a")  # type: ignore[arg-type]
@@ -549,10 +565,13 @@ def test_plain_networks_are_saved_too(tmp_path: Path) -> None:
 
 def test_blocks_of_different_kinds_come_back_as_they_were(tmp_path: Path) -> None:
     """Projections and pooled ones in one network, whose names other libraries never mix."""
-    weights, stats = fresnet.init(0, Spec(Bottleneck, (1, 1), width=4))
-    first, (block,) = weights.stages
-    pooled = block._replace(shortcut=PooledProjection(*block.shortcut))
-    params = Params(weights._replace(stages=(first, (pooled,))), stats)
+
+    def pooled(network: Any) -> Any:
+        first, (block,) = network.stages
+        block = block._replace(shortcut=PooledProjection(*block.shortcut))
+        return network._replace(stages=(first, (block,)))
+
+    params = Params(*map(pooled, fresnet.init(0, Spec(Bottleneck, (1, 1), width=4))))
     fresnet.save(params, tmp_path / "a")
     loaded = fresnet.load(tmp_path / "a")
     assert_same(loaded, params)

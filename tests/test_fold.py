@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, Params, tree
-from fresnet.network.nodes import Bias, Stats
+from fresnet.network.nodes import Bias
 
 
 @examples(50)
@@ -31,7 +31,7 @@ def test_a_folded_network_is_the_same_function(params: Params, x: Tensor) -> Non
 @examples(25)
 @given(params=tiny_params(), x=training_images())
 def test_frozen_norms_fold_too_and_folding_again_changes_nothing(params: Params, x: Tensor) -> None:
-    frozen = fresnet.freeze(params, lambda path: path[-1] != "norm2")
+    frozen = fresnet.freeze(params, lambda path: path[-2] != "layer2")
     folded = fresnet.fold(frozen)
     assert_same(folded, fresnet.fold(params))
     assert_identical(fresnet.fold(folded), folded)
@@ -68,10 +68,10 @@ def test_weights_keep_their_dtype_and_layout(dtype: torch.dtype) -> None:
     params = params._replace(weights=tree.map(lambda w: w.to(dtype), params.weights))
     folded = fresnet.fold(params)
     block, before = folded.weights.stages[1][0], params.weights.stages[1][0]
-    assert block.conv2.dtype == block.norm2.bias.dtype == dtype
-    assert block.conv2.stride() == before.conv2.stride()
-    assert block.shortcut.conv.stride() == before.shortcut.conv.stride()
-    assert isinstance(folded.weights.stem.norm, Bias)
+    assert block.layer2.conv.dtype == block.layer2.norm.bias.dtype == dtype
+    assert block.layer2.conv.stride() == before.layer2.conv.stride()
+    assert block.shortcut.layer.conv.stride() == before.shortcut.layer.conv.stride()
+    assert isinstance(folded.weights.stem.layer.norm, Bias)
 
 
 def test_a_folded_network_is_saved_described_and_refused_where_norms_are_asked_for(
@@ -93,9 +93,12 @@ def test_a_folded_network_is_saved_described_and_refused_where_norms_are_asked_f
         fresnet.freeze(folded)
     with pytest.raises(FresnetError, match="fold expects Params"):
         fresnet.fold(x)  # type: ignore[arg-type]
-    short = folded.weights.stem._replace(norm=Bias(torch.zeros(5)))
+    layer = folded.weights.stem.layer._replace(norm=Bias(torch.zeros(5)))
+    short = folded.weights.stem._replace(layer=layer)
     with pytest.raises(FresnetError, match=r"a bias of activations \(2, 16, 32, 32\) is \[16\]"):
         fresnet.forward(folded._replace(weights=folded.weights._replace(stem=short)), x)
-    unfit = params._replace(stats=Stats((), folded.stats.stages))
-    with pytest.raises(FresnetError, match=r"expects stats\.stem to be Stem3x3Stats"):
+    unfit = params._replace(stats=params.stats._replace(stem=()))
+    with pytest.raises(
+        FresnetError, match=r"expects stats\.stem to be as weights\.stem, a Stem3x3; got a tuple"
+    ):
         fresnet.forward(unfit, x)

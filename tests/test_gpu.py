@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_close, assert_trees_close
+from assertions import assert_close, assert_trees_close, logit_terms
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, images, seeds, tiny_params
@@ -16,7 +16,8 @@ from torch.nn.functional import conv2d, cross_entropy
 
 import fresnet
 from fresnet import Params, optim, training, tree
-from fresnet.inference import compiled, cudnn
+from fresnet.inference import cudnn
+from fresnet.network.nodes import Geometry
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -50,7 +51,7 @@ def test_a_convolution_of_squares_is_one_of_stride_2(
     expected = conv2d(x, weight, bias, 2, side // 2)
     added = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     added = added if with_sum else torch.zeros_like(added)
-    layer = cudnn.convolution(x.shape, weight, bias, stride=2, padding=side // 2)
+    layer = cudnn.convolution(x.shape, weight, bias, Geometry(2), relu=False)
     assert cudnn.squares(x.new_zeros(1, 3, 4, 4)).shape[1] % cudnn.ALIGNED == 0
     assert_close(layer(x, added if with_sum else None), expected + added, 1e-12)
 
@@ -73,7 +74,7 @@ def test_a_network_of_fused_layers_is_the_network(params: Params, x: Tensor) -> 
         patch.setattr(torch, "cudnn_convolution_add_relu", convolution_add_relu)
         patch.setattr(cudnn, "ALIGNED", 2)
         patch.setattr(cudnn, "fuse", lambda function, x: function)
-        logits = compiled._fuse(cudnn, fresnet.fold(params), x)(x)
+        logits = cudnn.prepare(fresnet.fold(params), x)(x)
     assert_close(logits, fresnet.forward(params, x), 1e-11)
 
 
@@ -90,8 +91,7 @@ def test_every_network_runs_as_it_does_uncompiled(
         logits = fresnet.compile_inference(network, x.to("cuda", dtype))(x.to("cuda", dtype))
     assert logits.dtype == dtype
     assert logits.is_cuda
-    head, features = params.weights.head, fresnet.features(params, x)[-1].mean((2, 3))
-    terms = features @ head.weight.abs().T + head.bias.abs()
+    terms = logit_terms(params, x)
     error = logits.cpu().double() - fresnet.forward(params, x)
     assert error.norm() <= BOUNDS[dtype] * terms.norm()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_close, unmutated
+from assertions import assert_close, logit_terms, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, images, seeds, tiny_params
@@ -17,7 +17,8 @@ from torch.nn.functional import conv2d
 
 import fresnet
 from fresnet import FresnetError, Params, tree
-from fresnet.inference import onednn, side_by_side, winograd
+from fresnet.inference import fused, onednn, side_by_side, winograd
+from fresnet.network.nodes import PLAIN, Geometry
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Relative to the terms of which logits are the sums: they may cancel."""
@@ -39,9 +40,8 @@ def test_every_network_runs_as_it_does_uncompiled(
 
 
 def assert_logits_close(params: Params, x: Tensor, logits: Tensor, bound: float) -> None:
-    head, features = params.weights.head, fresnet.features(params, x)[-1].mean((2, 3))
-    terms = features @ head.weight.abs().T + head.bias.abs()
     error = logits.double() - fresnet.forward(params, x)
+    terms = logit_terms(params, x)
     assert error.norm() <= bound * terms.norm()
 
 
@@ -77,7 +77,7 @@ def test_winograds_convolution_is_the_convolution(
         for cached_function in (winograd._compiled_values, winograd._compiled_tiles):
             patch.setattr(winograd, cached_function.__name__, cached_function.__wrapped__)
         patch.setattr(winograd, "_compiled", lambda function, *_: function)
-        layer = winograd.convolution(x.shape, weight, bias, activation)
+        layer = winograd.convolution(x.shape, weight, bias, relu=activation)
         with unmutated(x, added):
             y = layer(x, added.contiguous(memory_format=torch.channels_last) if with_sum else None)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -177,8 +177,8 @@ def test_a_convolution_side_by_side_is_the_convolution(
     other = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     laid = x if stride > 1 else side_by_side.side_by_side(x, n)
     assert laid.shape == ((n * b, *x.shape[1:]) if stride > 1 else (b, groups * c, h, w * n))
-    options = {"stride": stride, "dilation": dilation, "groups": groups}
-    layer = side_by_side.convolution(n, laid.shape, weight, bias, **options, activation=activation)
+    how = Geometry(stride, dilation, groups)
+    layer = side_by_side.convolution(n, laid.shape, weight, bias, how, relu=activation)
     summand = side_by_side.side_by_side(other, n) if added == "side by side" else other
     y = y + other if added else y
     y = y.relu() if activation else y
@@ -194,7 +194,7 @@ def test_every_network_runs_side_by_side(params: Params, x: Tensor) -> None:
     """In float32, where it is no faster, but exact."""
     network = tree.map(lambda leaf: leaf.float(), fresnet.fold(params))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(side_by_side, "images_together", lambda x, stride: len(x))
+        patch.setattr(side_by_side, "images_together", lambda shape, dtype, stride: shape[0])
         logits = fresnet.compile_inference(network, x.float())(x.float())
     assert_logits_close(params, x, logits, 1e-5)
 
@@ -208,18 +208,18 @@ def test_onednn_compiles_a_stage_at_once_and_lets_go_of_it(
     if not onednn.is_supported(dtype, torch.device("cpu")):
         pytest.skip("bfloat16 needs a processor with AVX-512")
     weights, graphs = [], []
-    convolution, fuse = onednn.convolution, onednn.fuse
+    convolution, fuse = fused.convolution, onednn.fuse
 
-    def seen_convolution(shape: torch.Size, weight: Tensor, bias: Tensor, **how: Any) -> Any:
+    def seen_convolution(shape: Any, weight: Tensor, *rest: Any, relu: bool) -> Any:
         weights.append(StorageWeakRef(weight.untyped_storage()))
-        return convolution(shape, weight, bias, **how)
+        return convolution(shape, weight, *rest, relu=relu)
 
     def seen_fuse(function: Any, x: Tensor) -> Any:
-        fused: Any = fuse(function, x)
-        graphs.append(str(fused.graph_for(x)).split("with prim::")[0])
-        return fused
+        made: Any = fuse(function, x)
+        graphs.append(str(made.graph_for(x)).split("with prim::")[0])
+        return made
 
-    monkeypatch.setattr(onednn, "convolution", seen_convolution)
+    monkeypatch.setattr(fused, "convolution", seen_convolution)
     monkeypatch.setattr(onednn, "fuse", seen_fuse)
     params = fresnet.fold(fresnet.init(0, fresnet.RESNET50, num_classes=5))
     params = tree.map(lambda leaf: leaf.to(dtype), params)
@@ -228,7 +228,7 @@ def test_onednn_compiles_a_stage_at_once_and_lets_go_of_it(
     assert_close(infer(x).double(), fresnet.forward(params, x).double(), BOUNDS[dtype])
     assert not torch.jit.onednn_fusion_enabled()
     (graph,) = graphs
-    together = side_by_side.images_together(x[..., :4], 2)
+    together = side_by_side.images_together(x[..., :4].shape, dtype, 2)
     left = set(re.findall(r" = (?:aten|mkldnn)::(\w+)", graph))
     assert "sum" in left
     assert not left & {"_convolution", "conv2d", "add", "relu", "max_pool2d", "linear"}
@@ -244,8 +244,7 @@ def test_images_lie_side_by_side_where_there_are_tiles_to_fill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def together(batch: int, width: int, stride: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        x = torch.empty(batch, 1, 30, width, dtype=dtype)
-        return side_by_side.images_together(x, stride)
+        return side_by_side.images_together(torch.Size((batch, 1, 30, width)), dtype, stride)
 
     for amx in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
@@ -297,14 +296,14 @@ def test_winograd_is_for_plain_convolutions_of_many_channels_and_images(
 ) -> None:
     shape = torch.Size((images, channels * groups, 28, 28))
     weight = torch.empty(128, channels, 3, 3, dtype=dtype)
-    assert not winograd.is_faster(shape, weight, stride, dilation, groups)
+    assert not winograd.is_faster(shape, weight, Geometry(stride, dilation, groups))
 
 
 def test_without_a_compiler_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, weight = torch.Size((8, 128, 28, 28)), torch.empty(128, 128, 3, 3)
-    assert winograd.is_faster(shape, weight, 1, 1, 1)
+    assert winograd.is_faster(shape, weight, PLAIN)
     monkeypatch.setattr(winograd, "_has_compiler", lambda: False)
-    assert not winograd.is_faster(shape, weight, 1, 1, 1)
+    assert not winograd.is_faster(shape, weight, PLAIN)
 
 
 def test_what_forward_refuses_is_refused() -> None:
@@ -314,7 +313,8 @@ def test_what_forward_refuses_is_refused() -> None:
         fresnet.compile_inference(x, x)  # type: ignore[arg-type]
     with pytest.raises(FresnetError, match=r"compile_inference expects x .* got \(1, 4, 8, 8\)"):
         fresnet.compile_inference(params, torch.ones(1, 4, 8, 8))
-    even = params.weights.stem._replace(conv=torch.ones(16, 3, 2, 2))
+    stem = params.weights.stem
+    even = stem._replace(layer=stem.layer._replace(conv=torch.ones(16, 3, 2, 2)))
     with pytest.raises(FresnetError, match=r"expects a weight \[o 3 k k\], k odd"):
         fresnet.compile_inference(params._replace(weights=params.weights._replace(stem=even)), x)
     infer = fresnet.compile_inference(params, x)

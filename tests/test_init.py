@@ -40,7 +40,7 @@ def test_counts_equal_torchvision(name: str, classes: int) -> None:
 def test_counts_of_resnet50_with_ten_classes() -> None:
     weights = fresnet.init(0, num_classes=10, device="meta").weights
     assert sum(leaf.numel() for leaf in tree.leaves(weights)) == 23_528_522
-    assert weights.stem.conv.numel() == 9_408
+    assert weights.stem.layer.conv.numel() == 9_408
     assert weights.head.weight.numel() + weights.head.bias.numel() == 20_490
 
 
@@ -53,13 +53,13 @@ def test_the_seed_determines_every_bit(seed: int, spec: Spec, classes: int, chan
     params = build(seed)
     assert_same(build(seed), params)
     assert_same(build(torch.Generator().manual_seed(seed)), params)
-    assert params.weights.stem[0].shape[1] == channels
+    assert params.weights.stem[0].conv.shape[1] == channels
     assert params.weights.head.bias.shape == (classes,)
 
 
 def test_a_generator_is_advanced_and_another_seed_gives_other_weights() -> None:
     spec, generator = Spec(BasicBlock, (1,), width=4), torch.Generator().manual_seed(0)
-    convs = [fresnet.init(g, spec).weights.stem.conv for g in (generator, generator, 1)]
+    convs = [fresnet.init(g, spec).weights.stem.layer.conv for g in (generator, generator, 1)]
     assert not any(torch.equal(a, b) for a, b in pairwise((*convs, convs[0])))
 
 

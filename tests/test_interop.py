@@ -1,6 +1,8 @@
 """State dicts: exact in both directions, and refused by name."""
 
 import re
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,52 +15,70 @@ from assertions import assert_close, assert_same, assert_trees_close, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, seeds, small_specs, tiny_params, training_images
-from torch import Tensor
+from torch import Tensor, nn
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
 from fresnet.network.nodes import (
+    BareStem7x7,
     BasicBlock,
     Bottleneck,
     BottleneckV1,
     DeepStem,
+    LastNorm,
     NoShortcut,
     PooledProjection,
+    PreActivation,
+    SqueezeExcite,
     Stem3x3,
     ZeroPad,
 )
 
 
 def has(params: Params, kinds: tuple[type, ...]) -> bool:
-    """Whether some stem, block or shortcut is of one of these types."""
+    """Whether some node is of one of these types."""
     stages = [getattr(stage, "blocks", stage) for stage in params.weights.stages]
     blocks = [block for stage in stages for block in stage]
-    nodes = (params.weights.stem, *blocks, *(block.shortcut for block in blocks))
-    return any(isinstance(node, kinds) for node in nodes)
+    within = [node for block in blocks for node in block]
+    return any(
+        isinstance(node, kinds)
+        for node in (params.weights.stem, *blocks, *within, params.weights.last)
+    )
 
 
 def is_grouped_or_wide(params: Params) -> bool:
     stages = [getattr(stage, "blocks", stage) for stage in params.weights.stages]
     return any(
         not isinstance(block, BasicBlock)
-        and not block.conv2.shape[1] == block.conv1.shape[0] == block.conv3.shape[0] // 4
+        and not block.layer2.conv.shape[1]
+        == block.layer1.conv.shape[0]
+        == block.layer3.conv.shape[0] // 4
         for stage in stages
         for block in stage
     )
 
 
+V2 = (PreActivation, BareStem7x7, LastNorm)
+OTHERS = (DeepStem, PooledProjection, SqueezeExcite, NoShortcut, ZeroPad, Stem3x3, *V2)
 FOREIGN = {
-    "torchvision": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
+    "torchvision": OTHERS,
     "timm": (NoShortcut, ZeroPad, Stem3x3),
-    "huggingface": (DeepStem, PooledProjection, NoShortcut, ZeroPad, Stem3x3),
+    "huggingface": OTHERS,
 }
+
+
+def is_half_v2(params: Params) -> bool:
+    """Or one whose projections pool, which its names do not tell."""
+    there = [has(params, (kind,)) for kind in V2]
+    return any(there) and (not all(there) or has(params, (PooledProjection,)))
 
 
 @pytest.mark.parametrize("layout", FOREIGN)
 @examples(40)
 @given(params=tiny_params(dilated=False))
 def test_round_trip_of_params_is_exact_or_refused(layout: str, params: Params) -> None:
-    if has(params, FOREIGN[layout]) or (layout == "huggingface" and is_grouped_or_wide(params)):
+    unnamed = is_half_v2(params) or (layout == "huggingface" and is_grouped_or_wide(params))
+    if has(params, FOREIGN[layout]) or unnamed:
         with pytest.raises(FresnetError, match=f"expects a network that {layout} has; got"):
             fresnet.to_state_dict(params, layout)
         return
@@ -123,7 +143,7 @@ def test_counters_may_be_missing_and_half_precision_statistics_are_widened() -> 
     assert_same(params, fresnet.from_state_dict(state))
     assert {leaf.dtype for leaf in tree.leaves(params.weights)} == {torch.bfloat16}
     assert {leaf.dtype for leaf in tree.leaves(params.stats)} == {torch.float32}
-    assert torch.equal(params.stats.stem.norm.mean, bare["bn1.running_mean"].float())
+    assert torch.equal(params.stats.stem.layer.mean, bare["bn1.running_mean"].float())
 
 
 def check_forward(model: torch.nn.Module, params: Params, x: Tensor) -> None:
@@ -233,7 +253,7 @@ def test_entries_are_named_as_they_came() -> None:
     state = fresnet.to_state_dict(params, "huggingface")
     name = "resnet.encoder.stages.1.layers.0.shortcut.convolution.weight"
     del state[name]
-    with pytest.raises(FresnetError, match=re.escape(f"{name} is missing: expected (8, 4, 1, 1)")):
+    with pytest.raises(FresnetError, match=re.escape(f"{name} is missing: expected float [o c k")):
         fresnet.from_state_dict(state)
 
 
@@ -241,7 +261,7 @@ def test_entries_are_named_as_they_came() -> None:
 @given(params=tiny_params(dilated=False))
 def test_float16_is_storage_alone(params: Params) -> None:
     """Loaded as float32, to the bit."""
-    if has(params, FOREIGN["timm"]):
+    if has(params, FOREIGN["timm"]) or is_half_v2(params):
         return
     half = {
         n: v.half() if v.dtype.is_floating_point else v
@@ -314,10 +334,21 @@ def test_crafted_names_and_sizes_are_refused() -> None:
     for crafted, message in (
         ({n: v for n, v in state.items() if "fc" not in n}, "expects a head; got none"),
         ({**state, "layer60.0.conv1.weight": conv}, "entries of every block; got"),
-        ({**state, **{f"layer{i}.0.conv1.weight": conv for i in range(2, 99)}}, "fewer stages"),
+        ({**state, **{f"layer{i}.0.conv1.weight": conv for i in range(2, 99)}}, "is missing"),
         ({**state, "layer1.999.conv1.weight": conv}, "names of 1000 blocks"),
         ({**state, "fc.bias": torch.zeros(1).expand(2**40)}, "fc.bias: expected float (2,)"),
-        ({**state, "fc.weight": torch.zeros(1, 1).expand(2**40, 1)}, "integers below 2**31"),
+        (
+            {**state, "fc.weight": torch.zeros(1, 1).expand(2**40, 1)},
+            "float (1099511627776",
+        ),
+        (
+            {
+                **state,
+                "fc.weight": torch.zeros(1, 1).expand(2**50, 4),
+                "fc.bias": torch.zeros(1).expand(2**50),
+            },
+            "fc.weight cannot be copied",
+        ),
         ({**state, theirs.format("9" * 5000): conv}, "is unexpected"),
         ({**state, "classifier.1.bias": state["fc.bias"], "resnet.a": conv}, "got two fc.bias"),
         (own, "expects fewer than 10 wrappers"),
@@ -342,13 +373,96 @@ def test_the_paper_and_its_successors_share_names() -> None:
     assert type(block[0]) is Bottleneck
 
 
+@pytest.mark.parametrize("name", ["resnet10t", "resnet26t", "resnet50s", "resnet50t"])
+def test_tiered_and_wide_stems_take_their_sizes_from_shapes(name: str) -> None:
+    model = reference.perturbed(timm.create_model(name, num_classes=7), seed=0)
+    x = torch.randn(2, 3, 71, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    params = fresnet.from_state_dict(model.state_dict())
+    assert_same(fresnet.to_state_dict(params, "timm"), model.state_dict())
+    check_forward(model, params, x)
+
+
+def pruned(model: Any, keep: Callable[[int], int]) -> Any:
+    """The same with fewer channels inside each block, another number in each."""
+    blocks = [block for i in range(1, 5) for block in getattr(model, f"layer{i}")]
+    for number, block in enumerate(blocks):
+        convs = [getattr(block, f"conv{i}") for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+        for i, (conv, following) in enumerate(pairwise(convs), start=1):
+            width = keep(number + i) % conv.out_channels + 1
+            following.weight = nn.Parameter(following.weight[:, :width].clone())
+            conv.weight = nn.Parameter(conv.weight[:width].clone())
+            norm = nn.BatchNorm2d(width, dtype=conv.weight.dtype)
+            setattr(block, f"bn{i}", norm)
+    return reference.perturbed(model, seed=1)
+
+
+@examples(10)
+@given(x=training_images(), seed=seeds, spec=small_specs(), start=st.integers(0, 50))
+def test_pruned_networks_take_their_widths_from_shapes(
+    x: Tensor, seed: int, spec: Spec, start: int
+) -> None:
+    """Every block has widths of its own, as in networks whose channels were pruned."""
+    spec = Spec(spec.block, spec.depths)  # of pruned groups shapes do not tell which are left
+    model = pruned(reference.module(spec, seed), lambda i: 7 * (i + start))
+    params = reference.params(model)
+    assert_same(fresnet.to_state_dict(params), model.state_dict())
+    check_forward(model, params, x)
+
+
+@examples(15)
+@given(
+    x=training_images(),
+    seed=seeds,
+    widths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    embedding=st.integers(1, 20),
+    layer_type=st.sampled_from(["basic", "bottleneck"]),
+)
+def test_hugging_faces_networks_of_any_sizes(
+    x: Tensor, seed: int, widths: list[int], embedding: int, layer_type: str
+) -> None:
+    expansion = 4 if layer_type == "bottleneck" else 1
+    config = transformers.ResNetConfig(
+        embedding_size=embedding,
+        hidden_sizes=[expansion * width for width in widths],
+        depths=[1 + width % 2 for width in widths],
+        layer_type=layer_type,
+        num_labels=3,
+    )
+    model = reference.perturbed(transformers.ResNetForImageClassification(config), seed)
+    check_forward(model, fresnet.from_state_dict(model.state_dict()), x)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layer1.0.conv1", "layer1.0.conv2.weight: a convolution of activations (1, 3, 16, 16) "),
+        ("layer1.1.conv2", "layer1.1.conv2.weight: a block with output (1, 3, 16, 16) expects a"),
+        ("layer2.0.conv2", "layer2.0.conv2.weight: a block with output (1, 7, 8, 8) expects a s"),
+        ("conv1", "layer1.0.downsample.0.weight is missing"),
+        ("layer1.0.conv2", "layer1.0.downsample.0.weight is missing"),
+    ],
+)
+def test_layers_that_do_not_fit_one_another_are_refused_in_those_words(
+    name: str, message: str
+) -> None:
+    """A layer that has lost a channel, with its norm."""
+    state = fresnet.to_state_dict(fresnet.init(0, Spec(BasicBlock, (2, 1), width=4)))
+    norm = re.sub(r"conv(\d)$", r"bn\1", name)
+    for entry, value in state.items():
+        if entry.startswith((f"{name}.", f"{norm}.")) and value.ndim:
+            state[entry] = value[:-1]
+    with pytest.raises(FresnetError) as caught:
+        fresnet.from_state_dict(state)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "unexpected"),
     [
-        ("seresnet18", "layer1.0.se.fc1.weight is unexpected"),
-        ("resnetv2_50", "expects the names of torchvision, timm or Hugging Face"),
+        ("ecaresnet26t", "layer1.0.se.conv.weight is unexpected"),
+        ("resnetv2_50d_gn", "expects the names of torchvision, timm or Hugging Face"),
         ("resnet50_gn", "layer1.0.bn1.running_mean is missing"),
-        ("resnet26t", "conv1.0.weight: expected float (32, 3, 3, 3), got float32 (24, 3, 3, 3)"),
+        ("skresnet18", "layer1.0.conv1.weight is missing"),
     ],
 )
 def test_other_architectures_are_refused_by_what_tells_them_apart(
@@ -384,6 +498,7 @@ ENTRIES = [
 def test_a_missing_an_unexpected_and_a_misshapen_entry_are_named(block: str, name: str) -> None:
     state = STATES[block]
     value, shape = state[name], tuple(state[name].shape)
+    words = {4: "[o c k k]", 2: "[k c]", 1: shape}[value.ndim]
 
     def message(changed: dict[str, Any]) -> str:
         with pytest.raises(FresnetError) as caught:
@@ -393,20 +508,24 @@ def test_a_missing_an_unexpected_and_a_misshapen_entry_are_named(block: str, nam
         return faults[0]
 
     without = {n: v for n, v in state.items() if n != name}
-    assert message(without) == f"{name} is missing: expected {shape}"
+    assert message(without) == f"{name} is missing: expected float {words}"
     assert message({**state, f"{name}.extra": value}) == (
         f"{name}.extra is unexpected: got float32 {shape}"
     )
     assert message({**state, name: value[..., None]}) == (
-        f"{name}: expected float {shape}, got float32 {(*shape, 1)}"
+        f"{name}: expected float {words}, got float32 {(*shape, 1)}"
     )
 
 
 @pytest.mark.parametrize(
     ("value", "found"),
     [
-        (torch.zeros(1000, 256), "expected float (1000, 512), got float32 (1000, 256)"),
-        (torch.zeros(1000, 512, dtype=torch.int64), "expected float (1000, 512), got int64"),
+        (
+            torch.zeros(1000, 256),
+            "a head on activations (1, 512) expects a weight [k 512] and a bias [k]; "
+            "got (1000, 256) and (1000,)",
+        ),
+        (torch.zeros(1000, 512, dtype=torch.int64), "expected float [k c], got int64"),
         (
             torch.zeros(1000, 512, dtype=torch.float64),
             "expected torch.float32, to go with the stem",
@@ -415,9 +534,9 @@ def test_a_missing_an_unexpected_and_a_misshapen_entry_are_named(block: str, nam
             torch.zeros(1000, 512, device="meta"),
             "expected on cpu, to go with the stem, got meta",
         ),
-        (None, "expected float (1000, 512), got None"),
-        ([1.0], "expected float (1000, 512), got a list"),
-        (np.zeros((1000, 512)), "expected float (1000, 512), got a ndarray"),
+        (None, "expected float [k c], got None"),
+        ([1.0], "expected float [k c], got a list"),
+        (np.zeros((1000, 512)), "expected float [k c], got a ndarray"),
     ],
 )
 def test_a_wrong_entry_is_told_as_expected_and_found(value: object, found: str) -> None:
@@ -434,7 +553,7 @@ def test_many_faults_are_counted() -> None:
         fresnet.from_state_dict(state)
     first, *faults, last = str(caught.value).split("\n")
     assert "a ResNet of Bottleneck blocks (3, 4, 6, 3), width 64, 10 classes" in first
-    assert faults[0] == "  layer2.1.conv1.weight is missing: expected (128, 512, 1, 1)"
+    assert faults[0] == "  layer2.1.conv1.weight is missing: expected float [o c k k]"
     assert len(faults) == 10
     assert last == "  and 5 more"
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.network.nodes import DilatedStage
+from fresnet.network.nodes import DilatedStage, LastNorm
 
 sides = st.integers(1, 300)
 
@@ -63,6 +63,10 @@ def test_rows_are_what_the_network_is_and_does(
     x = torch.zeros(1, 3, height, width, dtype=torch.float64)
     stem, *stages = fresnet.features(params, x)
     first, *rows, last = table.rows
+    if isinstance(params.weights.last, LastNorm):
+        *rows, norm = rows
+        assert norm.parameters == count(params.weights.last)
+        assert norm.output == stages[-1].shape[1:]
     assert first.output == stem.shape[1:]
     assert last.output == params.weights.head.bias.shape
     kinds = []

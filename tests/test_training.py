@@ -24,6 +24,7 @@ from fresnet import FresnetError, Params, optim, training, tree
 from fresnet.network import moments
 from fresnet.network.net import run_training
 from fresnet.network.recompute import recomputed
+from fresnet.network.regimes import TRAINING
 from fresnet.training import TrainState, gradients, make_train_step, start
 from fresnet.training.step import TrainStep
 
@@ -337,7 +338,7 @@ def test_in_bfloat16_all_but_the_network_stays_wide(wide: torch.dtype) -> None:
         ]
         stats = tree.map(lambda leaf: leaf.float(), params.stats)
         narrow = Params(tree.unflatten(weights, rounded), stats)
-        logits, seen = run_training(narrow, x.bfloat16())
+        logits, seen = run_training(narrow, x.bfloat16(), TRAINING)
         return F.cross_entropy(logits.to(wide), Y), seen
 
     grads, seen = grad(loss, has_aux=True)(params.weights)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import fresnet
 from fresnet import Params, tree
 from fresnet.network.nodes import Weights
-from fresnet.network.norm import _batch_norm
+from fresnet.network.norm import _batch_norm, _FusedNorm
 
 Function = Callable[[Tensor], Tensor]
 
@@ -68,7 +68,7 @@ def test_training_norm_in_every_order_of_differentiation(order: str) -> None:
             f = MODES[mode](f, v)
         return f
 
-    actual = loss(lambda *args: _batch_norm(*args)[0])(x)
+    actual = loss(lambda x, scale, bias: _batch_norm(x, scale, bias, None, _FusedNorm.apply)[0])(x)
     assert_close(actual.detach(), loss(textbook_norm)(x).detach(), 1e-9)
 
 
@@ -173,19 +173,21 @@ def test_bfloat16_keeps_float32_statistics_under_every_transform() -> None:
     by 2e-3.
     """
     x = torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(0)).bfloat16() + 3
-    activations = torch.nn.functional.conv2d(x, BFLOAT16.weights.stem.conv, stride=2, padding=3)
+    activations = torch.nn.functional.conv2d(
+        x, BFLOAT16.weights.stem.layer.conv, stride=2, padding=3
+    )
     mean = activations.double().mean((0, 2, 3))
 
     def stem_mean(params: Params) -> Tensor:
         logits, stats = fresnet.forward_train(params, x, momentum=1.0)
         assert logits.dtype == torch.bfloat16
         assert {leaf.dtype for leaf in tree.leaves(stats)} == {torch.float32}
-        mean: Tensor = stats.stem.norm.mean
+        mean: Tensor = stats.stem.layer.mean
         return mean
 
     def through_grad(weights: Weights) -> tuple[Tensor, Tensor]:
         logits, stats = fresnet.forward_train(Params(weights, BFLOAT16.stats), x, momentum=1.0)
-        return logits.float().sum(), stats.stem.norm.mean
+        return logits.float().sum(), stats.stem.layer.mean
 
     batched = tree.map(lambda leaf: leaf[None], BFLOAT16)
     results = {

@@ -84,12 +84,14 @@ def test_trees_that_do_not_fit_are_refused() -> None:
     bottleneck = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4))
     basic = fresnet.init(0, Spec(BasicBlock, (2, 2), width=4))
     wider = fresnet.init(0, Spec(BasicBlock, (2, 2), width=8))
-    place = r"differs from the first at \('weights', 'stages', 0, 0, 'conv3'\)"
+    place = r"differs from the first at \('weights', 'stages', 0, 0, 'layer3', 'conv'\)"
     with pytest.raises(FresnetError, match=f"tree.map .*{place}"):
         tree.map(torch.add, bottleneck, basic)
     with pytest.raises(FresnetError, match=f"tree.stack .*{place}"):
         tree.stack([bottleneck, basic])
-    with pytest.raises(FresnetError, match=r"\('weights', 'stem', 'norm'\): FrozenNorm for Norm"):
+    with pytest.raises(
+        FresnetError, match=r"\('weights', 'stem', 'layer', 'norm'\): FrozenNorm for Norm"
+    ):
         tree.stack([basic, fresnet.freeze(basic)])
     with pytest.raises(FresnetError, match=r"got float32 \(4, 3, 7, 7\), float32 \(8, 3, 7, 7\)"):
         tree.stack([basic, wider])

@@ -26,21 +26,21 @@ def normalise(x: Tensor, norm: Any, stats: Any, train: bool) -> Tensor:
 def logits(params: Any, x: Tensor, train: bool) -> Tensor:
     """He et al. 2015, Table 1, with the stride of a bottleneck in its 3x3 convolution."""
     weights, stats = params
-    x = conv2d(x, weights.stem.conv, stride=2, padding=3)
-    x = max_pool2d(relu(normalise(x, weights.stem.norm, stats.stem.norm, train)), 3, 2, 1)
+    x = conv2d(x, weights.stem.layer.conv, stride=2, padding=3)
+    x = max_pool2d(relu(normalise(x, weights.stem.layer.norm, stats.stem.layer, train)), 3, 2, 1)
     for stage, (blocks, blocks_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
         for i, (w, s) in enumerate(zip(blocks, blocks_stats, strict=True)):
             stride = 2 if stage > 0 and i == 0 else 1
-            wide = hasattr(w, "conv3")
-            y = conv2d(x, w.conv1, stride=1 if wide else stride, padding=0 if wide else 1)
-            y = relu(normalise(y, w.norm1, s.norm1, train))
-            y = conv2d(y, w.conv2, stride=stride if wide else 1, padding=1)
-            y = normalise(y, w.norm2, s.norm2, train)
+            wide = hasattr(w, "layer3")
+            y = conv2d(x, w.layer1.conv, stride=1 if wide else stride, padding=0 if wide else 1)
+            y = relu(normalise(y, w.layer1.norm, s.layer1, train))
+            y = conv2d(y, w.layer2.conv, stride=stride if wide else 1, padding=1)
+            y = normalise(y, w.layer2.norm, s.layer2, train)
             if wide:
-                y = normalise(conv2d(relu(y), w.conv3), w.norm3, s.norm3, train)
+                y = normalise(conv2d(relu(y), w.layer3.conv), w.layer3.norm, s.layer3, train)
             if len(w.shortcut):
-                x = conv2d(x, w.shortcut.conv, stride=stride)
-                x = normalise(x, w.shortcut.norm, s.shortcut.norm, train)
+                x = conv2d(x, w.shortcut.layer.conv, stride=stride)
+                x = normalise(x, w.shortcut.layer.norm, s.shortcut.layer, train)
             x = relu(y + x)
     result: Tensor = x.mean((2, 3)) @ weights.head.weight.T + weights.head.bias
     return result

@@ -16,12 +16,24 @@ from torch.func import vmap
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
 from fresnet.gradients.per_sample import LossFunction, apart, check_images, grads_apart
+from fresnet.network import ops
 from fresnet.network.check import stats_dtype
-from fresnet.network.convolution import Geometry, squared_norms, weight_gradient
-from fresnet.network.net import compose, run_network
-from fresnet.network.nodes import AnyNorm, Bias, Head, NormStats, Params, Weights
+from fresnet.network.convolution import squared_norms, weight_gradient
+from fresnet.network.net import run_network
+from fresnet.network.nodes import (
+    AnyNorm,
+    Bias,
+    Geometry,
+    Head,
+    Layer,
+    NoNorm,
+    Normed,
+    Pair,
+    Params,
+    Weights,
+)
 from fresnet.network.norm import EPS, inference_norm
-from fresnet.network.ops import conv2d, global_average_pool, linear
+from fresnet.network.regimes import Composed
 from fresnet.pytorch import transform_stack
 
 MEANINGS = ("running", "batch")
@@ -148,89 +160,131 @@ def _weighted(factors: Tensor, grads: Tensor) -> Tensor:
 
 
 class _Pass:
-    """Forward and back, no derivative by a weight taken, and what its layers saw.
+    """Forward and back once, with no derivative by a weight, and what the leaves were told.
 
-    Without `sums` only norms are kept of that.
+    Without `sums` nothing but norms is kept of that.
     """
 
     def __init__(
         self, loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, *, sums: bool
     ) -> None:
-        params, x = tree.map(Tensor.detach, (params, x))  # in each place another tensor
-        self._weights, self._keep = params.weights, sums
-        self._squares = [x.new_zeros(len(x), dtype=stats_dtype(x.dtype))]
-        self._sums: dict[int, Callable[[Tensor], Tensor]] = {}  # by the weight's id
-        self._root = x
+        params, x = tree.map(Tensor.detach, (params, x))
+        do = _Listening(x, sums=sums)
         with torch.enable_grad():
-            activations, _ = run_network(params, x, partial(compose, self._conv, self._norm))
-            logits = self._head(params.weights.head, global_average_pool(activations[-1]))
+            _, features, seen = run_network(params, x, do)
+            logits = do.head(params.weights.head, features)
             total = vmap(loss_fn)(logits, y).sum()
-        del activations, logits
+        del features, logits
         if total.requires_grad:
-            torch.autograd.grad(total, self._root)
-        self.norms = torch.stack(self._squares).sum(0).sqrt()
+            torch.autograd.grad(total, do.root)
+        self._weights, self._told = params.weights, Weights(*seen, do.told_head)
+        self.norms = torch.stack(do.squares).sum(0).sqrt()
 
     def sum(self, factors: Tensor) -> Weights:
-        """Of the images' gradients, each times its factor; once."""
+        """The sum of the images' gradients, each times its factor."""
+        return tree.map(lambda leaf, told: told.sum(leaf, factors), self._weights, self._told)
 
-        def of_leaf(weight: Tensor) -> Tensor:
-            found = self._sums.pop(id(weight), None)
-            return torch.zeros_like(weight) if found is None else found(factors).to(weight.dtype)
 
-        return tree.map(of_leaf, self._weights)
+class _Told:
+    """What a leaf is told on the way back: how to sum the images' gradients."""
 
-    def _conv(self, x: Tensor, weight: Tensor, **geometry: int) -> Tensor:
-        def told(cotangent: Tensor, x: Tensor) -> None:
+    def __init__(self) -> None:
+        self.weighted: Callable[[Tensor], Tensor] | None = None
+
+    def sum(self, leaf: Tensor, factors: Tensor) -> Tensor:
+        """The weighted sum of gradients by this leaf, once; zeros if no gradient came."""
+        if self.weighted is None:
+            return torch.zeros_like(leaf)
+        weighted, self.weighted = self.weighted, None  # so activations are freed one by one
+        return weighted(factors).to(leaf.dtype)
+
+
+class _Listening(Composed):
+    """Inference, in which each layer is told its cotangent on the way back.
+
+    With a layer's input that gives each image's squared norm, and how to sum the gradients, which
+    a `_Told` for each leaf knows that the layer leaves behind.
+    """
+
+    def __init__(self, x: Tensor, *, sums: bool) -> None:
+        super().__init__(inference_norm)
+        self.root, self._sums = x, sums
+        self.squares = [x.new_zeros(len(x), dtype=stats_dtype(x.dtype))]
+        self.told_head: Any = Head(_Told(), _Told())  # type: ignore[arg-type]
+
+    def layer(
+        self,
+        at: Pair,
+        x: Tensor,
+        how: Geometry,
+        *,
+        add: Tensor | None = None,
+        relu: bool = True,
+    ) -> tuple[Tensor, Any]:
+        conv, norm = at.unit
+        told = _Told()
+
+        def tell(cotangent: Tensor, x: Tensor) -> None:
             def weighted(factors: Tensor) -> Tensor:
                 scaled = cotangent * factors.to(x.dtype)[:, None, None, None]
-                return weight_gradient(scaled, x, weight, Geometry(**geometry))
+                return weight_gradient(scaled, x, conv, how)
 
-            each = cotangent[:, None], x[:, None]
-            self._tell(weight, squared_norms(*each, weight, Geometry(**geometry)), weighted)
+            self._tell(told, squared_norms(cotangent[:, None], x[:, None], conv, how), weighted)
 
-        return self._watch(conv2d(x, weight, **geometry), x, told)
+        y, norm_told = self._norm(norm, at.beside, self._watch(ops.conv2d(x, conv, how), x, tell))
+        y = y if add is None else ops.add(y, add)
+        return (ops.relu(y) if relu else y), Layer(told, norm_told)  # type: ignore[arg-type]
 
-    def _norm(
-        self, norm: AnyNorm, stats: NormStats | tuple[()], x: Tensor
-    ) -> tuple[Tensor, NormStats | tuple[()]]:
-        def told(cotangent: Tensor, x: Tensor) -> None:
-            cotangent = cotangent.to(stats_dtype(cotangent.dtype))
-            bias = cotangent.sum((2, 3))
-            if isinstance(norm, Bias) or not stats:
-                self._tell(norm.bias, _squares(bias), partial(_weighted, grads=bias))
-                return
-            scale = (cotangent * x).sum((2, 3)) - bias * stats.mean
-            scale *= torch.rsqrt(stats.var + EPS)
-            for leaf, grads in zip(norm, (scale, bias), strict=True):
-                self._tell(leaf, _squares(grads), partial(_weighted, grads=grads))
+    def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Any]:
+        y, told = self._norm(at.unit.norm, at.beside, x)
+        return ops.relu(y), Normed(told)
 
-        if isinstance(norm, Bias):  # which `inference_norm` would add in place, over the root
-            y = x + norm.bias[:, None, None]
-        else:
-            y, _ = inference_norm(norm, stats, x)
-        return self._watch(y, x, told), stats
+    def head(self, at: Head, x: Tensor) -> Tensor:
+        x = ops.global_average_pool(x)
 
-    def _head(self, head: Head, x: Tensor) -> Tensor:
-        def told(cotangent: Tensor, x: Tensor) -> None:
-            bias = _squares(cotangent)
-            self._tell(head.bias, bias, partial(_weighted, grads=cotangent))
+        def tell(cotangent: Tensor, x: Tensor) -> None:
+            squares = _squares(cotangent)
+            self._tell(self.told_head.bias, squares, partial(_weighted, grads=cotangent))
             self._tell(
-                head.weight,
-                bias * _squares(x),
+                self.told_head.weight,
+                squares * _squares(x),
                 lambda factors: (cotangent * factors.to(x.dtype)[:, None]).mT @ x,
             )
 
-        return self._watch(linear(x, *head), x, told)
+        return self._watch(ops.linear(x, *at), x, tell)
 
-    def _watch(self, y: Tensor, x: Tensor, told: Callable[[Tensor, Tensor], None]) -> Tensor:
-        """y, whose layer is told its cotangent and x on the way back."""
+    def _norm(self, norm: AnyNorm, stats: Any, x: Tensor) -> tuple[Tensor, Any]:
+        """y, and a norm of a `_Told` for each leaf."""
+        told: Any = type(norm)(*(_Told() for _ in norm))  # type: ignore[arg-type]
+
+        def tell(cotangent: Tensor, x: Tensor) -> None:
+            cotangent = cotangent.to(stats_dtype(cotangent.dtype))
+            bias = cotangent.sum((2, 3))
+            grads = [bias]
+            if not isinstance(norm, Bias):
+                scale = (cotangent * x).sum((2, 3))
+                if stats:
+                    scale = (scale - bias * stats.mean) * torch.rsqrt(stats.var + EPS)
+                grads = [scale, bias]
+            for leaf, each in zip(told, grads, strict=True):
+                self._tell(leaf, _squares(each), partial(_weighted, grads=each))
+
+        if isinstance(norm, NoNorm):  # the root may not be written over
+            return (x.clone() if x is self.root else x), told
+        if isinstance(norm, Bias):  # which `inference_norm` would add in place, over the root
+            return self._watch(x + norm.bias[:, None, None], x, tell), told
+        y, _ = inference_norm(norm, stats, x)
+        return self._watch(y, x, tell), told
+
+    def _watch(self, y: Tensor, x: Tensor, tell: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """y, whose cotangent is told, together with x, on the way back."""
         if not y.requires_grad:  # the first layer's
-            self._root = y.requires_grad_()
+            self.root = y.requires_grad_()
         held = [x.detach()]  # until then
-        y.register_hook(lambda cotangent: told(cotangent, held.pop()))
+        y.register_hook(lambda cotangent: tell(cotangent, held.pop()))
         return y
 
-    def _tell(self, weight: Tensor, squares: Tensor, weighted: Callable[[Tensor], Tensor]) -> None:
-        self._squares.append(squares.to(self._squares[0].dtype))
-        if self._keep:
-            self._sums[id(weight)] = weighted
+    def _tell(self, leaf: _Told, squares: Tensor, weighted: Callable[[Tensor], Tensor]) -> None:
+        self.squares.append(squares.to(self.squares[0].dtype))
+        if self._sums:
+            leaf.weighted = weighted

@@ -1,5 +1,6 @@
 """A network frozen into the fastest callable there is for images of one shape at a time."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
@@ -9,15 +10,19 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.inference import cudnn, onednn, side_by_side, winograd
-from fresnet.inference.quantization import affine, from_levels, to_levels
-from fresnet.network.check import check_images, check_params, check_quantized
-from fresnet.network.net import Layer, forward, run_head, run_network
-from fresnet.network.nodes import Bias, FusedLayer, Params, Quantized, Rescale
-from fresnet.network.ops import linear, max_pool
+from fresnet.inference import cudnn, int8, onednn
+from fresnet.inference.fused import Inference
+from fresnet.network.check import check_images, check_params
+from fresnet.network.net import forward, run_network
+from fresnet.network.nodes import Params, Quantized
+from fresnet.network.regimes import INFERENCE
 from fresnet.network.rewrites import fold
 
-Inference = Callable[[Tensor], Tensor]
+EXACT, ROUNDED = 1e-4, 0.1
+"""By how much a backend's logits may differ in float32 on a CPU, and where TF32 or bfloat16 may be.
+
+Rounding makes a hundredth or a tenth of that, and a fuser that errs more than all of it.
+"""
 
 _PREPARING = Lock()
 """One for all networks: PyTorch's compiler cannot be at work in two threads."""
@@ -65,16 +70,13 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     network: Any
     prepare: Callable[[Any, Tensor], Inference]
     if isinstance(params, Quantized):
-        check_quantized("compile_inference", params)
-        network, prepare = tree.map(torch.clone, params), _pack_int8
+        int8.check_quantized("compile_inference", params)
+        network, prepare = tree.map(torch.clone, params), int8.prepare
     else:
         check_params("compile_inference", params)
         with torch.no_grad():
             network = tree.map(torch.clone, tree.map(Tensor.detach, fold(params)))
-        head = params.weights.head.weight
-        library = cudnn if head.is_cuda else onednn
-        fusible = library.is_supported(head.dtype, head.device)
-        prepare = partial(_fuse, library) if fusible else _compile
+        prepare = _prepare
     check_images("compile_inference", network, x)
     if isinstance(params, Params):
         with torch.no_grad():  # what does not fit, packed layers would refuse less well, or not
@@ -94,140 +96,35 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     return infer
 
 
-def _fuse(library: Any, params: Params, x: Tensor) -> Inference:
-    """Run the network once, keeping of each layer what is to be done; then have all that fused."""
-    layers: list[FusedLayer] = []
-    owed: Tensor | None = None
-
-    def keep(
-        conv: Tensor,
-        norm: Bias,
-        _: Any,
-        x: Tensor,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        shortcut: Tensor | None = None,
-        activation: bool = True,
-    ) -> tuple[Tensor, tuple[()]]:
-        nonlocal owed
-        bias: Tensor | None = norm.bias
-        if not activation and library is cudnn:
-            # A projection, and cuDNN adds a bias only where ReLU follows: the next sum adds it too.
-            bias, owed = None, bias
-        elif shortcut is not None and owed is not None:
-            bias, owed = norm.bias + owed, None
-        n = len(images) // len(x)
-        if stride > 1 and library is onednn and any(conv is leaf for leaf in last_stage):
-            n = side_by_side.images_together(x, stride)
-        if n > 1:
-            layer = side_by_side.convolution(
-                n,
-                x.shape,
-                conv,
-                norm.bias,
-                stride=stride,
-                dilation=dilation,
-                groups=groups,
-                activation=activation,
+def _prepare(params: Params, x: Tensor) -> Inference:
+    """The folded network by the backend for its dtype and device, if that computes the same."""
+    head = params.weights.head.weight
+    for backend in (cudnn, onednn):
+        if backend.is_supported(head.dtype, head.device):
+            fused: Inference = backend.prepare(params, x)
+            if _agrees(fused, params, x):
+                return fused
+            warnings.warn(
+                f"what {backend.__name__.rpartition('.')[2]} makes of this network is not what it "
+                f"computes, for images {tuple(x.shape)}: they are run without it",
+                stacklevel=2,
             )
-        elif bias is not None and winograd.is_faster(x.shape, conv, stride, dilation, groups):
-            layer = winograd.convolution(x.shape, conv, bias, activation=activation)
-        else:
-            layer = library.convolution(
-                x.shape,
-                conv,
-                bias,
-                stride=stride,
-                padding=dilation * (conv.shape[-1] // 2),
-                dilation=dilation,
-                groups=groups,
-                activation=activation,
-            )
-        layers.append(layer)
-        return layer(x, shortcut), ()
-
-    images = x.contiguous(memory_format=torch.channels_last)
-    last_stage = tree.leaves(params.weights.stages[-1])
-    pool = cudnn.max_pool if library is cudnn else max_pool
-    run_network(params, images, keep, pool=pool)
-
-    def run(x: Tensor) -> Tensor:
-        activations, _ = run_network(params, x, _one_by_one(layers), pool=pool)
-        if library is onednn:
-            y = side_by_side.average(activations[-1], len(x) // len(activations[-1]))
-            return linear(y, *params.weights.head)
-        return run_head(params.weights.head, activations[-1])
-
-    fused: Inference = library.fuse(run, images)
-    return lambda x: fused(x.contiguous(memory_format=torch.channels_last))
-
-
-def _pack_int8(network: Quantized, x: Tensor) -> Inference:
-    """Run the network once, packing each layer; from then on, call them.
-
-    They are told what levels stand for by two images run in floating point. One of them has the
-    least value everywhere, and one the greatest: whatever stands between layers, pooling, padding
-    or nothing, hands these on.
-    """
-    params = Params(network.weights, network.ranges)
-    layers: list[FusedLayer] = []
-
-    def pack(
-        conv: Tensor,
-        norm: Rescale,
-        seen: Tensor,
-        ends: Tensor,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        shortcut: Tensor | None = None,
-        activation: bool = True,
-    ) -> tuple[Tensor, tuple[()]]:
-        shape = torch.Size((len(x), *ends.shape[1:]))
-        layer = onednn.int8_convolution(
-            shape,
-            conv,
-            *norm,
-            source=affine(ends),
-            result=affine(seen),
-            added=None if shortcut is None else affine(shortcut),
-            stride=stride,
-            padding=dilation * (conv.shape[-1] // 2),
-            dilation=dilation,
-            groups=groups,
-            activation=activation,
-        )
-        layers.append(layer)
-        h, w = (-(-side // stride) for side in shape[2:])
-        return _filled(seen, len(conv), h, w), ()
-
-    activations, _ = run_network(params, _filled(network.images, *x.shape[1:]), pack)
-    images, last = affine(network.images), affine(activations[-1])
-
-    def infer(x: Tensor) -> Tensor:
-        activations, _ = run_network(params, to_levels(x, images), _one_by_one(layers))
-        return run_head(network.weights.head, from_levels(activations[-1], last))
-
-    return infer
-
-
-def _filled(ends: Tensor, c: int, h: int, w: int) -> Tensor:
-    return ends[:, None, None, None].expand(2, c, h, w)
-
-
-def _one_by_one(layers: list[FusedLayer]) -> Layer:
-    rest = iter(layers)
-
-    def layer(*arguments: Any, shortcut: Tensor | None = None, **_: Any) -> Any:
-        return next(rest)(arguments[3], shortcut), ()
-
-    return layer
-
-
-def _compile(params: Params, x: Tensor) -> Inference:
+            return partial(forward, params)
     compiled: Inference = torch.compile(partial(forward, params), dynamic=False)
     compiled(x)
     return compiled
+
+
+def _agrees(fused: Inference, params: Params, x: Tensor) -> bool:
+    """Whether the logits of noise are those of `forward`, to the rounding of the dtype.
+
+    An error is measured by the terms of which the logits are the sums, for these may cancel.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
+    head, features = params.weights.head, run_network(params, noise, INFERENCE).y
+    terms = features.double().abs().mean((2, 3)) @ head.weight.double().abs().T
+    terms = terms + head.bias.double().abs()
+    error = fused(noise).double() - INFERENCE.head(head, features).double()
+    bound = EXACT if x.dtype is torch.float32 and not x.is_cuda else ROUNDED
+    return bool(error.norm() <= bound * terms.norm()) or not terms.isfinite().all()

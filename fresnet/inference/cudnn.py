@@ -6,16 +6,34 @@ what follows a convolution as a kernel that reads and writes the activations onc
 
 from collections.abc import Callable
 from threading import Lock
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
-from torch.utils._triton import has_triton
 
-from fresnet.network.nodes import FusedLayer
+from fresnet.inference.fused import Fused, FusedLayer, Inference
+from fresnet.network import ops
+from fresnet.network.net import run_network
+from fresnet.network.nodes import (
+    Bias,
+    Geometry,
+    Layer,
+    NoAttention,
+    NoNorm,
+    Params,
+    PooledProjection,
+    Projection,
+    blocks_of,
+    with_blocks,
+)
 
 ALIGNED = 8
 """Channels in multiples of which the kernels for tensor cores read."""
+
+KERNELS = "cudnn_convolution_relu", "cudnn_convolution_add_relu"
+"""What torch has, without documenting it, for a convolution with ReLU, and with sum and ReLU."""
 
 WARM = 3
 """Runs before a graph is recorded: libraries prepare themselves, and try their algorithms."""
@@ -27,51 +45,92 @@ def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cuda" and narrow and cudnn.enabled and cudnn.is_available()
 
 
-def convolution(
-    shape: torch.Size,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
-    activation: bool = False,
-) -> FusedLayer:
-    """As `onednn.convolution`: a convolution, then sum and ReLU, in one kernel where there is one.
+class CuDNN(Fused):
+    """A convolution, sum and ReLU in one kernel where cuDNN has one."""
 
-    Of few channels and stride 2, as images in a stem, the kernels are slow: see `squares`.
+    def convolution(
+        self, shape: torch.Size, weight: Tensor, bias: Tensor | None, how: Geometry, *, relu: bool
+    ) -> FusedLayer:
+        return convolution(shape, weight, bias, how, relu=relu)
+
+    def max_pool(self, x: Tensor) -> Tensor:
+        """PyTorch's own kernel writes indices too, four times as many bytes."""
+        return _compiled(ops.max_pool)(x)
+
+
+def prepare(params: Params, x: Tensor) -> Inference:
+    """The folded network for images of this shape."""
+    params = with_biases_in_sums(params)
+    images = x.contiguous(memory_format=torch.channels_last)
+    do = CuDNN()
+    ready = params._replace(stats=run_network(params, images, do).seen)
+
+    def run(x: Tensor) -> Tensor:
+        return do.head(params.weights.head, run_network(ready, x, do).y)
+
+    fused = fuse(run, images)
+    return lambda x: fused(x.contiguous(memory_format=torch.channels_last))
+
+
+def with_biases_in_sums(params: Params) -> Params:
+    """The same folded network, with the bias of each projection in the layer that adds it.
+
+    For cuDNN adds a bias only where ReLU follows, and no ReLU follows a projection.
     """
-    if stride == 2 and dilation == groups == 1 and weight.shape[1] < ALIGNED:
-        return _on_squares(shape, weight, bias, activation)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    aligned = weight.shape[0] % ALIGNED == weight.shape[1] % ALIGNED == 0
-    laid = [stride] * 2, [padding] * 2, [dilation] * 2, groups
-
-    def run(x: Tensor, added: Tensor | None = None) -> Tensor:
-        if not (aligned and activation):
-            y = F.conv2d(x, weight, bias, *laid)
-            y = y if added is None else y + added
-            return F.relu(y) if activation else y
-        if added is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, *laid)
-        return torch.cudnn_convolution_add_relu(x, weight, added, 1.0, bias, *laid)
-
-    return run
+    weights = params.weights
+    stages = (with_blocks(s, map(_bias_in_sum, blocks_of(s))) for s in weights.stages)
+    return params._replace(weights=weights._replace(stages=tuple(stages)))
 
 
-def _on_squares(
-    shape: torch.Size, weight: Tensor, bias: Tensor | None, activation: bool
+def _bias_in_sum(block: Any) -> Any:
+    attention, shortcut = getattr(block, "attention", NoAttention()), block.shortcut
+    projects = isinstance(shortcut, Projection | PooledProjection)
+    if not projects or not isinstance(attention, NoAttention):
+        return block
+    *_, last = (field for field in block._fields if isinstance(getattr(block, field), Layer))
+    layer, projection = getattr(block, last), shortcut.layer
+    total = Bias(layer.norm.bias + projection.norm.bias)
+    bare = shortcut._replace(layer=projection._replace(norm=NoNorm()))
+    return block._replace(shortcut=bare, **{last: layer._replace(norm=total)})
+
+
+def convolution(
+    shape: torch.Size, weight: Tensor, bias: Tensor | None, how: Geometry, *, relu: bool
 ) -> FusedLayer:
+    """As `fused.convolution`, in one kernel where there is one.
+
+    For few channels and stride 2, as images have in a stem, the kernels are slow: see `squares`.
+    """
     k = weight.shape[3]
-    wider = squares(F.pad(weight, (0, 1, 0, 1)))
+    if how != Geometry(2) or weight.shape[1] >= ALIGNED:
+        window = [how.stride] * 2, [how.padding(k)] * 2, [how.dilation] * 2, how.groups
+        return _convolution(weight, bias, window, relu=relu)
     back = [k // 2 + side % 2 for side in shape[2:]]
     border = (k // 2, back[1], k // 2, back[0])
-    layer = convolution(shape, wider, bias, activation=activation)
+    window = [1] * 2, [0] * 2, [1] * 2, 1
+    layer = _convolution(squares(F.pad(weight, (0, 1, 0, 1))), bias, window, relu=relu)
     arrange = _compiled(squares)
+    return lambda x, added: layer(arrange(x, border), added)
+
+
+def _convolution(
+    weight: Tensor, bias: Tensor | None, window: tuple[Any, ...], *, relu: bool
+) -> FusedLayer:
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    aligned = weight.shape[0] % ALIGNED == weight.shape[1] % ALIGNED == 0
+    kernel, summing = (getattr(torch, name, None) for name in KERNELS)
 
     def run(x: Tensor, added: Tensor | None = None) -> Tensor:
-        return layer(arrange(x, border), added)
+        y: Tensor
+        if aligned and relu and kernel and added is None:
+            y = kernel(x, weight, bias, *window)
+        elif aligned and relu and summing and added is not None:
+            y = summing(x, weight, added, 1.0, bias, *window)
+        else:
+            y = F.conv2d(x, weight, bias, *window)
+            y = y if added is None else y + added
+            y = F.relu(y) if relu else y
+        return y
 
     return run
 
@@ -82,19 +141,9 @@ def squares(x: Tensor, border: tuple[int, ...] = (0, 0, 0, 0)) -> Tensor:
     A convolution of odd size and stride 2 is one of half the size, rounded up, and stride 1 over
     such squares. Channels of zeros fill up to a multiple of `ALIGNED`.
     """
-    x = F.pad(x, border).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    x = x.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    x = rearrange(F.pad(x, border), "b c (h i) (w j) -> b (c i j) h w", i=2, j=2)
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % ALIGNED))
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """As `ops.max_pool`: PyTorch's own kernel writes indices too, four times as many bytes."""
-    return _compiled(_max_pool)(x)
-
-
-def _max_pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
 def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -135,4 +184,9 @@ def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], 
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, compiled where there is Triton."""
+    try:
+        from torch.utils._triton import has_triton
+    except ImportError:  # it is private
+        return function
     return torch.compile(function, dynamic=False) if has_triton() else function

@@ -2,16 +2,30 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, describe
 from fresnet.network.check import check_call, check_params
-from fresnet.network.net import inference_layer, run_network
-from fresnet.network.nodes import Affine, Bias, Params, Quantized, Rescale, Stats
+from fresnet.network.net import run_network
+from fresnet.network.nodes import (
+    Bias,
+    Geometry,
+    Layer,
+    Normed,
+    Pair,
+    Params,
+    Quantized,
+    Rescale,
+    Stats,
+    Unit,
+    replaced,
+)
+from fresnet.network.norm import inference_norm
+from fresnet.network.regimes import Composed
 from fresnet.network.rewrites import fold, merge_over
 
 
@@ -31,7 +45,7 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
     >>> x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     >>> quantized = fresnet.quantize(params, [x])
-    >>> quantized.weights.stem.conv.dtype, quantized.ranges.stem.norm.shape
+    >>> quantized.weights.stem.layer.conv.dtype, quantized.ranges.stem.layer.shape
     (torch.int8, torch.Size([2]))
 
     Args:
@@ -43,7 +57,7 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
       layer's results where `params.stats` has its norm's statistics; the range of the images.
     Raises:
       FresnetError: if params is not a network in float32, if batches is a tensor or holds none,
-        if activations are not finite, or as `forward` does.
+        if blocks have attention, if activations are not finite, or as `forward` does.
     Source: Jacob et al. 2017, arXiv:1712.05877, Sec. 2.1; Krishnamoorthi 2018, arXiv:1806.08342,
       Sec. 3.1, per channel.
     """
@@ -56,42 +70,43 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
         seen = merge_over("quantize", batches, partial(_ranges, folded), _merge)
         if not all(leaf.isfinite().all() for leaf in tree.leaves(seen)):
             raise FresnetError("quantize expects finite activations; got infinity or NaN")
-        weights = tree.map(torch.clone, _narrow(folded.weights))
+        weights = tree.map(torch.clone, replaced(_narrowed, folded.weights))
     return Quantized(weights, *seen)
-
-
-def affine(x: Tensor) -> Affine:
-    """The levels for values like these, in equal steps, of which one is zero."""
-    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
-    scale = (high - low) / 255 or 1.0
-    return Affine(scale, round(-low / scale))
-
-
-def to_levels(x: Tensor, levels: Affine) -> Tensor:
-    """x in uint8, rounded and clipped, channels last."""
-    scale, zero_point = levels
-    rounded = torch.round(x / scale).add_(zero_point).clamp_(0, 255)
-    return rounded.to(torch.uint8, memory_format=torch.channels_last)
-
-
-def from_levels(x: Tensor, levels: Affine) -> Tensor:
-    scale, zero_point = levels
-    return (x.float() - zero_point) * scale
 
 
 Ranges: TypeAlias = tuple[Stats, Tensor]
 """Of each layer's results, and of the images."""
 
 
-def _ranges(params: Params, x: Tensor) -> Ranges:
-    check_call("quantize", params, x)
+class _Watching(Composed):
+    """Inference that leaves behind the range of each unit's results."""
 
-    def layer(*arguments: Any, **how: Any) -> tuple[Tensor, Tensor]:
-        y, _ = inference_layer(*arguments, **how)
+    def layer(
+        self,
+        at: Pair,
+        x: Tensor,
+        how: Geometry,
+        *,
+        add: Tensor | None = None,
+        relu: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        y, _ = super().layer(at, x, how, add=add, relu=relu)
         return y, _range(y)
 
-    _, ranges = run_network(params, x, layer)
-    return ranges, _range(x)
+    def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, _ = super().normed(at, x)
+        return y, _range(y)
+
+    def gate(self, x: Tensor, gates: Tensor) -> Tensor:
+        raise FresnetError(
+            "quantize expects blocks without attention: int8 has no kernel for its product; "
+            "compile_inference runs them in bfloat16"
+        )
+
+
+def _ranges(params: Params, x: Tensor) -> Ranges:
+    check_call("quantize", params, x)
+    return run_network(params, x, _Watching(inference_norm)).seen, _range(x)
 
 
 def _merge(one: Ranges, other: Ranges) -> Ranges:
@@ -102,17 +117,14 @@ def _range(x: Tensor) -> Tensor:
     return torch.stack(x.aminmax())
 
 
-def _narrow(node: Any) -> Any:
-    """The folded tree with its convolutions in int8."""
-    if not isinstance(node, tuple):
-        return node
-    narrowed: Any = tree.rebuild(node, map(_narrow, node))
-    for field, child in zip(getattr(node, "_fields", ()), node, strict=False):
-        if isinstance(child, Bias):
-            conv = field.replace("norm", "conv")
-            weight = getattr(node, conv)
-            largest = weight.abs().amax((1, 2, 3))
+def _narrowed(unit: Unit) -> Unit:
+    """A folded layer with its convolution in int8."""
+    match unit:
+        case Layer(conv, Bias(bias)):
+            largest = conv.abs().amax((1, 2, 3))
             scale = torch.where(largest > 0, largest / 127, 1.0)
-            levels = torch.round(weight / scale[:, None, None, None]).to(torch.int8)
-            narrowed = narrowed._replace(**{conv: levels, field: Rescale(scale, child.bias)})
-    return narrowed
+            levels = torch.round(conv / scale[:, None, None, None]).to(torch.int8)
+            return Layer(levels, Rescale(scale, bias))
+        case Normed(Rescale()):
+            return unit
+    raise FresnetError(f"quantize knows no unit such as {describe(unit)}")

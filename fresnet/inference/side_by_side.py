@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnet.inference import onednn
-from fresnet.network.nodes import FusedLayer
+from fresnet.inference import fused
+from fresnet.inference.fused import FusedLayer
+from fresnet.network.nodes import Geometry
 
 IMAGES = 4
 """Eight are no faster than four."""
@@ -26,71 +27,55 @@ NARROW = 8
 """Columns up to which it pays; of 14, nothing."""
 
 
-def images_together(x: Tensor, stride: int) -> int:
-    """How many images' results had best lie side by side, for activations x; 1 if apart."""
-    n, _, _, w = x.shape
-    tiles = x.dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False)
+def images_together(shape: torch.Size, dtype: torch.dtype, stride: int) -> int:
+    """How many images' results had best lie side by side, for such activations; 1 if apart."""
+    n, _, _, w = shape
+    tiles = dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False)
     return gcd(n, IMAGES) if tiles and -(-w // stride) <= NARROW else 1
 
 
 def convolution(
-    n: int,
-    shape: torch.Size,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    activation: bool = False,
+    n: int, shape: torch.Size, weight: Tensor, bias: Tensor | None, how: Geometry, *, relu: bool
 ) -> FusedLayer:
-    """As `onednn.convolution`, with the results of n images side by side.
+    """As `fused.convolution`, with the results of n images side by side.
 
-    So lie activations of this shape, unless there is a stride; what is added may lie either way.
+    Activations of this shape lie side by side too, unless there is a stride. What is added may lie
+    either way.
     """
-    convolve = _convolution(n, shape, weight, bias, stride, dilation, groups)
+    convolve = _convolution(n, shape, weight, bias, how)
 
     def run(x: Tensor, added: Tensor | None = None) -> Tensor:
         y = convolve(x)
         if added is not None:
             y = y + (added if len(added) == len(y) else side_by_side(added, n))
-        return F.relu(y) if activation else y
+        return F.relu(y) if relu else y
 
     return run
 
 
 def _convolution(
-    n: int,
-    shape: torch.Size,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    dilation: int,
-    groups: int,
+    n: int, shape: torch.Size, weight: Tensor, bias: Tensor | None, how: Geometry
 ) -> Callable[[Tensor], Tensor]:
-    k = weight.shape[-1]
-    padding = dilation * (k // 2)
-    if stride == 1:
-        laid = (padding, n * padding), (dilation, n * dilation), groups
+    k, padding = weight.shape[-1], how.padding(weight.shape[-1])
+    if how.stride == 1:
+        laid = (padding, n * padding), (how.dilation, n * how.dilation), how.groups
         return lambda x: F.conv2d(x, weight, bias, 1, *laid)
     if k == 1:
         return lambda x: F.conv2d(
-            side_by_side(x[:, :, ::stride, ::stride], n), weight, bias, groups=groups
+            side_by_side(x[:, :, :: how.stride, :: how.stride], n), weight, bias, groups=how.groups
         )
-    if (k, stride, dilation) == (3, 2, 1):
+    if (k, how.stride, how.dilation) == (3, 2, 1):
         middle, outer = weight[..., 1:2].clone(), weight[..., ::2].clone()
 
         def by_columns(x: Tensor) -> Tensor:
             """The kernel sees an even column, and the odd ones beside it."""
             even = side_by_side(x[..., ::2], n)
             odd = side_by_side(F.pad(x, (1, 1))[..., ::2], n)
-            y = F.conv2d(even, middle, bias, (2, 1), (1, 0), 1, groups)
-            return y + F.conv2d(odd, outer, None, (2, 1), (1, 0), (1, n), groups)
+            y = F.conv2d(even, middle, bias, (2, 1), (1, 0), 1, how.groups)
+            return y + F.conv2d(odd, outer, None, (2, 1), (1, 0), (1, n), how.groups)
 
         return by_columns
-    apart = onednn.convolution(
-        shape, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
-    )
+    apart = fused.convolution(shape, weight, bias, how, relu=False)
     return lambda x: side_by_side(apart(x, None), n)
 
 
@@ -104,3 +89,10 @@ def average(x: Tensor, n: int) -> Tensor:
     """The mean of each map of x `[b c h w*n]`: `[n*b c]`. PyTorch's takes thrice as long."""
     maps = torch.unflatten(x.movedim(1, 3), 2, (-1, n))  # b h w n c
     return maps.sum((1, 2)).flatten(0, 1) / maps.shape[1:3].numel()
+
+
+def gate(x: Tensor, gates: Tensor, n: int) -> Tensor:
+    """Each map of x `[b c h w*n]` times the sigmoid of its gate `[n*b c 1 1]`."""
+    maps = torch.unflatten(x.movedim(1, 3), 2, (-1, n))  # b h w n c
+    each = torch.unflatten(gates.flatten(1).sigmoid(), 0, (-1, n))[:, None, None]
+    return (maps * each).flatten(2, 3).movedim(3, 1)

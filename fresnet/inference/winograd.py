@@ -22,7 +22,8 @@ from torch import Tensor
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from fresnet.network.nodes import FusedLayer
+from fresnet.inference.fused import FusedLayer
+from fresnet.network.nodes import PLAIN, Geometry
 
 TILE, WINDOW = 4, 6
 POINTS = WINDOW**2
@@ -62,12 +63,12 @@ CACHED = 2**21
 """Bytes of values made at once, where kernels are smaller: they are read again from the cache."""
 
 
-def is_faster(shape: torch.Size, weight: Tensor, stride: int, dilation: int, groups: int) -> bool:
+def is_faster(shape: torch.Size, weight: Tensor, how: Geometry) -> bool:
     """Whether to take this algorithm for a convolution of activations of this shape, in float32."""
     b, c, h, w = shape
     return (
         weight.shape[2:] == (3, 3)
-        and (stride, dilation, groups) == (1, 1, 1)
+        and how == PLAIN
         and weight.dtype is torch.float32
         and weight.device.type == "cpu"
         and min(weight.shape[:2]) >= NARROW
@@ -76,7 +77,7 @@ def is_faster(shape: torch.Size, weight: Tensor, stride: int, dilation: int, gro
     )
 
 
-def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, activation: bool) -> FusedLayer:
+def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, *, relu: bool) -> FusedLayer:
     """As `onednn.convolution` of a 3x3 weight, padded by 1, to rounding several times as large."""
     b, c, h, w = shape
     o, rows, columns = len(bias), _tiles(h), _tiles(w)
@@ -92,7 +93,7 @@ def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, activation: boo
         for part, out, more in zip(x.split(sizes), y.split(sizes), plus, strict=True):
             values = torch.ops.fresnet.winograd_values(part).permute(0, 3, 1, 2)
             products = F.conv2d(values, kernel, groups=POINTS).permute(0, 2, 3, 1)
-            torch.ops.fresnet.winograd_tiles(out, products, bias, more, activation)
+            torch.ops.fresnet.winograd_tiles(out, products, bias, more, relu)
         return y.permute(0, 3, 1, 2)
 
     return run
@@ -126,7 +127,7 @@ def _values(x: Tensor) -> Tensor:
 
 
 def _tiles_of(
-    out: Tensor, products: Tensor, bias: Tensor, added: Tensor | None = None, *, activation: bool
+    out: Tensor, products: Tensor, bias: Tensor, added: Tensor | None = None, *, relu: bool
 ) -> None:
     """A products A', and the rest of the layer, into out `[b h w o]`."""
     b, h, w, o = out.shape
@@ -137,7 +138,7 @@ def _tiles_of(
     y = torch.stack(_times(A, y.unbind(4)), 4)
     y = y.transpose(2, 3).reshape(b, TILE * rows, TILE * columns, o)[:, :h, :w] + bias
     y = y if added is None else y + added
-    out.copy_(torch.relu(y) if activation else y)
+    out.copy_(torch.relu(y) if relu else y)
 
 
 def _times(matrix: Matrix, along: Sequence[Tensor]) -> list[Tensor]:
@@ -151,12 +152,12 @@ def _compiled_values(b: int, h: int, w: int, c: int) -> Callable[..., Tensor]:
 
 @cache
 def _compiled_tiles(
-    b: int, h: int, w: int, o: int, with_sum: bool, activation: bool
+    b: int, h: int, w: int, o: int, with_sum: bool, relu: bool
 ) -> Callable[..., None]:
     products = _empty(1, 1, b * _tiles(h) * _tiles(w), POINTS * o)
     out, bias = _empty(b, h, w, o), _empty(o)
     added = [torch.empty_like(out)] if with_sum else []
-    return _compiled(partial(_tiles_of, activation=activation), out, products, bias, *added)
+    return _compiled(partial(_tiles_of, relu=relu), out, products, bias, *added)
 
 
 def _run_values(x: Tensor) -> Tensor:
@@ -165,10 +166,10 @@ def _run_values(x: Tensor) -> Tensor:
 
 
 def _run_tiles(
-    out: Tensor, products: Tensor, bias: Tensor, added: Tensor | None, activation: bool
+    out: Tensor, products: Tensor, bias: Tensor, added: Tensor | None, relu: bool
 ) -> None:
     plus = () if added is None else (added.contiguous(),)
-    run = _compiled_tiles(*out.shape, bool(plus), activation)
+    run = _compiled_tiles(*out.shape, bool(plus), relu)
     run(out, products.contiguous(), bias, *plus)
 
 

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.inference import onednn
 from fresnet.network.nodes import (
     BLOCKS,
-    NODES,
-    STATS_OF,
+    LASTS,
+    PLACES,
     STEMS,
+    UNITS,
+    FrozenNorm,
     Head,
+    Layer,
+    Norm,
     NormStats,
     Params,
     Quantized,
@@ -76,7 +78,8 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor) -> None:
 def first_conv(weights: Weights) -> Any:
     """The weight that meets the images, or whatever stands in its place."""
     stem = weights.stem
-    return stem[0] if isinstance(stem, tuple) and stem else None
+    first = stem[0] if isinstance(stem, tuple) and stem else None
+    return first[0] if isinstance(first, tuple) and first else None
 
 
 def check_momentum(caller: str, momentum: float | Tensor) -> None:
@@ -150,31 +153,18 @@ def check_params(caller: str, params: Params) -> None:
     walk = _Walk(caller, stem.dtype, stats_dtype(stem.dtype), stem.device)
     walk.node("stem", weights.stem, stats.stem, STEMS)
     walk.same_length("stages", weights.stages, stats.stages)
-    for i, (blocks, blocks_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
+    for i, (stage, stage_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
         where = f"stages[{i}]"
-        blocks = blocks_of(blocks)
+        walk.same_type(where, stage, stage_stats)
+        blocks, blocks_stats = blocks_of(stage), blocks_of(stage_stats)
         walk.same_length(where, blocks, blocks_stats)
         for j, (block, block_stats) in enumerate(zip(blocks, blocks_stats, strict=True)):
             walk.node(f"{where}[{j}]", block, block_stats, BLOCKS)
-    walk.node("head", weights.head, (), (Head,))
-
-
-def check_quantized(caller: str, network: Quantized) -> None:
-    """Refuse a quantised network that has been cast or moved, and a machine without kernels for it.
-
-    Raises:
-      FresnetError: saying what was expected and what came.
-    """
-    for leaf in tree.leaves(network):
-        if leaf.dtype not in (torch.int8, torch.float32) or leaf.device.type != "cpu":
-            raise FresnetError(
-                f"{caller} expects a network as quantize returns it, in int8 and float32 on the "
-                f"CPU; got {leaf.dtype} on {leaf.device}"
-            )
-    if not onednn.is_int8_supported():
-        raise FresnetError(
-            f"{caller} expects oneDNN for int8, on a processor with exact sums (VNNI); got none"
-        )
+    walk.node("last", weights.last, stats.last, LASTS)
+    if type(weights.head) is not Head:
+        walk.fail("weights.head", "Head", describe(weights.head))
+    for field, leaf in zip(Head._fields, weights.head, strict=True):
+        walk.leaf("weights", "head", field, leaf, walk.dtype)
 
 
 class _Walk(NamedTuple):
@@ -185,21 +175,36 @@ class _Walk(NamedTuple):
     stats_dtype: torch.dtype
     device: torch.device
 
-    def node(self, where: str, weights: Any, stats: Any, kinds: tuple[type, ...]) -> None:
-        if type(weights) not in kinds:
+    def node(self, where: str, node: Any, stats: Any, kinds: tuple[type, ...]) -> None:
+        if type(node) not in kinds:
             expected = " or ".join(kind.__name__ for kind in kinds)
-            self.fail(f"weights.{where}", expected, describe(weights))
-        if type(stats) is not STATS_OF[type(weights)]:
-            expected = f"{STATS_OF[type(weights)].__name__} beside {type(weights).__name__}"
-            self.fail(f"stats.{where}", expected, describe(stats))
-        for field, child in zip(weights._fields, weights, strict=True):
-            if field in NODES:
-                self.node(f"{where}.{field}", child, getattr(stats, field), NODES[field])
-            else:
-                self.leaf("weights", where, field, child, self.dtype)
-        if type(stats) is NormStats:
+            self.fail(f"weights.{where}", expected, describe(node))
+        self.same_type(where, node, stats)
+        places = PLACES[type(node)]
+        for field, child, child_stats in zip(node._fields, node, stats, strict=True):
+            below = f"{where}.{field}"
+            check = self.unit if places[field][0] in UNITS else self.node
+            check(below, child, child_stats, places[field])
+
+    def unit(self, where: str, unit: Any, stats: Any, kinds: tuple[type, ...]) -> None:
+        if type(unit) not in kinds:
+            self.fail(f"weights.{where}", kinds[0].__name__, describe(unit))
+        if type(unit) is Layer:
+            self.leaf("weights", where, "conv", unit.conv, self.dtype)
+        norm, norms = unit.norm, PLACES[type(unit)]["norm"]
+        if type(norm) not in norms:
+            expected = " or ".join(kind.__name__ for kind in norms)
+            self.fail(f"weights.{where}.norm", expected, describe(norm))
+        for field, leaf in zip(norm._fields, norm, strict=True):
+            self.leaf("weights", f"{where}.norm", field, leaf, self.dtype)
+        if type(norm) in (Norm, FrozenNorm):
+            if type(stats) is not NormStats:
+                expected = f"NormStats beside {type(norm).__name__}"
+                self.fail(f"stats.{where}", expected, describe(stats))
             self.leaf("stats", where, "mean", stats.mean, self.stats_dtype)
             self.leaf("stats", where, "var", stats.var, self.stats_dtype)
+        elif type(stats) is not tuple or stats:
+            self.fail(f"stats.{where}", f"() beside {type(norm).__name__}", describe(stats))
 
     def leaf(self, tree: str, where: str, field: str, leaf: Any, dtype: torch.dtype) -> None:
         if not isinstance(leaf, Tensor):
@@ -207,6 +212,10 @@ class _Walk(NamedTuple):
         if leaf.dtype != dtype or leaf.device != self.device:
             expected = f"{dtype} on {self.device}, to go with the stem"
             self.fail(f"{tree}.{where}.{field}", expected, f"{leaf.dtype} on {leaf.device}")
+
+    def same_type(self, where: str, node: Any, stats: Any) -> None:
+        if type(stats) is not type(node):
+            self.fail(f"stats.{where}", f"as weights.{where}, {describe(node)}", describe(stats))
 
     def same_length(self, where: str, weights: Any, stats: Any) -> None:
         for which, nodes in (("weights", weights), ("stats", stats)):

@@ -11,14 +11,15 @@ three, so the derivatives of the two are the two again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnet.inference import onednn
+from fresnet.network import faults
+from fresnet.network.nodes import Geometry
 from fresnet.pytorch import transform_stack
 
 SMALL = 16 * 16
@@ -27,21 +28,12 @@ SMALL = 16 * 16
 Gradients = tuple[Tensor | None, Tensor | None]
 
 
-@dataclass(frozen=True)  # not a tuple, which `torch.func` would take apart on every call
-class Geometry:
-    """How the kernel is laid over the map; padding is such that stride 1 keeps h and w."""
-
-    stride: int = 1
-    dilation: int = 1
-    groups: int = 1
-
-
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """x `[b c h w]` by weight `[o c/groups k k]`."""
     stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
-    if missing := onednn.missing_columns(x.shape[3], weight, stride):
+    if missing := faults.missing_columns(x.shape[3], weight, stride):
         return convolve(F.pad(x, (0, missing)), weight, geometry)[..., :1]
-    if onednn.overruns(weight, stride):
+    if faults.overruns(weight, stride):
         return convolve(x[:, :, ::stride, ::stride], weight, replace(geometry, stride=1))
     if not torch.compiler.is_compiling() and transform_stack.mapped():
         if weight.shape[2] == groups == 1:
@@ -51,7 +43,7 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         if not transform_stack.forward_mode(x, weight):
             result: Tensor = _Convolve.apply(x, weight, geometry)
             return result
-    padding = dilation * (weight.shape[3] // 2)
+    padding = geometry.padding(weight.shape[3])
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
@@ -66,22 +58,22 @@ def pull_back(
     if transform_stack.mapped() and not transform_stack.forward_mode(cotangent, x, weight):
         grads: Gradients = _PullBack.apply(cotangent, x, weight, geometry, *needed)
         return grads
-    if missing := onednn.missing_columns(x.shape[3], weight, geometry.stride):
+    if missing := faults.missing_columns(x.shape[3], weight, geometry.stride):
         wider = F.pad(cotangent, (0, 1)), F.pad(x, (0, missing))
         x_grad, weight_grad = pull_back(*wider, weight, geometry, *needed)
         return None if x_grad is None else x_grad[..., : x.shape[3]], weight_grad
-    if needed[1] and onednn.overruns(weight, geometry.stride):
+    if needed[1] and faults.overruns(weight, geometry.stride):
         x_grad, _ = pull_back(cotangent, x, weight, geometry, needed[0], False)
         x, geometry = x[:, :, :: geometry.stride, :: geometry.stride], replace(geometry, stride=1)
         return x_grad, weight_gradient(cotangent, x, weight, geometry)
-    x, weight = _strided(x), _strided(weight)
+    x, weight = faults.with_usual_stride(x), faults.with_usual_stride(weight)
     *grads_, _ = torch.ops.aten.convolution_backward(
         cotangent,
         x,
         weight,
         None,
         [geometry.stride] * 2,
-        [geometry.dilation * (weight.shape[3] // 2)] * 2,
+        [geometry.padding(weight.shape[3])] * 2,
         [geometry.dilation] * 2,
         False,
         [0, 0],
@@ -228,21 +220,11 @@ def _rows(cotangent: Tensor, geometry: Geometry) -> Tensor:
 def _patches(x: Tensor, k: int, geometry: Geometry) -> Tensor:
     """What the kernel sees of x `[n b c h w]` in each place: `[n groups b*h*w k*k*c/groups]`."""
     stride, dilation = geometry.stride, geometry.dilation
-    x = F.pad(x, [dilation * (k // 2)] * 4)
+    x = F.pad(x, [geometry.padding(k)] * 4)
     for dim in (3, 4):
         x = x.unfold(dim, dilation * (k - 1) + 1, stride)
     patches = torch.unflatten(x[..., ::dilation, ::dilation], 2, (geometry.groups, -1))
     return patches.permute(0, 2, 1, 4, 5, 6, 7, 3).flatten(5).flatten(2, 4)
-
-
-def _strided(tensor: Tensor) -> Tensor:
-    """With the stride of the first dimension that a tensor of its own has.
-
-    Where there is one image, or one output, it may be any; but with another one, PyTorch 2.13
-    raises or gives a wrong gradient in float64, if the weight lies channels last.
-    """
-    usual = len(tensor) != 1 or tensor.stride(0) == tensor[0].numel()
-    return tensor if usual else torch.cat([tensor, tensor])[:1]
 
 
 def _whole(grad: Tensor | None) -> Tensor:

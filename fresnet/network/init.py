@@ -2,31 +2,26 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, describe
 from fresnet.network.check import DTYPES, stats_dtype
 from fresnet.network.nodes import (
-    STATS_OF,
-    BasicBlock,
-    Block,
-    DeepStem,
+    Bias,
+    FrozenNorm,
     Head,
-    Identity,
+    Layer,
+    NoNorm,
     Norm,
+    Normed,
     NormStats,
-    NoShortcut,
     Params,
-    Shortcut,
+    Rescale,
     Stats,
-    Stem,
-    Stem7x7,
     Weights,
-    ZeroPad,
-    blocks_of,
+    beside,
 )
 from fresnet.network.specs import RESNET50, Spec
 
@@ -86,52 +81,76 @@ def init(
         device = generator.device if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise FresnetError(f"init expects device to be a torch.device; got {device!r}") from error
-    draw = _Draw(generator, dtype, device)
-    weights = _weights(draw, spec, num_classes, in_channels, 0.0 if zero_init_residual else 1.0)
+    draw = _Values(generator, dtype, device, last_scale=0.0 if zero_init_residual else 1.0)
+    weights = _weights(draw, spec, num_classes, in_channels)
     return Params(weights, fresh_stats(weights))
 
 
 def fresh_head(seed: int, channels: int, classes: int) -> Head:
     """A head as `init` draws it, for a network that was trained on other classes."""
     generator = torch.Generator().manual_seed(seed)
-    return _Draw(generator, torch.float32, generator.device).head(channels, classes)
+    return _Values(generator, torch.float32, generator.device).head(channels, classes)
 
 
 def fresh_stats(weights: Weights) -> Stats:
     """The statistics beside these weights, every mean 0 and every var 1."""
-    return Stats(
-        stem=_fresh_stats(weights.stem),
-        stages=tuple(
-            tuple(_fresh_stats(block) for block in blocks_of(stage)) for stage in weights.stages
-        ),
-    )
+    return beside(_fresh, weights)
+
+
+def _fresh(unit: Layer | Normed) -> NormStats | tuple[()]:
+    match unit.norm:
+        case Norm() | FrozenNorm():
+            scale = unit.norm.scale
+            dtype = stats_dtype(scale.dtype)
+            return NormStats(
+                mean=torch.zeros_like(scale, dtype=dtype), var=torch.ones_like(scale, dtype=dtype)
+            )
+        case Bias() | Rescale() | NoNorm():
+            return ()
+    raise FresnetError(f"there are no statistics beside {describe(unit.norm)}")
 
 
 @dataclass(frozen=True)
-class _Draw:
+class _Values:
     """Draws the leaves."""
 
     generator: torch.Generator
     dtype: torch.dtype
     device: torch.device
+    last_scale: float = 1.0
 
-    def conv(self, channels: int, out_channels: int, size: int, groups: int = 1) -> Tensor:
-        std = sqrt(2 / (out_channels * size * size))
-        weight = self._empty(out_channels, channels // groups, size, size)
-        weight = weight.normal_(0.0, std, generator=self.generator)
-        return weight.to(self.device).contiguous(memory_format=torch.channels_last)
+    def layer(
+        self, channels: int, out: int, side: int, groups: int = 1, *, last: bool = False
+    ) -> Layer:
+        scale = self.last_scale if last else 1.0
+        return Layer(self._conv(channels, out, side, groups), self._norm(out, scale))
 
-    def norm(self, channels: int, scale: float = 1.0) -> Norm:
-        return Norm(
-            scale=torch.full((channels,), scale, dtype=self.dtype, device=self.device),
-            bias=torch.zeros(channels, dtype=self.dtype, device=self.device),
-        )
+    def biased(self, channels: int, out: int) -> Layer:
+        return Layer(self._conv(channels, out, 1), Bias(self._full(out, 0.0)))
+
+    def bare(self, channels: int, out: int, side: int) -> Layer:
+        return Layer(self._conv(channels, out, side), NoNorm())
+
+    def normed(self, channels: int) -> Normed:
+        return Normed(self._norm(channels, 1.0))
 
     def head(self, channels: int, classes: int) -> Head:
         return Head(
             weight=self._uniform(classes, channels, bound=1 / sqrt(channels)),
             bias=self._uniform(classes, bound=1 / sqrt(channels)),
         )
+
+    def _conv(self, channels: int, out: int, side: int, groups: int = 1) -> Tensor:
+        std = sqrt(2 / (out * side * side))
+        weight = self._empty(out, channels // groups, side, side)
+        weight = weight.normal_(0.0, std, generator=self.generator)
+        return weight.to(self.device).contiguous(memory_format=torch.channels_last)
+
+    def _norm(self, channels: int, scale: float) -> Norm:
+        return Norm(scale=self._full(channels, scale), bias=self._full(channels, 0.0))
+
+    def _full(self, channels: int, value: float) -> Tensor:
+        return torch.full((channels,), value, dtype=self.dtype, device=self.device)
 
     def _uniform(self, *shape: int, bound: float) -> Tensor:
         return self._empty(*shape).uniform_(-bound, bound, generator=self.generator).to(self.device)
@@ -143,75 +162,15 @@ class _Draw:
         )
 
 
-def _weights(
-    draw: _Draw, spec: Spec, num_classes: int, in_channels: int, last_scale: float
-) -> Weights:
-    stem = _stem(draw, spec, in_channels)
+def _weights(draw: _Values, spec: Spec, num_classes: int, in_channels: int) -> Weights:
+    stem = spec.stem.draw(draw, in_channels, spec.width)
     channels, stages = spec.width, []
     for stage, depth in enumerate(spec.depths):
         blocks = []
         for i in range(depth):
-            strides = stage > 0 and i == 0
-            blocks.append(_block(draw, spec, stage, channels, strides, last_scale))
-            channels = spec.out_channels(stage)
+            plan = spec.plan(stage, channels, strides=stage > 0 and i == 0)
+            blocks.append(spec.block.draw(draw, plan))
+            channels = plan.out
         stages.append(tuple(blocks))
-    return Weights(stem, tuple(stages), draw.head(channels, num_classes))
-
-
-def _stem(draw: _Draw, spec: Spec, in_channels: int) -> Stem:
-    width = spec.width
-    if spec.stem is DeepStem:
-        return DeepStem(
-            *(draw.conv(in_channels, width // 2, 3), draw.norm(width // 2)),
-            *(draw.conv(width // 2, width // 2, 3), draw.norm(width // 2)),
-            *(draw.conv(width // 2, width, 3), draw.norm(width)),
-        )
-    size = 7 if spec.stem is Stem7x7 else 3
-    stem: Stem = spec.stem(draw.conv(in_channels, width, size), draw.norm(width))
-    return stem
-
-
-def _block(
-    draw: _Draw, spec: Spec, stage: int, channels: int, strides: bool, last_scale: float
-) -> Block:
-    inner, out_channels = spec.inner_width(stage), spec.out_channels(stage)
-    shortcut = _shortcut(draw, spec, channels, out_channels, strides)
-    if spec.block is BasicBlock:
-        return BasicBlock(
-            *(draw.conv(channels, inner, 3), draw.norm(inner)),
-            *(draw.conv(inner, inner, 3), draw.norm(inner, last_scale)),
-            shortcut,
-        )
-    block: Block = spec.block(
-        *(draw.conv(channels, inner, 1), draw.norm(inner)),
-        *(draw.conv(inner, inner, 3, spec.groups), draw.norm(inner)),
-        *(draw.conv(inner, out_channels, 1), draw.norm(out_channels, last_scale)),
-        shortcut,
-    )
-    return block
-
-
-def _shortcut(draw: _Draw, spec: Spec, channels: int, out_channels: int, strides: bool) -> Shortcut:
-    if spec.shortcut is NoShortcut:
-        return NoShortcut()
-    if channels == out_channels and not strides:
-        return Identity()
-    if spec.shortcut is ZeroPad:
-        return ZeroPad()
-    shortcut: Shortcut = spec.shortcut(
-        draw.conv(channels, out_channels, 1), draw.norm(out_channels)
-    )
-    return shortcut
-
-
-def _fresh_stats(node: Any) -> Any:
-    stats = STATS_OF[type(node)]
-    if stats is tuple:
-        return ()
-    if stats is NormStats:
-        dtype = stats_dtype(node.scale.dtype)
-        return NormStats(
-            mean=torch.zeros_like(node.scale, dtype=dtype),
-            var=torch.ones_like(node.scale, dtype=dtype),
-        )
-    return stats(*(_fresh_stats(getattr(node, field)) for field in stats._fields))
+    last = spec.last.draw(draw, channels)
+    return Weights(stem, tuple(stages), last, draw.head(channels, num_classes))

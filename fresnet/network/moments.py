@@ -13,9 +13,8 @@ from torch import Tensor
 
 from fresnet.errors import FresnetError, describe
 from fresnet.network.check import check_group, check_momentum
-from fresnet.network.nodes import Moments, NormStats
+from fresnet.network.nodes import Moments, NormStats, over
 from fresnet.pytorch.collectives import Group, all_sum
-from fresnet.tree import rebuild
 
 Tree = TypeVar("Tree")
 
@@ -154,21 +153,23 @@ def statistics(stats: Tree, moments: Any, *, correction: int = 0) -> Tree:
 
 
 def _map(caller: str, function: Callable[..., Any], *nodes: Any, first: type = Moments) -> Any:
-    """Apply a function node by node: to `Moments` and `NormStats` whole."""
+    """What the function makes of the `Moments`, or `NormStats`, in each place."""
+    _check_nodes(caller, [first, *[Moments] * (len(nodes) - 1)], *nodes)
+    return over(function, *nodes, units=(NormStats, Moments))
+
+
+def _check_nodes(caller: str, kinds: Sequence[type], *nodes: Any) -> None:
     if any(isinstance(node, Moments | NormStats) for node in nodes):
-        kinds = [first, *[Moments] * (len(nodes) - 1)]
         if [type(node) for node in nodes] != kinds:
-            expected, got = (
-                ", ".join(kind.__name__ for kind in kinds),
-                ", ".join(map(describe, nodes)),
-            )
+            expected = ", ".join(kind.__name__ for kind in kinds)
+            got = ", ".join(map(describe, nodes))
             raise FresnetError(f"moments.{caller} expects {expected}; got {got}")
         if len({node.mean.shape for node in nodes}) > 1:
             got = ", ".join(str(tuple(node.mean.shape)) for node in nodes)
             raise FresnetError(
                 f"moments.{caller} expects means of one shape; got {got}: unstack and merge first?"
             )
-        return function(*nodes)
+        return
     one, *others = nodes
     if not isinstance(one, tuple) or any(
         type(other) is not type(one) or len(other) != len(one) for other in others
@@ -177,7 +178,5 @@ def _map(caller: str, function: Callable[..., Any], *nodes: Any, first: type = M
         raise FresnetError(
             f"moments.{caller} expects trees of moments, all of one structure; got {got}"
         )
-    return rebuild(
-        one,
-        (_map(caller, function, *below, first=first) for below in zip(*nodes, strict=True)),
-    )
+    for below in zip(*nodes, strict=True):
+        _check_nodes(caller, kinds, *below)

@@ -1,62 +1,29 @@
 """The residual network of He et al. 2015 (arXiv:1512.03385) as pure functions of its parameters.
 
-A layer is a convolution, a norm, the sum with a shortcut where one ends, and ReLU. One body,
-`run_network`, says how stem and stages are made of layers, with the layer handed in: inference's
-uses the running statistics, training's uses the batch and returns its moments.
+The nodes of the tree say what follows what (`fresnet.nodes`), and a regime says how it is computed:
+inference goes by the running statistics, training by the batch, whose moments it returns.
 """
 
-from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fresnet.network.check import check_call, check_group, check_momentum
 from fresnet.network.moments import update
 from fresnet.network.nodes import (
-    BasicBlock,
-    BasicBlockStats,
-    Block,
-    BlockStats,
-    Bottleneck,
-    BottleneckStats,
-    BottleneckV1,
-    DeepStem,
-    DeepStemStats,
-    DilatedStage,
+    Grid,
     Head,
-    Identity,
-    NoShortcut,
     Params,
-    PooledProjection,
-    Projection,
-    ProjectionStats,
-    Shortcut,
-    ShortcutStats,
+    Regime,
     Stats,
-    Stem,
-    Stem3x3,
-    Stem3x3Stats,
-    Stem7x7,
-    Stem7x7Stats,
-    StemStats,
-    Weights,
-    ZeroPad,
     blocks_of,
-)
-from fresnet.network.norm import NormFunction, inference_norm, training_norm
-from fresnet.network.ops import (
-    add,
-    average_pool,
-    conv2d,
-    global_average_pool,
-    linear,
-    max_pool,
-    relu,
-    subsample,
-    zero_pad,
+    grids,
+    paired,
+    with_blocks,
 )
 from fresnet.network.recompute import recomputed
+from fresnet.network.regimes import INFERENCE, training
 from fresnet.pytorch.collectives import Group
 
 
@@ -79,8 +46,7 @@ def forward(params: Params, x: Tensor) -> Tensor:
       FresnetError: if the tree or the images are not what a network takes.
     """
     check_call("forward", params, x)
-    activations, _ = run_network(params, x, inference_layer)
-    return run_head(params.weights.head, activations[-1])
+    return INFERENCE.head(params.weights.head, run_network(params, x, INFERENCE).y)
 
 
 def forward_train(
@@ -111,8 +77,9 @@ def forward_train(
         takes, or if some norm would see one value per channel.
     """
     check_momentum("forward_train", momentum)
-    _check("forward_train", params, x, group)
-    logits, moments = run_training(params, x, group=group)
+    check_call("forward_train", params, x)
+    check_group("forward_train", group)
+    logits, moments = run_training(params, x, training(group))
     return logits, update(params.stats, moments, momentum=momentum)
 
 
@@ -127,7 +94,7 @@ def forward_moments(
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
     >>> logits, moments = fresnet.forward_moments(params, torch.ones(2, 3, 32, 48))
-    >>> moments.stem.norm.n                     # 2 images of 16x24 activations
+    >>> moments.stem.layer.n                    # 2 images of 16x24 activations
     tensor(768.)
 
     Args:
@@ -143,36 +110,9 @@ def forward_moments(
     Raises:
       FresnetError: as `forward_train` does.
     """
-    _check("forward_moments", params, x, group)
-    return run_training(params, x, group=group, recompute=recompute)
-
-
-def _check(caller: str, params: Params, x: Tensor, group: Group | None) -> None:
-    check_call(caller, params, x)
-    check_group(caller, group)
-
-
-def run_training(
-    params: Params,
-    x: Tensor,
-    *,
-    group: Group | None = None,
-    recompute: bool = False,
-    once: bool = False,
-) -> tuple[Tensor, Stats]:
-    """As `forward_moments`, of what has been checked; in x's dtype, whatever the weights'.
-
-    Once: `torch.autograd` differentiates it at most once.
-    """
-
-    def convolve(x: Tensor, conv: Tensor, **options: int) -> Tensor:
-        # Rounded here, not all in advance: so each gradient is widened as soon as it is there.
-        return conv2d(x, conv.to(x.dtype), **options)
-
-    layer = partial(compose, convolve, partial(training_norm, group=group, once=once))
-    activations, moments = run_network(params, x, layer, recompute=recompute)
-    head = Head(*(leaf.to(x.dtype) for leaf in params.weights.head))
-    return run_head(head, activations[-1]), moments
+    check_call("forward_moments", params, x)
+    check_group("forward_moments", group)
+    return run_training(params, x, training(group), recompute=recompute)
 
 
 def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
@@ -197,167 +137,58 @@ def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
       FresnetError: if the tree or the images are not what a network takes.
     """
     check_call("features", params, x)
-    activations, _ = run_network(params, x, inference_layer)
-    return activations
+    return run_network(params, x, INFERENCE).activations
 
 
-def compose(
-    convolve: Callable[..., Tensor],
-    normalise: NormFunction,
-    conv: Tensor,
-    norm: Any,
-    stats: Any,
-    x: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-    shortcut: Tensor | None = None,
-    activation: bool = True,
-) -> tuple[Tensor, Any]:
-    """relu(norm(conv(x)) + shortcut), and what the norm returned beside it."""
-    y = convolve(x, conv, stride=stride, dilation=dilation, groups=groups)
-    y, seen = normalise(norm, stats, y)
-    y = y if shortcut is None else add(y, shortcut)
-    return relu(y) if activation else y, seen
+class Run(NamedTuple):
+    """What becomes of images in a network, without its head."""
 
+    activations: tuple[Tensor, ...]
+    """Of the stem, then of each stage."""
 
-Layer: TypeAlias = Callable[..., tuple[Tensor, Any]]
-"""As `compose` once convolution and norm are given."""
+    y: Tensor
+    """What the head takes."""
 
-inference_layer: Layer = partial(compose, conv2d, inference_norm)
-
-
-class Grid(NamedTuple):
-    """How a block reads activations: its stride, and the dilation before and after the stride."""
-
-    stride: int
-    dilation: int
-    dilation_after: int
-
-
-def plan(weights: Weights) -> list[list[tuple[Block, Grid]]]:
-    """Each stage's blocks with their grids: from the second stage on, the first block strides."""
-    stages, stride, dilation = [], 1, 1
-    for stage in weights.stages:
-        if isinstance(stage, DilatedStage):
-            first = Grid(1, dilation, dilation * stride)
-        else:
-            first = Grid(stride, dilation, dilation)
-        stride, dilation = 2, first.dilation_after
-        blocks = blocks_of(stage)
-        grids = [first] + [Grid(1, dilation, dilation)] * (len(blocks) - 1)
-        stages.append(list(zip(blocks, grids, strict=True)))
-    return stages
+    seen: Stats
+    """What each unit left behind, in the unit's place."""
 
 
 def run_network(
-    params: Params,
-    x: Tensor,
-    layer: Layer,
-    *,
-    pool: Callable[[Tensor], Tensor] = max_pool,
-    recompute: bool = False,
-) -> tuple[tuple[Tensor, ...], Stats]:
-    """Stem and stages: their outputs, and a tree of what the layers returned."""
-    weights, stats = params
-    x, stem_stats = run_stem(weights.stem, stats.stem, x, layer, pool)
-    activations, stages_stats = [x], []
-    for blocks, blocks_stats in zip(plan(weights), stats.stages, strict=True):
-        stage_stats = []
-        for (block, grid), block_stats in zip(blocks, blocks_stats, strict=True):
-            run_block = partial(RUN_BLOCK[type(block)], grid=grid, layer=layer)
-            run_block = partial(recomputed, run_block) if recompute else run_block
-            x, new_stats = run_block(block, block_stats, x)
-            stage_stats.append(new_stats)
+    params: Params, x: Tensor, do: Regime, *, last: Regime | None = None, recompute: bool = False
+) -> Run:
+    """Run stem, stages and last norm by a regime.
+
+    Args:
+      do: the regime.
+      last: that of the last stage and of what follows, if it is another.
+      recompute: whether to keep no activations within a block.
+    """
+    at = paired(*params)
+    x, stem = at.stem.run(x, do)
+    activations, stages = [x], []
+    for stage, stage_grids in zip(at.stages, grids(at.stages), strict=True):
+        if last is not None and len(activations) == len(at.stages):
+            do = last
+        seen = []
+        for block, grid in zip(blocks_of(stage), stage_grids, strict=True):
+            run = partial(_run_block, grid=grid, do=do)
+            x, block_seen = recomputed(run, block, x) if recompute else run(block, x)
+            seen.append(block_seen)
         activations.append(x)
-        stages_stats.append(tuple(stage_stats))
-    return tuple(activations), Stats(stem_stats, tuple(stages_stats))
+        stages.append(with_blocks(stage, seen))
+    y, last_seen = at.last.run(x, do)
+    return Run(tuple(activations), y, Stats(stem, tuple(stages), last_seen))
 
 
-def run_stem(
-    w: Stem, s: Any, x: Tensor, layer: Layer, pool: Callable[[Tensor], Tensor] = max_pool
-) -> tuple[Tensor, StemStats]:
-    match w:
-        case Stem7x7():
-            y, stats = layer(w.conv, w.norm, s.norm, x, stride=2)
-            return pool(y), Stem7x7Stats(stats)
-        case Stem3x3():
-            y, stats = layer(w.conv, w.norm, s.norm, x)
-            return y, Stem3x3Stats(stats)
-        case DeepStem():
-            y, norm1 = layer(w.conv1, w.norm1, s.norm1, x, stride=2)
-            y, norm2 = layer(w.conv2, w.norm2, s.norm2, y)
-            y, norm3 = layer(w.conv3, w.norm3, s.norm3, y)
-            return pool(y), DeepStemStats(norm1, norm2, norm3)
+def _run_block(block: Any, x: Tensor, *, grid: Grid, do: Regime) -> tuple[Tensor, Any]:
+    y: tuple[Tensor, Any] = block.run(x, grid, do)
+    return y
 
 
-def _basic_block(
-    w: BasicBlock, s: BasicBlockStats, x: Tensor, grid: Grid, layer: Layer
-) -> tuple[Tensor, BlockStats]:
-    stride, before, after = grid
-    y, norm1 = layer(w.conv1, w.norm1, s.norm1, x, stride=stride, dilation=before)
-    added, shortcut = _shortcut(w.shortcut, s.shortcut, x, w.conv2, stride, layer)
-    y, norm2 = layer(w.conv2, w.norm2, s.norm2, y, dilation=after, shortcut=added)
-    return y, BasicBlockStats(norm1, norm2, shortcut)
-
-
-def _bottleneck(
-    w: Bottleneck, s: BottleneckStats, x: Tensor, grid: Grid, layer: Layer
-) -> tuple[Tensor, BlockStats]:
-    stride, before, _ = grid
-    y, norm1 = layer(w.conv1, w.norm1, s.norm1, x)
-    y, norm2 = layer(
-        w.conv2, w.norm2, s.norm2, y, stride=stride, dilation=before, groups=_groups(w)
-    )
-    added, shortcut = _shortcut(w.shortcut, s.shortcut, x, w.conv3, stride, layer)
-    y, norm3 = layer(w.conv3, w.norm3, s.norm3, y, shortcut=added)
-    return y, BottleneckStats(norm1, norm2, norm3, shortcut)
-
-
-def _bottleneck_v1(
-    w: BottleneckV1, s: BottleneckStats, x: Tensor, grid: Grid, layer: Layer
-) -> tuple[Tensor, BlockStats]:
-    stride, _, after = grid
-    y, norm1 = layer(w.conv1, w.norm1, s.norm1, x, stride=stride)
-    y, norm2 = layer(w.conv2, w.norm2, s.norm2, y, dilation=after, groups=_groups(w))
-    added, shortcut = _shortcut(w.shortcut, s.shortcut, x, w.conv3, stride, layer)
-    y, norm3 = layer(w.conv3, w.norm3, s.norm3, y, shortcut=added)
-    return y, BottleneckStats(norm1, norm2, norm3, shortcut)
-
-
-def _groups(w: Bottleneck | BottleneckV1) -> int:
-    """Of the 3x3: as its weight has so much fewer input channels than there are activations."""
-    channels = w.conv2.shape[1] if w.conv2.ndim == 4 else 0
-    return w.conv1.shape[0] // channels if channels else 1  # what does not fit, conv2d refuses
-
-
-RUN_BLOCK: Mapping[type, Callable[..., tuple[Tensor, BlockStats]]] = {
-    BasicBlock: _basic_block,
-    Bottleneck: _bottleneck,
-    BottleneckV1: _bottleneck_v1,
-}
-
-
-def _shortcut(
-    w: Shortcut, s: Any, x: Tensor, last: Tensor, stride: int, layer: Layer
-) -> tuple[Tensor | None, ShortcutStats]:
-    """What is added to the output of the block's last convolution."""
-    match w:
-        case Identity():
-            return x, s
-        case Projection():
-            x, stats = layer(w.conv, w.norm, s.norm, x, stride=stride, activation=False)
-            return x, ProjectionStats(stats)
-        case PooledProjection():
-            x = average_pool(x) if stride == 2 else x
-            x, stats = layer(w.conv, w.norm, s.norm, x, activation=False)
-            return x, ProjectionStats(stats)
-        case ZeroPad():
-            return zero_pad(subsample(x, stride), channels=last.shape[0]), s
-        case NoShortcut():
-            return None, s
-
-
-def run_head(w: Head, x: Tensor) -> Tensor:
-    return linear(global_average_pool(x), w.weight, w.bias)
+def run_training(
+    params: Params, x: Tensor, do: Regime, *, recompute: bool = False
+) -> tuple[Tensor, Stats]:
+    """As `forward_moments`, of what has been checked; in x's dtype, whatever the weights'."""
+    _, y, moments = run_network(params, x, do, recompute=recompute)
+    head = Head(*(leaf.to(x.dtype) for leaf in params.weights.head))
+    return do.head(head, y), moments

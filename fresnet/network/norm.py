@@ -1,29 +1,38 @@
-"""Batch normalisation as two pure functions of one signature.
+"""Norms as two pure functions of one signature, by the type of the norm.
 
     (norm, stats, x) -> (y, stats or moments)
 
 `inference_norm` normalises by the running statistics and hands them back as they came;
-`training_norm` normalises by the batch and returns the batch's moments. The network takes either
-one as an argument and is otherwise the same.
+`training_norm` normalises by the batch and returns the batch's moments.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, describe
 from fresnet.network.check import stats_dtype
 from fresnet.network.moments import merge_across
-from fresnet.network.nodes import AnyNorm, Bias, FrozenNorm, Moments, Norm, NormStats
+from fresnet.network.nodes import (
+    AnyNorm,
+    Bias,
+    FrozenNorm,
+    Moments,
+    NoNorm,
+    Norm,
+    NormStats,
+    Rescale,
+)
 from fresnet.network.ops import add
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group
 
 EPS = 1e-5
 
-NormFunction: TypeAlias = Callable[[AnyNorm, Any, Tensor], tuple[Tensor, Any]]
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From x, scale and bias to `(y, mean, 1 / std)`."""
 
 
 def inference_norm(
@@ -38,19 +47,22 @@ def inference_norm(
     `stats`.
 
     Args:
-      norm: scale and bias, each `[c]`; or a bias alone, which is added.
-      stats: mean and var, each `[c]`; beside a bias alone, ().
-      x: activations `[b c h w]`.
+      norm: scale and bias, each `[c]`; or another type of norm, which has no statistics.
+      stats: mean and var, each `[c]`; () beside a norm without statistics.
+      x: activations `[b c h w]`, over which a bias alone is written.
     Returns:
       `(y, stats)`: y `[b c h w]` in x's dtype; stats is the argument itself.
     Raises:
-      FresnetError: if the channels differ.
+      FresnetError: if the channels differ, or if the type is none of `fresnet.nodes.NORMS`.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2.
     """
-    if isinstance(norm, Bias) or not stats:
-        return _add_bias(x, norm.bias), ()
-    _check_channels(norm, stats, x)
-    return _affine(x, norm.scale, norm.bias, *stats), stats
+    match norm:
+        case Norm() | FrozenNorm() if isinstance(stats, NormStats):
+            _check_channels(x, norm, stats)
+            return _affine(x, norm.scale, norm.bias, *stats), stats
+        case Bias() | Rescale() | NoNorm():
+            return _without_statistics(norm, x), ()
+    _refuse("inference", norm, stats)
 
 
 def training_norm(
@@ -59,59 +71,63 @@ def training_norm(
     x: Tensor,
     *,
     group: Group | None = None,
-    once: bool = False,
+    kernel: Kernel | None = None,
 ) -> tuple[Tensor, Moments | tuple[()]]:
     """Normalise each channel by the batch's moments, or a frozen norm's by its running ones.
 
         y = (x - E[x]) / sqrt(Var[x] + eps) * scale + bias
 
-    The moments are constants with respect to x and norm.
+    The moments are constants with respect to x and norm. PyTorch's fused kernel is several times
+    as fast where it runs eagerly; the composed form is right under every derivative, merges moments
+    across processes, and compiles to as fast code. Which of the two is taken changes no result.
 
     Args:
-      norm: scale and bias, each `[c]`; or a bias alone, which is added.
-      stats: mean and var, each `[c]`: read where the norm is frozen; beside a bias alone, ().
-      x: activations `[b c h w]`.
+      norm: scale and bias, each `[c]`; or another type of norm, which has no statistics.
+      stats: mean and var, each `[c]`, read where the norm is frozen; () beside a norm without
+        statistics.
+      x: activations `[b c h w]`, over which a bias alone is written.
       group: the processes whose batches are normalised as one, by default this process alone.
-      once: whether `torch.autograd` differentiates this at most once. The kernel's own derivative
-        is right then, and quicker where values are few.
+      kernel: the fused kernel to take where `torch.autograd` alone may differentiate; by default
+        the one that is right however often it does.
     Returns:
-      `(y, moments)`: y `[b c h w]` in x's dtype; moments of all b h w values, of none from a
-      frozen norm, () from a bias alone.
+      `(y, moments)`: y `[b c h w]` in x's dtype; the moments of all b h w values, of no values
+      from a frozen norm, () from a norm without statistics.
     Raises:
-      FresnetError: if the channels differ, or if b h w == 1 (the unbiased variance is undefined).
+      FresnetError: if the channels differ, if b h w == 1 (the unbiased variance is undefined), or
+        if the type is none of `fresnet.nodes.NORMS`.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 1.
     """
-    if isinstance(norm, Bias) or not stats:
-        return _add_bias(x, norm.bias), ()
-    _check_channels(norm, stats, x)
-    if isinstance(norm, FrozenNorm):
-        y = _affine(x, norm.scale, norm.bias, *stats)
-        return y, Moments(stats.mean.new_zeros(()), *map(torch.zeros_like, stats))
+    match norm:
+        case Norm() if isinstance(stats, NormStats):
+            _check_channels(x, norm, stats)
+        case FrozenNorm() if isinstance(stats, NormStats):
+            _check_channels(x, norm, stats)
+            y = _affine(x, norm.scale, norm.bias, *stats)
+            return y, Moments(stats.mean.new_zeros(()), *map(torch.zeros_like, stats))
+        case Bias() | Rescale() | NoNorm():
+            return _without_statistics(norm, x), ()
+        case _:
+            _refuse("training", norm, stats)
     if x.numel() == x.shape[1] and (group is None or group.size() == 1):
         raise FresnetError(
             "training expects more than one value per channel at every norm; got activations "
             f"{tuple(x.shape)}: use a larger batch or larger images"
         )
     scale, bias = (v.to(stats_dtype(x.dtype)) for v in norm)
-    y, moments = _batch_norm(x, scale, bias, group, once)
+    y, moments = _batch_norm(x, scale, bias, group, kernel or _FusedNorm.apply)
     return y, Moments(*(moment.detach() for moment in moments))
 
 
 def _batch_norm(
-    x: Tensor, scale: Tensor, bias: Tensor, group: Group | None = None, once: bool = False
+    x: Tensor, scale: Tensor, bias: Tensor, group: Group | None, kernel: Kernel
 ) -> tuple[Tensor, Moments]:
-    """One function in two forms.
-
-    PyTorch's fused kernel is several times as fast where it runs eagerly; the composed form is
-    right under every derivative, merges moments across processes, and compiles to as fast code.
-    """
     if (
         torch.compiler.is_compiling()
         or group is not None
         or not transform_stack.fused_norm_is_exact(x, scale, bias)
     ):
         return _composed_norm(x, scale, bias, group)
-    fused = _fused_norm if once or transform_stack.active() else _FusedNorm.apply
+    fused = fused_norm if transform_stack.active() else kernel
     y, mean, inverse_std = fused(x, scale, bias)
     n = mean.new_full((), x.numel() // x.shape[1])
     return y, Moments(n, mean, (inverse_std**-2 - EPS).clamp(min=0) * n)
@@ -130,11 +146,11 @@ def _composed_norm(
     return _affine(wide, scale, bias, mean, var).to(x.dtype), moments
 
 
-def _fused_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The fused kernel: `(y, mean, 1 / std)`.
+def fused_norm(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's own kernel, whose first derivative in reverse mode alone is right.
 
-    Beside a scale of a wider dtype than x it takes the moments in that, but has no rule for vmap,
-    which under a transform may still come.
+    Where the scale is wider than x, the kernel takes moments in the wider dtype, but its derivative
+    has no rule for vmap, which may still come under a transform: there it is given a wider x.
     """
     wide = x.to(scale.dtype) if transform_stack.active() else x
     y, mean, inverse_std = torch.native_batch_norm(wide, scale, bias, None, None, True, 0.0, EPS)
@@ -149,7 +165,7 @@ class _FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        y, *moments = _fused_norm(*inputs)
+        y, *moments = fused_norm(*inputs)
         ctx.mark_non_differentiable(*moments)
         ctx.save_for_backward(*inputs, *moments)
         return y, *moments
@@ -178,18 +194,28 @@ def _affine(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -
     return torch.addcmul(shift[:, None, None], x, factor[:, None, None]).to(x.dtype)
 
 
-def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
-    if bias.shape != x.shape[1:2]:
-        raise FresnetError(
-            f"a bias of activations {tuple(x.shape)} is [{x.shape[1]}]; got {tuple(bias.shape)}"
-        )
-    return add(x, bias.to(x.dtype)[:, None, None].expand_as(x))
+def _without_statistics(norm: Bias | Rescale | NoNorm, x: Tensor) -> Tensor:
+    if any(leaf.shape != x.shape[1:2] for leaf in norm):
+        got = ", ".join(str(tuple(leaf.shape)) for leaf in norm)
+        what = "bias" if isinstance(norm, Bias) else "scale and bias"
+        raise FresnetError(f"a {what} of activations {tuple(x.shape)} is [{x.shape[1]}]; got {got}")
+    if isinstance(norm, NoNorm):
+        return x
+    *scale, bias = (leaf.to(x.dtype)[:, None, None] for leaf in norm)
+    return torch.addcmul(bias, x, *scale) if scale else add(x, bias.expand_as(x))
 
 
-def _check_channels(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> None:
+def _check_channels(x: Tensor, norm: Norm | FrozenNorm, stats: NormStats) -> None:
     shapes = {norm.scale.shape, norm.bias.shape, stats.mean.shape, stats.var.shape}
     if shapes != {x.shape[1:2]}:
         raise FresnetError(
             f"a norm of activations {tuple(x.shape)} expects scale, bias, mean and var "
             f"[{x.shape[1]}] each; got {', '.join(str(tuple(v.shape)) for v in (*norm, *stats))}"
         )
+
+
+def _refuse(regime: str, norm: Any, stats: Any) -> NoReturn:
+    raise FresnetError(
+        f"{regime} knows no norm such as {describe(norm)} beside {describe(stats)}; it has "
+        "Norm and FrozenNorm beside NormStats, and Bias, Rescale and NoNorm beside ()"
+    )

@@ -1,7 +1,5 @@
 """The operations without statistics. Each refuses shapes that do not fit, so none broadcasts.
 
-Pooling and padding take uint8 too, of which zero is then a zero.
-
 `relu` and `add` write to their first argument, which in a network is always a norm's or a sum's own
 result that nothing else reads: over a quarter less memory forward, and no caller's tensor.
 """
@@ -12,19 +10,18 @@ from einops import reduce
 from torch import Tensor
 
 from fresnet.errors import FresnetError
-from fresnet.inference import onednn
-from fresnet.network.convolution import Geometry, convolve
+from fresnet.network.convolution import convolve
+from fresnet.network.nodes import PLAIN, Geometry
 from fresnet.pytorch import transform_stack
 
 
-def conv2d(
-    x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, groups: int = 1
-) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, how: Geometry = PLAIN) -> Tensor:
     """Convolve x `[b c h w]` with weight `[o c/groups k k]`, padded so that stride 1 keeps h and w.
 
     Raises:
       FresnetError: if the channels do not fit, or if k is not one odd number.
     """
+    groups = how.groups
     fits = weight.ndim == 4 and weight.shape[1] * groups == x.shape[1]
     fits = fits and weight.shape[0] % groups == 0
     if not fits or weight.shape[2] != weight.shape[3] or weight.shape[3] % 2 == 0:
@@ -33,19 +30,16 @@ def conv2d(
             f"a convolution of activations {tuple(x.shape)} expects a weight "
             f"[o {channels} k k], k odd; got {tuple(weight.shape)}"
         )
-    return convolve(x, weight, Geometry(stride, dilation, groups))
+    return convolve(x, weight, how)
 
 
 def max_pool(x: Tensor) -> Tensor:
     """3x3 max pooling of stride 2, padded by one: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`."""
-    max_pool2d = onednn.uint8_max_pool if x.dtype is torch.uint8 else F.max_pool2d
-    return max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
 def average_pool(x: Tensor) -> Tensor:
     """2x2 average pooling of stride 2: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`."""
-    if x.dtype is torch.uint8:
-        return average_pool(x.float()).round_().to(torch.uint8)
     return F.avg_pool2d(x, kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
 
 
@@ -55,9 +49,7 @@ def subsample(x: Tensor, stride: int) -> Tensor:
     As a pooling of single values, whose sizes follow a convolution's formula: of a slice's,
     exporters cannot tell that they are the same.
     """
-    if stride == 1 or x.dtype is torch.uint8:
-        return x[:, :, ::stride, ::stride]
-    return F.avg_pool2d(x, kernel_size=1, stride=stride)
+    return x if stride == 1 else F.avg_pool2d(x, kernel_size=1, stride=stride)
 
 
 def zero_pad(x: Tensor, channels: int) -> Tensor:
@@ -90,6 +82,20 @@ def add(y: Tensor, shortcut: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or transform_stack.active():
         return y + shortcut  # vmap refuses to write what it maps over what it does not
     return y.add_(shortcut)
+
+
+def gate(x: Tensor, gates: Tensor) -> Tensor:
+    """x `[b c h w]` times the sigmoid of gates `[b c 1 1]`.
+
+    Raises:
+      FresnetError: if the channels differ.
+    """
+    if gates.shape != (*x.shape[:2], 1, 1):
+        raise FresnetError(
+            f"a gate of activations {tuple(x.shape)} is ({len(x)}, {x.shape[1]}, 1, 1); "
+            f"got {tuple(gates.shape)}"
+        )
+    return x * gates.sigmoid()
 
 
 def global_average_pool(x: Tensor) -> Tensor:

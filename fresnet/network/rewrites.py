@@ -17,13 +17,18 @@ from fresnet.network.nodes import (
     Bias,
     DilatedStage,
     FrozenNorm,
+    Layer,
+    NoNorm,
     Norm,
+    Normed,
+    NormStats,
     Params,
     PooledProjection,
+    Rescale,
     Stats,
-    Stem3x3,
-    Weights,
+    Unit,
     blocks_of,
+    replaced,
 )
 from fresnet.network.norm import EPS
 
@@ -39,12 +44,13 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     >>> import fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
     >>> params = fresnet.freeze(params, lambda path: path[:2] != ("stages", 3))
-    >>> type(params.weights.stages[0][0].norm1).__name__
+    >>> type(params.weights.stages[0][0].layer1.norm).__name__
     'FrozenNorm'
 
     Args:
       params: the network.
-      where: told the way to a norm, such as `("stages", 0, 1, "norm2")`, whether to freeze it.
+      where: whether to freeze the norm at this path, such as
+        `("stages", 0, 1, "layer2", "norm")`.
     Returns:
       The same network; where frozen, a `FrozenNorm` stands for each `Norm`.
     Raises:
@@ -53,26 +59,23 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     check_params("freeze", params)
     if not callable(where):
         raise FresnetError(f"freeze expects where to be a function of paths; got {describe(where)}")
-    paths = [path[:-1] for path in tree.paths(params.weights) if path[-1] == "scale"]
+    weights = params.weights
+    paths = [path[:-1] for path in tree.paths(weights) if path[-1] == "scale"]
     chosen = {path for path in paths if where(path)}
     if not chosen:
         example = f", such as {paths[0]}" if paths else ""
         raise FresnetError(
             f"freeze expects where to choose a norm; got none of {len(paths)}{example}"
         )
-    return params._replace(weights=_freeze(params.weights, (), chosen))
 
+    def frozen(unit: Unit, at: Any) -> Unit:
+        """The unit, if the path to its norm is chosen; `at` has paths for leaves."""
+        if isinstance(unit.norm, Norm) and at.norm.scale[:-1] in chosen:
+            return unit._replace(norm=FrozenNorm(*unit.norm))
+        return unit
 
-def _freeze(node: Any, path: tree.Path, chosen: set[tree.Path]) -> Any:
-    if isinstance(node, Norm):
-        return FrozenNorm(*node) if path in chosen else node
-    if not isinstance(node, tuple):
-        return node
-    names = getattr(node, "_fields", range(len(node)))
-    return tree.rebuild(
-        node,
-        (_freeze(child, (*path, name), chosen) for name, child in zip(names, node, strict=True)),
-    )
+    places = tree.unflatten(weights, tree.paths(weights))
+    return params._replace(weights=replaced(frozen, weights, Stats(*places[:-1])))
 
 
 def fold(params: Params) -> Params:
@@ -92,50 +95,52 @@ def fold(params: Params) -> Params:
     Args:
       params: the network; frozen norms are folded like others.
     Returns:
-      The network with a `Bias` for each norm, and no statistics. Cast to a narrower dtype
+      The network with a `Bias` for each norm after a convolution, a `Rescale` for each other norm,
+      and no statistics. Cast to a narrower dtype
       afterwards, not before: weights are rounded once then.
     Raises:
       FresnetError: if params is not a network, or if a norm's channels are not its convolution's.
     Source: Jacob et al. 2017, arXiv:1712.05877, Sec. 3.2.
     """
     check_params("fold", params)
-    weights, stats = params
-    stages = []
-    for stage, stage_stats in zip(weights.stages, stats.stages, strict=True):
-        pairs = zip(blocks_of(stage), stage_stats, strict=True)
-        blocks = tuple(_fold(block, block_stats) for block, block_stats in pairs)
-        stages.append(DilatedStage(blocks) if isinstance(stage, DilatedStage) else blocks)
-    stem = _fold(weights.stem, stats.stem)
-    folded = Weights(stem, tuple(stages), weights.head)
+    folded = replaced(_folded, *params)
     return Params(folded, fresh_stats(folded))
 
 
-def _fold(node: Any, stats: Any) -> Any:
-    """A stem, a block or a shortcut without its norms."""
-    changed = {}
-    for field, child in zip(node._fields, node, strict=True):
-        if field == "shortcut":
-            changed[field] = _fold(child, stats.shortcut)
-        elif isinstance(child, Norm | FrozenNorm):
-            conv, (mean, var) = field.replace("norm", "conv"), getattr(stats, field)
-            weight = getattr(node, conv)
-            shapes = [leaf.shape for leaf in (*child, mean, var)]
-            if set(shapes) != {weight.shape[:1]}:
-                got = ", ".join(str(tuple(shape)) for shape in shapes)
-                raise FresnetError(
-                    f"fold expects scale, bias, mean and var [{len(weight)}] each, beside a "
-                    f"convolution {tuple(weight.shape)}; got {got}"
-                )
-            factor = child.scale * torch.rsqrt(var + EPS)
-            changed[conv] = (weight * factor[:, None, None, None]).to(weight.dtype)
-            changed[field] = Bias((child.bias - mean * factor).to(weight.dtype))
-    return node._replace(**changed)
+def _folded(unit: Unit, stats: Any) -> Unit:
+    """A unit without statistics. Every convolution then has a bias, as fused kernels want it."""
+    match unit:
+        case Layer(conv, Norm() | FrozenNorm() as norm):
+            factor, bias = _affine(norm, stats, conv)
+            return Layer((conv * factor[:, None, None, None]).to(conv.dtype), Bias(bias))
+        case Layer(conv, NoNorm()):
+            return Layer(conv, Bias(torch.zeros_like(conv[:, 0, 0, 0])))
+        case Normed(Norm() | FrozenNorm() as norm):
+            factor, bias = _affine(norm, stats, norm.scale)
+            return Normed(Rescale(factor.to(bias.dtype), bias))
+        case Layer(_, Bias() | Rescale()) | Normed(Rescale()):
+            return unit
+    raise FresnetError(f"fold knows no {type(unit).__name__} with {describe(unit.norm)}")
+
+
+def _affine(norm: Norm | FrozenNorm, stats: NormStats, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm's factor and bias for each channel, of which `like` has as many."""
+    shapes = [leaf.shape for leaf in (*norm, *stats)]
+    if set(shapes) != {like.shape[:1]}:
+        got = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise FresnetError(
+            f"fold expects scale, bias, mean and var [{len(like)}] each, beside a weight "
+            f"{tuple(like.shape)}; got {got}"
+        )
+    factor = norm.scale * torch.rsqrt(stats.var + EPS)
+    return factor, (norm.bias - stats.mean * factor).to(like.dtype)
 
 
 def dilate(params: Params, *, output_stride: int) -> Params:
     """The network with finer activations, for segmentation: later stages dilate, not stride.
 
-    Their activations at every second (fourth) place are those of the network as it was.
+    Their activations at every second (fourth) place are those of the network as it was, but for
+    blocks with attention, which take means over more places.
 
     >>> import torch, fresnet
     >>> params = fresnet.dilate(fresnet.init(0, fresnet.RESNET18), output_stride=8)
@@ -147,7 +152,7 @@ def dilate(params: Params, *, output_stride: int) -> Params:
       output_stride: pixels from one of the last activations to the next; a ResNet-50's is 32,
         and here 16, 8 or 4.
     Returns:
-      The same weights; the last stages are `DilatedStage`s.
+      The same weights and statistics; the last stages are `DilatedStage`s.
     Raises:
       FresnetError: if params is not a network, if it has no such stride, or if a stage pools its
         shortcuts (ResNet-D), which has no dilated form.
@@ -155,20 +160,23 @@ def dilate(params: Params, *, output_stride: int) -> Params:
     """
     check_params("dilate", params)
     weights = params.weights
-    stem_stride = 1 if isinstance(weights.stem, Stem3x3) else 4
-    strides = [stem_stride * 2**i for i in range(len(weights.stages))]
+    strides = [weights.stem.stride() * 2**i for i in range(len(weights.stages))]
     if type(output_stride) is not int or output_stride not in strides:
         raise FresnetError(
             f"dilate expects output_stride to be one of {strides}; got {output_stride!r}"
         )
-    stages = []
     for stage, stride in zip(weights.stages, strides, strict=True):
-        blocks = blocks_of(stage)
-        dilated = stride > output_stride
-        if dilated and isinstance(blocks[0].shortcut, PooledProjection):
+        if stride > output_stride and isinstance(blocks_of(stage)[0].shortcut, PooledProjection):
             raise FresnetError("dilate expects shortcuts without pooling; got PooledProjection")
-        stages.append(DilatedStage(blocks) if dilated else blocks)
-    return params._replace(weights=weights._replace(stages=tuple(stages)))
+
+    def dilated(stages: tuple[Any, ...]) -> tuple[Any, ...]:
+        each = zip(map(blocks_of, stages), strides, strict=True)
+        return tuple(DilatedStage(b) if stride > output_stride else b for b, stride in each)
+
+    return Params(
+        weights._replace(stages=dilated(weights.stages)),
+        params.stats._replace(stages=dilated(params.stats.stages)),
+    )
 
 
 def recalibrate(params: Params, batches: Iterable[Tensor]) -> Params:

@@ -3,20 +3,31 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from fresnet.errors import FresnetError
 from fresnet.network.nodes import (
+    ATTENTIONS,
     BLOCKS,
+    LASTS,
+    PLACES,
     SHORTCUTS,
     STEMS,
+    BareStem7x7,
     BasicBlock,
     Bottleneck,
     BottleneckV1,
     DeepStem,
     Identity,
+    LastNorm,
+    NoAttention,
+    NoLastNorm,
     NoShortcut,
+    Plan,
     PooledProjection,
+    PreActivation,
     Projection,
+    SqueezeExcite,
     Stem3x3,
     Stem7x7,
     ZeroPad,
@@ -34,25 +45,36 @@ class Spec:
       stem: the type of the stem.
       shortcut: the type of the shortcuts that change channels or size, where the others are
         `Identity`; or `NoShortcut` for all, a plain network.
+      last: the type of what stands before the head: `LastNorm` in ResNet V2.
+      attention: the type of what a block does to its last layer's result before the sum.
       groups: of the 3x3 convolution of a bottleneck: ResNeXt's cardinality
         (Xie et al. 2017, arXiv:1611.05431).
       group_width: the channels of a group for each 64 of the stage's.
     Raises:
-      FresnetError: if a type is none of `fresnet.nodes`, if a number is not positive, if a basic
-        block is to be grouped or widened, or if that leaves a convolution without channels.
+      FresnetError: if a type is none of `fresnet.nodes` or does not go with the block's, if a
+        number is not positive, if a basic block is to be grouped or widened, or if that leaves a
+        convolution without channels.
     """
 
-    block: type = Bottleneck
+    block: type[Any] = Bottleneck
     depths: tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
-    stem: type = Stem7x7
-    shortcut: type = Projection
+    stem: type[Any] = Stem7x7
+    shortcut: type[Any] = Projection
+    last: type[Any] = NoLastNorm
+    attention: type[Any] = NoAttention
     groups: int = 1
     group_width: int = 64
 
     def __post_init__(self) -> None:
         changing = tuple(kind for kind in SHORTCUTS if kind is not Identity)
-        for field, kinds in (("block", BLOCKS), ("stem", STEMS), ("shortcut", changing)):
+        for field, kinds in (
+            ("block", BLOCKS),
+            ("stem", STEMS),
+            ("shortcut", changing),
+            ("last", LASTS),
+            ("attention", ATTENTIONS),
+        ):
             if getattr(self, field) not in kinds:
                 names = " or ".join(kind.__name__ for kind in kinds)
                 raise FresnetError(f"Spec expects {field} {names}; got {getattr(self, field)!r}")
@@ -62,6 +84,15 @@ class Spec:
             raise FresnetError(
                 "Spec expects depths to be a tuple of positive integers, and width, groups and "
                 f"group_width to be positive integers; got {self}"
+            )
+        if self.attention not in PLACES[self.block].get("attention", (NoAttention,)):
+            raise FresnetError(
+                f"Spec expects no attention in a {self.block.__name__}; got {self.attention!r}"
+            )
+        if self.stem is BareStem7x7 and self.block is not PreActivation:
+            raise FresnetError(
+                "Spec expects blocks that begin with a norm after BareStem7x7, PreActivation; "
+                f"got {self.block!r}"
             )
         if self.block is BasicBlock and (self.groups, self.group_width) != (1, 64):
             raise FresnetError(f"Spec expects groups and group_width of bottlenecks; got {self}")
@@ -80,12 +111,26 @@ class Spec:
 
     def out_channels(self, stage: int) -> int:
         """The channels that a block in this stage puts out."""
-        return (1 if self.block is BasicBlock else 4) * (self.width << stage)
+        expansion: int = self.block.expansion()
+        return expansion * (self.width << stage)
+
+    def plan(self, stage: int, channels: int, *, strides: bool) -> Plan:
+        """A block in this stage, for so many channels."""
+        out, shortcut = self.out_channels(stage), self.shortcut
+        if channels == out and not strides and shortcut is not NoShortcut:
+            shortcut = Identity
+        inner = self.inner_width(stage)
+        return Plan(channels, inner, out, self.groups, shortcut, self.attention)
 
 
 def _cifar(n: int, shortcut: type) -> Spec:
     """The paper's 6n+2 layers for CIFAR, its Sec. 4.2."""
     return Spec(BasicBlock, (n, n, n), width=16, stem=Stem3x3, shortcut=shortcut)
+
+
+def _v2(*depths: int) -> Spec:
+    """He et al. 2016, arXiv:1603.05027, with timm's stride in the 3x3 convolution."""
+    return Spec(PreActivation, depths, stem=BareStem7x7, last=LastNorm)
 
 
 RESNET18 = Spec(BasicBlock, (2, 2, 2, 2))
@@ -111,6 +156,12 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
         "wide_resnet101_2": Spec(Bottleneck, (3, 4, 23, 3), group_width=128),
         "resnet26d": Spec(Bottleneck, (2, 2, 2, 2), stem=DeepStem, shortcut=PooledProjection),
         "resnet50d": Spec(Bottleneck, (3, 4, 6, 3), stem=DeepStem, shortcut=PooledProjection),
+        "resnetv2_50": _v2(3, 4, 6, 3),
+        "resnetv2_101": _v2(3, 4, 23, 3),
+        "resnetv2_152": _v2(3, 8, 36, 3),
+        "seresnet18": Spec(BasicBlock, (2, 2, 2, 2), attention=SqueezeExcite),
+        "seresnet34": Spec(BasicBlock, (3, 4, 6, 3), attention=SqueezeExcite),
+        "seresnet50": Spec(Bottleneck, (3, 4, 6, 3), attention=SqueezeExcite),
         "plain18": Spec(BasicBlock, (2, 2, 2, 2), shortcut=NoShortcut),
         "plain34": Spec(BasicBlock, (3, 4, 6, 3), shortcut=NoShortcut),
         **{f"resnet{6 * n + 2}": _cifar(n, ZeroPad) for n in (3, 5, 7, 9, 18, 200)},

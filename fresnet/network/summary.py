@@ -1,7 +1,7 @@
 """The layer table of a network."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from textwrap import wrap
@@ -12,20 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fresnet import tree
-from fresnet.network.check import check_image_size, check_params
-from fresnet.network.net import RUN_BLOCK, Grid, inference_layer, plan, run_head, run_stem
-from fresnet.network.nodes import (
-    DeepStem,
-    Head,
-    Identity,
-    NoShortcut,
-    Params,
-    PooledProjection,
-    Projection,
-    Stem3x3,
-    Stem7x7,
-    ZeroPad,
-)
+from fresnet.network.check import check_image_size, check_params, first_conv
+from fresnet.network.nodes import Grid, Head, Layer, Params, blocks_of, grids, paired
+from fresnet.network.regimes import INFERENCE
 
 
 class Row(NamedTuple):
@@ -130,32 +119,38 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
     check_params("summary", params)
     size = check_image_size("summary", image_size)
     weights, stats = tree.map(lambda leaf: leaf.to("meta"), params)
-    x = weights.stem[0].new_empty((1, weights.stem[0].shape[1], *size))
-    run: Callable[[], tuple[Tensor, Any]]
-    run = partial(run_stem, weights.stem, stats.stem, x, inference_layer)
-    x, row = _measure(weights.stem, run, _describe_stem(weights.stem))
+    at, conv = paired(weights, stats), first_conv(weights)
+    x = conv.new_empty((1, conv.shape[1], *size))
+    words = ", ".join(filter(None, [_convolutions(weights.stem), weights.stem.note()]))
+    x, row = _measure(weights.stem, partial(at.stem.run, x, INFERENCE), words)
     rows = [row]
-    for blocks, blocks_stats in zip(plan(weights), stats.stages, strict=True):
+    stages = zip(weights.stages, at.stages, grids(weights.stages), strict=True)
+    for stage, stage_at, stage_grids in stages:
         stage_rows = []
-        for (block, grid), block_stats in zip(blocks, blocks_stats, strict=True):
-            run = partial(RUN_BLOCK[type(block)], block, block_stats, x, grid, inference_layer)
+        each = zip(blocks_of(stage), blocks_of(stage_at), stage_grids, strict=True)
+        for block, block_at, grid in each:
+            run = partial(block_at.run, x, grid, INFERENCE)
             x, row = _measure(block, run, _describe_block(block, grid))
             stage_rows.append(row)
         rows += [row._replace(blocks=len(list(alike))) for row, alike in groupby(stage_rows)]
+    if tree.leaves(weights.last):
+        x, row = _measure(weights.last, partial(at.last.run, x, INFERENCE), "norm and ReLU")
+        rows.append(row)
     k, c = weights.head.weight.shape
-    run = partial(_run_head, weights.head, x)
-    _, row = _measure(weights.head, run, f"average pool, {c} to {k}")
+    _, row = _measure(
+        weights.head, partial(_run_head, weights.head, x), f"average pool, {c} to {k}"
+    )
     return Summary((*rows, row))
 
 
 def _run_head(head: Head, x: Tensor) -> tuple[Tensor, tuple[()]]:
-    return run_head(head, x), ()
+    return INFERENCE.head(head, x), ()
 
 
 def _measure(
     node: Any, run: Callable[[], tuple[Tensor, Any]], description: str
 ) -> tuple[Tensor, Row]:
-    """The layer's output and its row."""
+    """The node's output and its row."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         y, _ = run()
     parameters = sum(leaf.numel() for leaf in tree.leaves(node))
@@ -164,39 +159,23 @@ def _measure(
     return y, Row(name, output, 1, parameters, multiply_adds, description)
 
 
-STEMS: Mapping[type, str] = {
-    Stem7x7: "stride 2; 3x3 max pool, stride 2",
-    DeepStem: "the first stride 2; 3x3 max pool, stride 2",
-    Stem3x3: "",
-}
-SHORTCUTS: Mapping[type, str] = {
-    Identity: "",
-    Projection: "projection",
-    PooledProjection: "pooled projection",
-    ZeroPad: "zero padding",
-    NoShortcut: "no shortcut",
-}
-
-
-def _describe_stem(stem: Any) -> str:
-    return ", ".join(filter(None, [_convolutions(stem), STEMS[type(stem)]]))
-
-
 def _describe_block(block: Any, grid: Grid) -> str:
+    attention = getattr(block, "attention", None)
     notes = [
         "stride 2" if grid.stride == 2 else "",
         f"dilation {grid.dilation_after}" if grid.dilation_after > 1 else "",
-        SHORTCUTS[type(block.shortcut)],
+        attention.note() if attention is not None else "",
+        block.shortcut.note(),
     ]
     return "; ".join(filter(None, [_convolutions(block), ", ".join(filter(None, notes))]))
 
 
 def _convolutions(node: Any) -> str:
-    """Such as "1x1 64, 3x3 64, 1x1 256"."""
+    """The convolutions of a node's layers in words, such as "1x1 64, 3x3 64, 1x1 256"."""
     found, channels = [], None
-    for field in node._fields:
-        if field.startswith("conv"):
-            o, c, k, _ = getattr(node, field).shape
+    for layer in node:
+        if isinstance(layer, Layer):
+            o, c, k, _ = layer.conv.shape
             groups = 1 if channels is None else channels // c
             found.append(f"{k}x{k} {o}" + (f" in {groups} groups" if groups > 1 else ""))
             channels = o

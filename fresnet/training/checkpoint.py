@@ -15,7 +15,7 @@ from fresnet import tree
 from fresnet.errors import FresnetError, describe, reason
 from fresnet.network.nodes import Params
 from fresnet.weights.files import BESIDES, NETWORK, structure_of
-from fresnet.weights.interop import names
+from fresnet.weights.names import names
 from fresnet.weights.storage import as_path, read_safetensors, remove_leftovers, write_safetensors
 
 STATE = "fresnet.state"

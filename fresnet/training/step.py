@@ -1,7 +1,6 @@
 """A training step as one pure function: (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,6 +13,7 @@ from fresnet.network.check import check_call, check_group, check_momentum
 from fresnet.network.moments import merge, merge_across, update
 from fresnet.network.net import run_training
 from fresnet.network.nodes import Params, Stats, Weights
+from fresnet.network.regimes import training_once
 from fresnet.optim import Optimizer, clip_by_norm
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
@@ -115,14 +115,14 @@ def make_train_step(
     if norms_across and group is None:
         raise FresnetError("make_train_step expects a group with norms_across; got none")
 
-    across = group if norms_across else None
-    run = partial(run_training, group=across, recompute=recompute, once=True)
+    do = training_once(group if norms_across else None)
 
     def loss_of(
         weights: Weights, stats: Stats, x: Tensor, targets: Tensor, images: Tensor
     ) -> tuple[Tensor, tuple[Stats, Tensor]]:
         """This part's share of the mean over all images; the moments, and how many are right."""
-        logits, seen = run(Params(weights, stats), x.to(precision or x.dtype))
+        x_narrow = x.to(precision or x.dtype)
+        logits, seen = run_training(Params(weights, stats), x_narrow, do, recompute=recompute)
         logits = logits.to(x.dtype)
         classes = targets if targets.ndim == 1 else targets.argmax(1)
         right = (logits.argmax(1) == classes).sum()

@@ -16,7 +16,7 @@ from fresnet.errors import FresnetError
 from fresnet.network.check import check_image_size, check_params, first_conv
 from fresnet.network.net import forward
 from fresnet.network.nodes import Params
-from fresnet.weights.interop import names
+from fresnet.weights.names import names
 from fresnet.weights.storage import as_path, write_file
 
 SUFFIXES = (".onnx", ".pt2")

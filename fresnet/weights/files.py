@@ -5,36 +5,33 @@ import os
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, reason
 from fresnet.network.check import check_params, first_conv
-from fresnet.network.init import fresh_stats
-from fresnet.network.net import forward
 from fresnet.network.nodes import (
-    BLOCKS,
+    NODES,
     NORMS,
-    SHORTCUTS,
-    STEMS,
+    UNITS,
     DilatedStage,
     Head,
     Params,
     Weights,
+    beside,
 )
+from fresnet.weights.assembly import assemble, check_fit
 from fresnet.weights.hub import download, is_repository, local
-from fresnet.weights.interop import assemble, from_state_dict, named, names
+from fresnet.weights.names import name_tree, names
+from fresnet.weights.older import with_layers
+from fresnet.weights.recognition import BLANK, blank_stats
+from fresnet.weights.state_dicts import from_state_dict, named_leaves
 from fresnet.weights.storage import as_path, read_safetensors, write_safetensors
 
-TYPES = {
-    kind.__name__: kind
-    for kind in (*STEMS, *BLOCKS, *NORMS, *SHORTCUTS, DilatedStage, Head, Weights)
-}
+TYPES = {kind.__name__: kind for kind in (*NODES, *UNITS, *NORMS, DilatedStage, Head, Weights)}
 """What the metadata of a file may name."""
 
 
@@ -69,10 +66,10 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
         raise FresnetError("save expects a network with values; got one on meta")
     try:
         _check_values(params)
-        _check_shapes(params)
+        check_fit(params, name_tree(params))
     except FresnetError as error:
         raise FresnetError(f"save expects a network that load takes; {error}") from error
-    write_safetensors("save", named(params), path, {NETWORK: structure_of(params)})
+    write_safetensors("save", named_leaves(params), path, {NETWORK: structure_of(params)})
 
 
 def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params:
@@ -122,9 +119,8 @@ def _read(path: Path, stride_in_1x1: bool) -> Params:
     entries, texts = read_safetensors(path)
     if NETWORK not in texts:
         return from_state_dict(entries, stride_in_1x1=stride_in_1x1)
-    structure = texts[NETWORK]
     entries = {name: value for name, value in entries.items() if not name.startswith(BESIDES)}
-    return assemble("load", _template(structure, entries), entries, "torchvision")
+    return assemble("load", _nodes(texts[NETWORK]), entries, "torchvision")
 
 
 def _unpickled(path: Path) -> Any:
@@ -146,53 +142,37 @@ def _unpickled(path: Path) -> Any:
 
 
 def structure_of(params: Params) -> str:
-    """The types of a network's nodes."""
+    """The types of a network's nodes, as JSON has it: ["Norm", 0, 0], with a 0 for each leaf."""
     return json.dumps(_structure(params.weights))
 
 
 def _structure(node: Any) -> Any:
-    """The types of a tree's nodes, as JSON has it: ["Norm", 0, 0], a 0 for each leaf."""
-    if not isinstance(node, tuple):
-        return 0
-    return [type(node).__name__, *map(_structure, node)]
+    return [type(node).__name__, *map(_structure, node)] if isinstance(node, tuple) else 0
 
 
-def _template(structure: str, entries: Mapping[str, Tensor]) -> Params:
-    """A network of these types with the entries' shapes, on meta.
+def _nodes(structure: str) -> Params:
+    """A network of these types, with blanks for leaves.
 
     Raises:
-      FresnetError: if types or shapes are not a network's.
+      FresnetError: if they are no network's.
     """
     try:
-        weights = _node(json.loads(structure))
-        listed = names(Params(weights, stats=()))  # type: ignore[arg-type]
-        missing = [name for name in listed if name not in entries]
-        if missing:
-            raise FresnetError(f"{missing[0]} is missing")
-        weights = tree.unflatten(weights, [entries[name].to("meta") for name in listed])
-        template = Params(weights, fresh_stats(weights))
-        _check_shapes(template)
+        weights = _node(with_layers(json.loads(structure)))
+        if type(weights) is not Weights:
+            raise FresnetError("its metadata describe no network: they begin with no Weights")
+        return Params(weights, beside(blank_stats, weights))
     except FresnetError:
         raise
     except Exception as error:  # damaged metadata may fail in any way
         raise FresnetError(f"its metadata describe no network: {reason(error)}") from error
-    return template
 
 
 def _node(structure: Any) -> Any:
     if structure == 0:
-        return torch.empty((), device="meta")
+        return BLANK
     name, *children = structure
     built = map(_node, children)
     return tuple(built) if name == "tuple" else TYPES[name](*built)
-
-
-def _check_shapes(params: Params) -> None:
-    """Run the network without values: what does not fit is refused as `forward` refuses it."""
-    params = tree.map(lambda leaf: leaf.to("meta"), params)
-    stem = first_conv(params.weights)
-    with torch.no_grad():
-        forward(params, stem.new_empty(1, stem.shape[1], 64, 64))
 
 
 def _check_values(params: Params) -> None:

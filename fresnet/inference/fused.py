@@ -1,0 +1,109 @@
+"""What backends that prepare layers for images of one shape have in common."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fresnet.errors import FresnetError, describe
+from fresnet.network import ops
+from fresnet.network.faults import missing_columns
+from fresnet.network.nodes import Bias, Geometry, Layer, NoNorm, Normed, Pair, Rescale, Unit
+from fresnet.network.regimes import Floating
+
+Inference: TypeAlias = Callable[[Tensor], Tensor]
+"""From images to logits."""
+
+FusedLayer: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
+"""From activations and what is to be added to the result, over which it may be written."""
+
+
+def convolution(
+    shape: torch.Size, weight: Tensor, bias: Tensor | None, how: Geometry, *, relu: bool
+) -> FusedLayer:
+    """A convolution, then the sum, then ReLU, by PyTorch's functions, for a compiler to make one.
+
+    Args:
+      shape: of the activations, `[b c h w]`.
+      weight: `[o c/groups k k]`, detached.
+      bias: `[o]`, detached.
+    """
+    window = how.stride, how.padding(weight.shape[-1]), how.dilation, how.groups
+
+    def run(x: Tensor, added: Tensor | None = None) -> Tensor:
+        y = F.conv2d(x, weight, bias, *window)
+        y = y if added is None else y + added
+        return F.relu(y) if relu else y
+
+    return with_columns(run, missing_columns(shape[3], weight, how.stride))
+
+
+def with_columns(layer: FusedLayer, missing: int, zero: int = 0) -> FusedLayer:
+    """The layer for activations without the columns that it needs beside them."""
+    if not missing:
+        return layer
+
+    def run(x: Tensor, added: Tensor | None = None) -> Tensor:
+        x = F.pad(x, (0, missing), value=zero).contiguous(memory_format=torch.channels_last)
+        y = layer(x, None if added is None else F.pad(added, (0, 1)))
+        return y[..., :1].contiguous(memory_format=torch.channels_last)
+
+    return run
+
+
+class Fused(Floating):
+    """A regime in which each layer is prepared at the first run and left behind.
+
+    A network with prepared layers beside its units runs those.
+    """
+
+    def convolution(
+        self, shape: torch.Size, weight: Tensor, bias: Tensor | None, how: Geometry, *, relu: bool
+    ) -> FusedLayer:
+        """As the function of this name, prepared by this backend."""
+        return convolution(shape, weight, bias, how, relu=relu)
+
+    def layer(
+        self,
+        at: Pair,
+        x: Tensor,
+        how: Geometry,
+        *,
+        add: Tensor | None = None,
+        relu: bool = True,
+    ) -> tuple[Tensor, Any]:
+        run = at.beside
+        if not callable(run):
+            run = self.convolution(x.shape, *_folded(at.unit), how, relu=relu)
+        return run(x, add), run
+
+    def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Any]:
+        run = at.beside if callable(at.beside) else _rescaling(at.unit)
+        return run(x, None), run
+
+
+def _folded(unit: Unit) -> tuple[Tensor, Tensor | None]:
+    """The convolution and the bias of a folded layer."""
+    match unit:
+        case Layer(conv, Bias(bias)):
+            return conv, bias
+        case Layer(conv, NoNorm()):
+            return conv, None
+    _refuse(unit)
+
+
+def _rescaling(unit: Unit) -> FusedLayer:
+    match unit:
+        case Normed(Rescale(scale, bias)):
+            factor, shift = scale[:, None, None].clone(), bias[:, None, None].clone()
+            return lambda x, _: ops.relu(torch.addcmul(shift, x, factor))
+    _refuse(unit)
+
+
+def _refuse(unit: Unit) -> NoReturn:
+    raise FresnetError(
+        "compiled inference expects layers as fold leaves them, with Bias or NoNorm, and Rescale "
+        f"where no convolution precedes; got {type(unit).__name__} with {describe(unit.norm)}"
+    )

@@ -1,0 +1,266 @@
+"""Networks of `quantize` by oneDNN's kernels for int8.
+
+The only file that touches those operators, which PyTorch has for its compilers alone.
+"""
+
+from functools import cache
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from fresnet import tree
+from fresnet.errors import FresnetError, describe
+from fresnet.inference.fused import FusedLayer, Inference, with_columns
+from fresnet.network import ops
+from fresnet.network.faults import missing_columns
+from fresnet.network.net import run_network
+from fresnet.network.nodes import (
+    PLAIN,
+    Geometry,
+    Head,
+    Layer,
+    Normed,
+    Pair,
+    Params,
+    Quantized,
+    Rescale,
+    Unit,
+)
+from fresnet.network.regimes import Floating
+
+OPERATORS = (
+    (torch.ops.onednn, "qconv_prepack"),
+    (torch.ops.onednn, "qconv2d_pointwise"),
+    (torch.ops.quantized, "max_pool2d"),
+)
+
+
+class Affine(NamedTuple):
+    """What a level of uint8 stands for: scale * (level - zero_point)."""
+
+    scale: float
+    zero_point: int
+
+
+def affine(x: Tensor) -> Affine:
+    """The levels for values like these, in equal steps, of which one is zero."""
+    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
+    scale = (high - low) / 255 or 1.0
+    return Affine(scale, round(-low / scale))
+
+
+def to_levels(x: Tensor, levels: Affine) -> Tensor:
+    """x in uint8, rounded and clipped, channels last."""
+    scale, zero_point = levels
+    rounded = torch.round(x / scale).add_(zero_point).clamp_(0, 255)
+    return rounded.to(torch.uint8, memory_format=torch.channels_last)
+
+
+def from_levels(x: Tensor, levels: Affine) -> Tensor:
+    scale, zero_point = levels
+    return (x.float() - zero_point) * scale
+
+
+@cache
+def is_supported() -> bool:
+    """Whether sums are exact: on processors without VNNI, pairs of products saturate at 16 bits."""
+    if not torch.backends.mkldnn.is_available() or not all(
+        hasattr(namespace, name) for namespace, name in OPERATORS
+    ):
+        return False
+    with torch.device("cpu"):
+        x = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8)
+        weight = torch.full((1, 64, 3, 3), 127, dtype=torch.int8)
+        one, none = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
+    source, result = Affine(1.0, 0), Affine(255 * 127 * weight.numel() / 200, 0)
+    layer = convolution(x.shape, weight, one, none, source=source, result=result, relu=False)
+    return bool(layer(x, None)[0, 0, 1, 1] == 200)
+
+
+def check_quantized(caller: str, network: Quantized) -> None:
+    """Refuse a quantised network that has been cast or moved, and a machine without kernels for it.
+
+    Raises:
+      FresnetError: saying what was expected and what came.
+    """
+    for leaf in tree.leaves(network):
+        if leaf.dtype not in (torch.int8, torch.float32) or leaf.device.type != "cpu":
+            raise FresnetError(
+                f"{caller} expects a network as quantize returns it, in int8 and float32 on the "
+                f"CPU; got {leaf.dtype} on {leaf.device}"
+            )
+    if not is_supported():
+        raise FresnetError(
+            f"{caller} expects oneDNN for int8, on a processor with exact sums (VNNI); got none"
+        )
+
+
+def prepare(network: Quantized, x: Tensor) -> Inference:
+    """The network for images of this shape.
+
+    What levels stand for is told by two images that run in floating point. One has the least value
+    everywhere, and one the greatest: whatever stands between layers hands these on.
+    """
+    weights, images = network.weights, affine(network.images)
+    ends = _filled(network.images, *x.shape[1:])
+    _, last, packed = run_network(Params(weights, network.ranges), ends, _Packing(len(x)))
+    do, params = _Levels(affine(last)), Params(weights, packed)
+
+    def infer(x: Tensor) -> Tensor:
+        return do.head(weights.head, run_network(params, to_levels(x, images), do).y)
+
+    return infer
+
+
+class _Packing(Floating):
+    """Packs each unit, and hands on the ends of its range.
+
+    Args:
+      images: how many there will be.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+
+    def layer(
+        self,
+        at: Pair,
+        x: Tensor,
+        how: Geometry,
+        *,
+        add: Tensor | None = None,
+        relu: bool = True,
+    ) -> tuple[Tensor, FusedLayer]:
+        match at.unit:
+            case Layer(conv, Rescale(scale, bias)):
+                layer = convolution(
+                    torch.Size((self.images, *x.shape[1:])),
+                    *(conv, scale, bias, how),
+                    source=affine(x),
+                    result=affine(at.beside),
+                    added=None if add is None else affine(add),
+                    relu=relu,
+                )
+            case _:
+                _refuse(at.unit)
+        height, width = (-(-side // how.stride) for side in x.shape[2:])
+        return _filled(at.beside, len(conv), height, width), layer
+
+    def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, FusedLayer]:
+        match at.unit:
+            case Normed(Rescale(scale, bias)):
+                layer = _rescaling(scale, bias, affine(x), affine(at.beside))
+            case _:
+                _refuse(at.unit)
+        return _filled(at.beside, *x.shape[1:]), layer
+
+    def zero_pad(self, x: Tensor, channels: int) -> Tensor:
+        if x.min() < 0:  # then the level 0 is no zero
+            raise FresnetError("int8 pads with zeros activations after ReLU alone")
+        return super().zero_pad(x, channels)
+
+
+class _Levels(Floating):
+    """Runs what was packed, on levels of uint8.
+
+    Args:
+      last: what the levels stand for that the head takes.
+    """
+
+    def __init__(self, last: Affine) -> None:
+        self.last = last
+
+    def layer(
+        self,
+        at: Pair,
+        x: Tensor,
+        how: Geometry,
+        *,
+        add: Tensor | None = None,
+        relu: bool = True,
+    ) -> tuple[Tensor, tuple[()]]:
+        return at.beside(x, add), ()
+
+    def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, tuple[()]]:
+        return at.beside(x, None), ()
+
+    def max_pool(self, x: Tensor) -> Tensor:
+        """PyTorch's public one refuses uint8."""
+        y: Tensor = torch.ops.quantized.max_pool2d(x, *([side] * 2 for side in (3, 2, 1, 1)), False)
+        return y
+
+    def average_pool(self, x: Tensor) -> Tensor:
+        return ops.average_pool(x.float()).round_().to(torch.uint8)
+
+    def subsample(self, x: Tensor, stride: int) -> Tensor:
+        return x[:, :, ::stride, ::stride]
+
+    def head(self, at: Head, x: Tensor) -> Tensor:
+        return super().head(at, from_levels(x, self.last))
+
+
+def _refuse(unit: Unit) -> NoReturn:
+    raise FresnetError(f"int8 has no kernel for a norm such as {describe(unit.norm)}")
+
+
+def _filled(ends: Tensor, c: int, h: int, w: int) -> Tensor:
+    """Two images `[2 c h w]`, of the least and of the greatest value."""
+    return ends[:, None, None, None].expand(2, c, h, w)
+
+
+def _rescaling(scale: Tensor, bias: Tensor, source: Affine, result: Affine) -> FusedLayer:
+    factor, shift = scale[:, None, None].clone(), bias[:, None, None].clone()
+
+    def run(x: Tensor, _: Tensor | None) -> Tensor:
+        y = torch.addcmul(shift, from_levels(x, source), factor)
+        return to_levels(ops.relu(y), result)
+
+    return run
+
+
+def convolution(
+    shape: torch.Size,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    how: Geometry = PLAIN,
+    *,
+    source: Affine,
+    result: Affine,
+    added: Affine | None = None,
+    relu: bool = True,
+) -> FusedLayer:
+    """As `fused.convolution`, from uint8 to uint8: sums are int32, then float32, and rounded once.
+
+    Args:
+      shape: of the activations, `[b c h w]`.
+      weight: int8 `[o c/groups k k]`, of which a step is worth scale `[o]`.
+      bias: `[o]`.
+      source: what the activations stand for.
+      result: what the results stand for.
+      added: what the levels stand for that are added, if any are.
+    """
+    missing = missing_columns(shape[3], weight, how.stride)
+    padding = how.padding(weight.shape[-1])
+    window = ([how.stride] * 2, [padding] * 2, [how.dilation] * 2, how.groups)
+    packed = torch.ops.onednn.qconv_prepack(
+        weight, scale, *source, *window, [*shape[:3], shape[3] + missing]
+    )
+    alone = torch.ops.onednn.qconv2d_pointwise.default
+    over = torch.ops.onednn.qconv2d_pointwise.binary
+    symmetric = torch.zeros_like(scale, dtype=torch.int32)
+    to, name = (*result, torch.uint8), "relu" if relu else "none"
+
+    def run(x: Tensor, levels: Tensor | None = None) -> Tensor:
+        y: Tensor
+        arguments = (x, *source, packed, scale, symmetric)
+        if added is None:
+            y = alone(*arguments, bias, *window, *to, name, [], "")
+        else:
+            assert levels is not None
+            levels = levels.contiguous(memory_format=torch.channels_last)
+            y = over(*arguments, levels, bias, *window, *to, *added, "sum", 1.0, name, [], "")
+        return y
+
+    return with_columns(run, missing, source.zero_point)

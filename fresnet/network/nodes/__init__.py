@@ -1,0 +1,152 @@
+"""The nodes of a network's tree. Sizes come from shapes, behaviour comes from node types.
+
+Every node is a NamedTuple, so it is a pytree node for `torch.func` without registration, and its
+type is part of the tree's structure: a block's behaviour cannot come loose from its weights. What a
+node holds, how it runs, how it begins and what checkpoints call it stand on its type.
+
+A network is two such trees of the same types, `weights` and `stats`: where the one has a layer with
+`layer1.conv`, `layer1.norm.scale` and `layer1.norm.bias`, the other has `layer1.mean` and
+`layer1.var`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from fresnet.network.nodes.attention import Attention, NoAttention, SqueezeExcite
+from fresnet.network.nodes.blocks import BasicBlock, Bottleneck, BottleneckV1
+from fresnet.network.nodes.layers import (
+    PLAIN,
+    UNITS,
+    AnyNorm,
+    Bias,
+    FrozenNorm,
+    Geometry,
+    Grid,
+    Layer,
+    Moments,
+    N,
+    NoNorm,
+    Norm,
+    Normed,
+    NormStats,
+    Pair,
+    Plan,
+    Regime,
+    Rescale,
+    T,
+    Unit,
+    over,
+)
+from fresnet.network.nodes.params import (
+    DilatedStage,
+    Head,
+    NoLastNorm,
+    Params,
+    Quantized,
+    Stats,
+    Weights,
+    beside,
+    blocks_of,
+    grids,
+    paired,
+    replaced,
+    with_blocks,
+)
+from fresnet.network.nodes.preactivation import BareStem7x7, LastNorm, PreActivation
+from fresnet.network.nodes.shortcuts import (
+    Identity,
+    NoShortcut,
+    PooledProjection,
+    Projection,
+    Shortcut,
+    ZeroPad,
+)
+from fresnet.network.nodes.stems import DeepStem, Stem3x3, Stem7x7
+
+STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7)
+BLOCKS = (BasicBlock, Bottleneck, BottleneckV1, PreActivation)
+LASTS = (NoLastNorm, LastNorm)
+SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, NoShortcut)
+ATTENTIONS = (NoAttention, SqueezeExcite)
+NORMS = (Norm, FrozenNorm, Bias, Rescale, NoNorm)
+NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
+
+
+def _places(kind: type) -> dict[str, tuple[type, ...]]:
+    """The types that each field of a node takes, by its annotation."""
+    units: Mapping[Any, tuple[type, ...]] = {T: (Layer,), N: (Normed,)}
+    return {
+        field: units[hint]
+        if isinstance(hint, TypeVar)
+        else tuple(get_origin(one) or one for one in get_args(hint))
+        for field, hint in get_type_hints(kind).items()
+    }
+
+
+PLACES: Mapping[type, Mapping[str, tuple[type, ...]]] = {
+    **{kind: _places(kind) for kind in NODES},
+    Layer: {"norm": NORMS},
+    Normed: {"norm": (Norm, FrozenNorm, Rescale)},
+}
+"""For each type of node, which fields hold nodes, and of which types; other fields hold leaves."""
+
+__all__ = [
+    "ATTENTIONS",
+    "BLOCKS",
+    "LASTS",
+    "NODES",
+    "NORMS",
+    "PLACES",
+    "PLAIN",
+    "SHORTCUTS",
+    "STEMS",
+    "UNITS",
+    "AnyNorm",
+    "Attention",
+    "BareStem7x7",
+    "BasicBlock",
+    "Bias",
+    "Bottleneck",
+    "BottleneckV1",
+    "DeepStem",
+    "DilatedStage",
+    "FrozenNorm",
+    "Geometry",
+    "Grid",
+    "Head",
+    "Identity",
+    "LastNorm",
+    "Layer",
+    "Moments",
+    "NoAttention",
+    "NoLastNorm",
+    "NoNorm",
+    "NoShortcut",
+    "Norm",
+    "NormStats",
+    "Normed",
+    "Pair",
+    "Params",
+    "Plan",
+    "PooledProjection",
+    "PreActivation",
+    "Projection",
+    "Quantized",
+    "Regime",
+    "Rescale",
+    "Shortcut",
+    "SqueezeExcite",
+    "Stats",
+    "Stem3x3",
+    "Stem7x7",
+    "Unit",
+    "Weights",
+    "ZeroPad",
+    "beside",
+    "blocks_of",
+    "grids",
+    "over",
+    "paired",
+    "replaced",
+    "with_blocks",
+]

@@ -1,0 +1,74 @@
+"""Attention: what a block does to its last layer's result before the sum."""
+
+from typing import Any, Generic, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from fresnet.network.nodes.layers import PLAIN, Drawer, Geometry, Layer, Names, Regime, T
+
+
+class NoAttention(NamedTuple):
+    """Nothing: the last layer ends with the sum."""
+
+    def end(
+        self, last: Any, y: Tensor, add: Tensor | None, do: Regime, how: Geometry
+    ) -> tuple[Tensor, Any, "NoAttention"]:
+        y, seen = do.layer(last, y, how, add=add)
+        return y, seen, self
+
+    @staticmethod
+    def draw(d: Drawer, channels: int) -> "NoAttention":
+        return NoAttention()
+
+    @staticmethod
+    def names() -> Names:
+        return Names()
+
+    @staticmethod
+    def note() -> str:
+        return ""
+
+
+class SqueezeExcite(NamedTuple, Generic[T]):
+    """Each map is scaled by a function of the means of all.
+
+        y <- y * sigmoid(excite(relu(squeeze(mean(y)))))
+
+    Two 1x1 convolutions, each with a bias; a sixteenth of the channels, in multiples of 8, are
+    between them, as timm has it.
+
+    Source: Hu et al. 2018, arXiv:1709.01507, Sec. 3.
+    """
+
+    squeeze: T
+    excite: T
+
+    def end(
+        self,
+        last: Any,
+        y: Tensor,
+        add: Tensor | None,
+        do: Regime,
+        how: Geometry,
+    ) -> tuple[Tensor, Any, "SqueezeExcite[Any]"]:
+        y, seen = do.layer(last, y, how, relu=False)
+        gates, squeeze = do.layer(self.squeeze, do.mean(y), PLAIN)
+        gates, excite = do.layer(self.excite, gates, PLAIN, relu=False)
+        return do.join(do.gate(y, gates), add), seen, SqueezeExcite(squeeze, excite)
+
+    @staticmethod
+    def draw(d: Drawer, channels: int) -> "SqueezeExcite[Layer]":
+        between = max(8, (channels // 16 + 4) // 8 * 8)
+        return SqueezeExcite(d.biased(channels, between), d.biased(between, channels))
+
+    @staticmethod
+    def names() -> Names:
+        units = {"squeeze": ("se.fc1", "se.fc1"), "excite": ("se.fc2", "se.fc2")}
+        return Names(units, ("timm",))
+
+    @staticmethod
+    def note() -> str:
+        return "squeeze and excitation"
+
+
+Attention: TypeAlias = NoAttention | SqueezeExcite[T]

@@ -1,0 +1,118 @@
+"""A whole network: stem, stages, what stands before the head, and the head, as two trees."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fresnet.network.nodes.layers import Drawer, Grid, Names, Pair, Regime, over
+
+
+class DilatedStage(NamedTuple):
+    """Blocks that double the dilation of what follows instead of striding; else a bare tuple."""
+
+    blocks: tuple[Any, ...]
+
+
+def blocks_of(stage: Any) -> tuple[Any, ...]:
+    """The blocks of a stage, whether it dilates or strides."""
+    blocks: tuple[Any, ...] = stage.blocks if isinstance(stage, DilatedStage) else stage
+    return blocks
+
+
+def with_blocks(stage: Any, blocks: Iterable[Any]) -> Any:
+    """A stage that strides or dilates as this one does, of these blocks."""
+    return DilatedStage(tuple(blocks)) if isinstance(stage, DilatedStage) else tuple(blocks)
+
+
+class NoLastNorm(NamedTuple):
+    """Nothing stands between the last block and the head."""
+
+    def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "NoLastNorm"]:
+        return x, self
+
+    @staticmethod
+    def draw(d: Drawer, channels: int) -> "NoLastNorm":
+        return NoLastNorm()
+
+    @staticmethod
+    def names() -> Names:
+        return Names()
+
+
+class Head(NamedTuple):
+    """The classifier: weight `[k c]`, bias `[k]`."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Weights(NamedTuple):
+    """Everything that is trained: what gradients, optimizers and weight decay see."""
+
+    stem: Any  # not said, so that whoever knows which may take its fields
+    stages: tuple[Any, ...]
+    last: Any
+    head: Head
+
+
+class Stats(NamedTuple):
+    """Everything that training carries along: the running moments of every norm.
+
+    The nodes are those of `Weights`, with `NormStats` where that has a layer with a `Norm`, and
+    `()` where a layer has no statistics.
+    """
+
+    stem: Any
+    stages: tuple[Any, ...]
+    last: Any
+
+
+class Params(NamedTuple):
+    """A whole network."""
+
+    weights: Weights
+    stats: Stats
+
+
+class Quantized(NamedTuple):
+    """A network in int8, for inference alone.
+
+    weights: folded; convolutions are int8 `[o c/groups k k]`, each beside its `Rescale`; the head
+      is as it was.
+    ranges: the least and the greatest of each layer's results, `[2]`, in the layer's place.
+    images: the same of what the network is given.
+    """
+
+    weights: Weights
+    ranges: Stats
+    images: Tensor
+
+
+def beside(function: Callable[..., Any], weights: Weights, *rest: Stats) -> Stats:
+    """What the function makes of each unit of a network and of what stands beside it."""
+    body = (weights.stem, weights.stages, weights.last)
+    return Stats(*(over(function, *at) for at in zip(body, *rest, strict=True)))
+
+
+def replaced(function: Callable[..., Any], weights: Weights, *rest: Stats) -> Weights:
+    """The network with each unit replaced by what the function makes of it."""
+    return Weights(*beside(function, weights, *rest), weights.head)
+
+
+def paired(weights: Weights, stats: Stats) -> Stats:
+    """The tree that runs: beside each unit what stands in its place in the other tree."""
+    return beside(Pair, weights, stats)
+
+
+def grids(stages: tuple[Any, ...]) -> list[list[Grid]]:
+    """How each block reads activations: from the second stage on, the first block strides."""
+    found, stride, dilation = [], 1, 1
+    for stage in stages:
+        if isinstance(stage, DilatedStage):
+            first = Grid(1, dilation, dilation * stride)
+        else:
+            first = Grid(stride, dilation, dilation)
+        stride, dilation = 2, first.dilation_after
+        found.append([first] + [Grid(1, dilation, dilation)] * (len(blocks_of(stage)) - 1))
+    return found

@@ -1,0 +1,115 @@
+"""ResNet V2: norm and ReLU come before each convolution, and nothing follows the sum.
+
+Source: He et al. 2016, arXiv:1603.05027, Fig. 4e.
+"""
+
+from typing import Any, Generic, NamedTuple
+
+from torch import Tensor
+
+from fresnet.network.nodes.blocks import channels_of, groups_of
+from fresnet.network.nodes.layers import (
+    PLAIN,
+    Drawer,
+    Geometry,
+    Grid,
+    Layer,
+    N,
+    Names,
+    Normed,
+    Plan,
+    Regime,
+    T,
+)
+from fresnet.network.nodes.shortcuts import Identity, Shortcut
+
+
+class PreActivation(NamedTuple, Generic[T, N]):
+    """The bottleneck of V2, the stride in its 3x3 convolution.
+
+    A layer is a convolution and the norm of the next one. The last has none, nor has a projection.
+    """
+
+    before: N
+    layer1: T
+    layer2: T
+    layer3: T
+    shortcut: Shortcut[T]
+
+    def run(self, x: Tensor, grid: Grid, do: Regime) -> tuple[Tensor, "PreActivation[Any, Any]"]:
+        active, before = do.normed(self.before, x)
+        source = x if isinstance(self.shortcut, Identity) else active
+        add, shortcut = self.shortcut.run(source, grid.stride, channels_of(self.layer3), do)
+        y, one = do.layer(self.layer1, active, PLAIN)
+        groups = groups_of(self.layer1, self.layer2)
+        y, two = do.layer(self.layer2, y, Geometry(grid.stride, grid.dilation, groups))
+        y, three = do.layer(self.layer3, y, PLAIN, add=add, relu=False)
+        return y, PreActivation(before, one, two, three, shortcut)
+
+    @staticmethod
+    def draw(d: Drawer, plan: Plan) -> "PreActivation[Layer, Normed]":
+        return PreActivation(
+            d.normed(plan.channels),
+            d.layer(plan.channels, plan.inner, 1),
+            d.layer(plan.inner, plan.inner, 3, plan.groups),
+            d.bare(plan.inner, plan.out, 1),
+            plan.shortcut.draw(d.bare, plan),
+        )
+
+    @staticmethod
+    def names() -> Names:
+        units = {
+            "before": ("", "norm1"),
+            "layer1": ("conv1", "norm2"),
+            "layer2": ("conv2", "norm3"),
+            "layer3": ("conv3", ""),
+        }
+        return Names(units, ("timm",))
+
+    @staticmethod
+    def expansion() -> int:
+        return 4
+
+
+class BareStem7x7(NamedTuple, Generic[T]):
+    """V2's stem: a 7x7 convolution of stride 2, then a 3x3 max pooling of stride 2."""
+
+    layer: T
+
+    def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "BareStem7x7[Any]"]:
+        y, layer = do.layer(self.layer, x, Geometry(2), relu=False)
+        return do.max_pool(y), BareStem7x7(layer)
+
+    @staticmethod
+    def draw(d: Drawer, channels: int, width: int) -> "BareStem7x7[Layer]":
+        return BareStem7x7(d.bare(channels, width, 7))
+
+    @staticmethod
+    def names() -> Names:
+        return Names({"layer": ("conv1", "")}, ("timm",))
+
+    @staticmethod
+    def note() -> str:
+        return "stride 2; 3x3 max pool, stride 2"
+
+    @staticmethod
+    def stride() -> int:
+        return 4
+
+
+class LastNorm(NamedTuple, Generic[N]):
+    """V2's last norm and ReLU, between the last block and the head."""
+
+    normed: N
+
+    def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "LastNorm[Any]"]:
+        y, normed = do.normed(self.normed, x)
+        return y, LastNorm(normed)
+
+    @staticmethod
+    def draw(d: Drawer, channels: int) -> "LastNorm[Normed]":
+        return LastNorm(d.normed(channels))
+
+    @staticmethod
+    def names() -> Names:
+        return Names({"normed": ("", "norm")}, ("timm",))

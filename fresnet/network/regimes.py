@@ -1,0 +1,91 @@
+"""Regimes in floating point: inference, training, and what others build on."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from fresnet.network import ops
+from fresnet.network.nodes import Geometry, Head, Pair, Regime
+from fresnet.network.norm import fused_norm, inference_norm, training_norm
+from fresnet.pytorch.collectives import Group
+
+Normalise: TypeAlias = Callable[[Any, Any, Tensor], tuple[Tensor, Any]]
+"""From a norm, what is beside it, and x, to y and what the norm leaves behind."""
+
+
+class Floating(Regime):
+    """A regime whose steps between the layers are those of `ops`."""
+
+    def join(self, y: Tensor, add: Tensor | None) -> Tensor:
+        return ops.relu(y if add is None else ops.add(y, add))
+
+    def max_pool(self, x: Tensor) -> Tensor:
+        return ops.max_pool(x)
+
+    def average_pool(self, x: Tensor) -> Tensor:
+        return ops.average_pool(x)
+
+    def subsample(self, x: Tensor, stride: int) -> Tensor:
+        return ops.subsample(x, stride)
+
+    def zero_pad(self, x: Tensor, channels: int) -> Tensor:
+        return ops.zero_pad(x, channels)
+
+    def mean(self, x: Tensor) -> Tensor:
+        return ops.global_average_pool(x)[:, :, None, None]
+
+    def gate(self, x: Tensor, gates: Tensor) -> Tensor:
+        return ops.gate(x, gates)
+
+    def head(self, at: Head, x: Tensor) -> Tensor:
+        return ops.linear(ops.global_average_pool(x), at.weight, at.bias)
+
+
+class Composed(Floating):
+    """Convolution, norm, sum and ReLU one after the other, with the norm handed in."""
+
+    def __init__(self, normalise: Normalise) -> None:
+        self.normalise = normalise
+
+    def layer(
+        self,
+        at: Pair,
+        x: Tensor,
+        how: Geometry,
+        *,
+        add: Tensor | None = None,
+        relu: bool = True,
+    ) -> tuple[Tensor, Any]:
+        conv, norm = at.unit
+        # Rounded here, not all in advance: so each gradient is widened as soon as it is there.
+        y = ops.conv2d(x, conv.to(x.dtype), how)
+        y, seen = self.normalise(norm, at.beside, y)
+        y = y if add is None else ops.add(y, add)
+        return (ops.relu(y) if relu else y), seen
+
+    def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Any]:
+        y, seen = self.normalise(at.unit.norm, at.beside, x)
+        return ops.relu(y), seen
+
+
+INFERENCE = Composed(inference_norm)
+"""By the running statistics, which are left behind as they are."""
+
+
+TRAINING = Composed(training_norm)
+"""By the batch, whose moments are left behind."""
+
+
+def training(group: Group | None) -> Regime:
+    """Training that normalises the batches of a group of processes as one, or each by itself."""
+    return TRAINING if group is None else Composed(partial(training_norm, group=group))
+
+
+def training_once(group: Group | None) -> Regime:
+    """The same, where `torch.autograd` differentiates at most once.
+
+    The derivative of PyTorch's fused kernel is right then, and quicker where values are few.
+    """
+    return Composed(partial(training_norm, group=group, kernel=fused_norm))

@@ -1,0 +1,27 @@
+"""Files of `save` from before trees held layers: the types of their nodes in today's words."""
+
+from typing import Any
+
+from fresnet.network.nodes import BLOCKS, NORMS
+
+_NORMS = {norm.__name__ for norm in NORMS}
+_BLOCKS = {block.__name__ for block in BLOCKS}
+
+
+def with_layers(structure: Any) -> Any:
+    """A structure in which convolution and norm stood side by side, with a layer around each pair.
+
+    A structure of today comes back as it is.
+    """
+    if not isinstance(structure, list) or structure[0] in ("Layer", *_NORMS):
+        return structure
+    name, *children = structure
+    paired: list[Any] = []
+    for child in map(with_layers, children):
+        norm = isinstance(child, list) and child[0] in _NORMS
+        paired.append(["Layer", paired.pop(), child] if norm and paired[-1:] == [0] else child)
+    if name in _BLOCKS and len(paired) == len(children) // 2 + 1 and paired != children:
+        paired.insert(-1, ["NoAttention"])
+    if name == "Weights" and len(paired) == 3:
+        paired.insert(-1, ["NoLastNorm"])
+    return [name, *paired]

@@ -1,0 +1,204 @@
+"""Which nodes the entries of a state dict are of, told by their canonical names.
+
+A node is recognised as the one whose own names explain its entries best, so a new type of node
+needs no case here. What names do not tell, kernels and channels do.
+"""
+
+import re
+from collections.abc import Mapping, Set
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+from fresnet import tree
+from fresnet.errors import FresnetError
+from fresnet.network.nodes import (
+    BLOCKS,
+    PLACES,
+    BareStem7x7,
+    Bias,
+    Bottleneck,
+    BottleneckV1,
+    DeepStem,
+    FrozenNorm,
+    Head,
+    Identity,
+    LastNorm,
+    Layer,
+    NoAttention,
+    NoLastNorm,
+    NoNorm,
+    Norm,
+    Normed,
+    NormStats,
+    Params,
+    Plan,
+    PooledProjection,
+    PreActivation,
+    Projection,
+    Stem3x3,
+    Stem7x7,
+    Weights,
+    ZeroPad,
+    beside,
+    over,
+)
+from fresnet.weights.names import named, stats_names
+
+BLANK: Any = 0
+"""What stands in a leaf's place."""
+
+
+class _Blanks:
+    """Draws nodes with blanks for leaves."""
+
+    def layer(
+        self, channels: int, out: int, side: int, groups: int = 1, *, last: bool = False
+    ) -> Layer:
+        return Layer(BLANK, Norm(BLANK, BLANK))
+
+    def biased(self, channels: int, out: int) -> Layer:
+        return Layer(BLANK, Bias(BLANK))
+
+    def bare(self, channels: int, out: int, side: int) -> Layer:
+        return Layer(BLANK, NoNorm())
+
+    def normed(self, channels: int) -> Normed:
+        return Normed(Norm(BLANK, BLANK))
+
+
+_DRAW = _Blanks()
+
+
+def blank_stats(unit: Layer | Normed) -> NormStats | tuple[()]:
+    """The statistics beside a unit, with blanks for leaves."""
+    return NormStats(BLANK, BLANK) if isinstance(unit.norm, Norm | FrozenNorm) else ()
+
+
+class _Candidate(NamedTuple):
+    """A type of block with types for what is in it, and the names of all its entries."""
+
+    block: type[Any]
+    shortcut: type[Any]
+    attention: type[Any]
+    names: frozenset[str]
+
+    def draw(self) -> Any:
+        return self.block.draw(_DRAW, Plan(0, 0, 0, 1, self.shortcut, self.attention))
+
+
+@cache
+def _candidates(block: Any) -> list[_Candidate]:
+    attentions = PLACES[block].get("attention", (NoAttention,))
+    found = []
+    for shortcut, attention in product((Identity, Projection, PooledProjection), attentions):
+        one = _Candidate(block, shortcut, attention, frozenset())
+        found.append(one._replace(names=_names_of(one.draw())))
+    return found
+
+
+def _names_of(node: Any) -> frozenset[str]:
+    found = named(node, "")
+    stats = over(stats_names, found, over(blank_stats, node))
+    return frozenset(map(str, tree.leaves((found, stats))))
+
+
+def recognised(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
+    """The network that the entries are of, with blanks for leaves.
+
+    Raises:
+      FresnetError: if they are of none, or of one without a head.
+    """
+    stages = _stages(given)
+    if not any(name.startswith("fc.") for name in given):
+        raise FresnetError(
+            "from_state_dict expects a head; got none: add an fc.weight [k c] and fc.bias [k]"
+        )
+    block = _block_type([found for stage in stages for found in stage.values()], stride_in_1x1)
+    stem = _stem_type(given, block).draw(_DRAW, 0, 0)
+    channels = _channels(given, stem, "")
+    pads = isinstance(stem, Stem3x3) and not any(".downsample." in name for name in given)
+    drawn: list[tuple[Any, ...]] = []
+    for stage in stages:
+        blocks: list[Any] = []
+        for prefix, found in stage.items():
+            best = _best(block, found)
+            out = _channels(given, best.draw(), prefix)
+            changes = bool(drawn) or (None not in (out, channels) and out != channels)
+            if best.shortcut is Identity and changes and not blocks:
+                best = best._replace(shortcut=ZeroPad if pads else Projection)
+            blocks.append(best.draw())
+            channels = out
+        drawn.append(tuple(blocks))
+    last = LastNorm.draw(_DRAW, 0) if block is PreActivation else NoLastNorm()
+    weights = Weights(stem, tuple(drawn), last, Head(BLANK, BLANK))
+    return Params(weights, beside(blank_stats, weights))
+
+
+def _stages(given: Mapping[str, Any]) -> list[dict[str, set[str]]]:
+    """For each stage its blocks' prefixes, each with the names of its entries behind it."""
+    found: dict[tuple[int, int], set[str]] = {}
+    for name in given:
+        if match := re.match(r"layer([1-9]\d?)\.(\d{1,3})\.", name):
+            place = int(match[1]), int(match[2])
+            found.setdefault(place, set()).add(name[match.end() :])
+    if not found:
+        shown = ", ".join(map(str, list(given)[:3])) or "none"
+        raise FresnetError(
+            "from_state_dict expects the names of torchvision, timm or Hugging Face "
+            f"(conv1.weight, layer1.0.conv1.weight, ..., fc.bias); "
+            f"got {len(given)} entries: {shown}"
+        )
+    last = max(stage for stage, _ in found)
+    depths = [
+        1 + max((block for of, block in found if of == stage), default=0)
+        for stage in range(1, 1 + last)
+    ]
+    if sum(depths) > len(given):
+        raise FresnetError(
+            f"from_state_dict expects entries of every block; got {len(given)} entries, and names "
+            f"of {sum(depths)} blocks"
+        )
+    return [
+        {f"layer{stage}.{block}.": found.get((stage, block), set()) for block in range(depth)}
+        for stage, depth in enumerate(depths, start=1)
+    ]
+
+
+def _block_type(blocks: list[set[str]], stride_in_1x1: bool) -> type[Any]:
+    """The type that explains the entries of all blocks best; names do not tell V1 from V1.5."""
+    other = Bottleneck if stride_in_1x1 else BottleneckV1
+
+    def explained(kind: type[Any]) -> int:
+        return sum(_score(_best(kind, found).names, found) for found in blocks)
+
+    return max((kind for kind in BLOCKS if kind is not other), key=explained)
+
+
+def _best(block: Any, found: set[str]) -> _Candidate:
+    return max(_candidates(block), key=lambda candidate: _score(candidate.names, found))
+
+
+def _score(names: Set[str], found: Set[str]) -> int:
+    """How many entries these names explain, less those that they miss and those that are left."""
+    return len(names & found) - len(names ^ found)
+
+
+def _stem_type(given: Mapping[str, Any], block: type[Any]) -> type[Any]:
+    if block is PreActivation:
+        return BareStem7x7
+    entries = {name for name in given if re.match(r"(conv|bn)1\.", name)}
+    kinds: tuple[type[Any], ...] = (Stem7x7, DeepStem)
+    best = max(kinds, key=lambda kind: _score(_names_of(kind.draw(_DRAW, 0, 0)), entries))
+    kernel = getattr(given.get("conv1.weight"), "shape", ())[2:]
+    return Stem3x3 if best is Stem7x7 and kernel == (3, 3) else best
+
+
+def _channels(given: Mapping[str, Any], node: Any, prefix: str) -> int | None:
+    """The channels that the last layer of a stem or a block puts out, if an entry tells."""
+    *_, last = (unit for unit in named(node, prefix) if isinstance(unit, Layer))
+    for name in map(str, tree.leaves(last)):
+        shape: tuple[int, ...] = tuple(getattr(given.get(name), "shape", ()))
+        if shape:
+            return shape[0]
+    return None

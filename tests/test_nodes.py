@@ -1,0 +1,190 @@
+"""ResNet V2 and squeeze-and-excitation equal timm's, and a norm that a regime does not know raises.
+
+What holds for every node, under every transform and in every backend, the other files test: their
+strategies draw these nodes too.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import reference
+import timm
+import torch
+from assertions import assert_close, assert_same
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import examples, seeds, training_images
+from test_family import check
+from timm.models import resnet, resnetv2
+from torch import Tensor, nn
+
+import fresnet
+from fresnet import FresnetError, tree
+from fresnet.gradients.clipping import _Listening
+from fresnet.inference.cudnn import CuDNN
+from fresnet.inference.int8 import _Packing
+from fresnet.inference.onednn import OneDNN
+from fresnet.network.nodes import PLAIN, Layer, Norm, Normed, NormStats, Pair, Regime, over
+from fresnet.network.regimes import INFERENCE, TRAINING
+from fresnet.network.rewrites import _folded
+
+X = torch.randn(2, 3, 71, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@examples(8)
+@given(
+    x=training_images(),
+    seed=seeds,
+    depths=st.lists(st.integers(1, 2), min_size=1, max_size=3),
+    width=st.sampled_from([8, 16]),
+)
+def test_v2_equals_timm(x: Tensor, seed: int, depths: list[int], width: int) -> None:
+    """Logits of inference and training, statistics, and every gradient."""
+    model = resnetv2.ResNetV2(
+        depths,
+        channels=[4 * width << stage for stage in range(len(depths))],
+        num_classes=7,
+        stem_chs=width,
+        norm_layer=resnetv2.BatchNormAct2d,
+        conv_layer=resnetv2.create_conv2d,
+    )
+    check(reference.perturbed(model, seed), fresnet.from_state_dict, x)
+
+
+@examples(8)
+@given(
+    x=training_images(),
+    seed=seeds,
+    depths=st.tuples(*[st.integers(1, 2)] * 4),
+    block=st.sampled_from([resnet.BasicBlock, resnet.Bottleneck]),
+    deep=st.booleans(),
+)
+def test_squeeze_and_excitation_equals_timm(
+    x: Tensor, seed: int, depths: tuple[int, ...], block: Any, deep: bool
+) -> None:
+    stem = {"stem_width": 32, "stem_type": "deep", "avg_down": True} if deep else {}
+    model = resnet.ResNet(block, depths, 10, block_args={"attn_layer": "se"}, **stem)
+    check(reference.perturbed(model, seed), fresnet.from_state_dict, x)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnetv2_50",
+        "seresnet18",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("seresnet50", "resnetv2_101")),
+    ],
+)
+def test_timms_networks_run_as_they_did_and_go_back(name: str) -> None:
+    model = reference.perturbed(timm.create_model(name, num_classes=7), seed=0)
+    state = model.state_dict()
+    params = fresnet.from_state_dict(state)
+    with torch.no_grad():
+        assert_close(fresnet.forward(params, X), model.eval()(X), 1e-12)
+    back = fresnet.to_state_dict(params, "timm")
+    assert list(back) == list(state) if name.startswith("se") else back.keys() == state.keys()
+    assert_same(back, {key: state[key] for key in back})
+    drawn = fresnet.init(0, fresnet.SPECS[name], num_classes=7, device="meta")
+    shapes = [leaf.shape for leaf in tree.leaves(drawn)]
+    assert [leaf.shape for leaf in tree.leaves(params)] == shapes
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50", "seresnet18"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_are_compiled(name: str, dtype: torch.dtype) -> None:
+    """The published sizes; other tests draw small ones. A warning would say that it fell back."""
+    params = fresnet.init(0, fresnet.SPECS[name], num_classes=5)
+    x = X.float()
+    folded = tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(params))
+    logits = fresnet.compile_inference(folded, x.to(dtype))(x.to(dtype)).float()
+    assert_close(logits, fresnet.forward(params, x), 1e-5 if dtype is torch.float32 else 3e-2)
+
+
+def test_v2_runs_in_int8_and_attention_is_refused_there() -> None:
+    x = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    params = fresnet.init(0, fresnet.SPECS["resnetv2_50"], num_classes=5)
+    logits = fresnet.compile_inference(fresnet.quantize(params, [x]), x)(x)
+    assert_close(logits, fresnet.forward(params, x), 0.1)
+    params = fresnet.init(0, fresnet.SPECS["seresnet18"], num_classes=5)
+    with pytest.raises(FresnetError, match="quantize expects blocks without attention"):
+        fresnet.quantize(params, [x])
+
+
+def test_a_gate_that_does_not_fit_is_refused() -> None:
+    params = fresnet.init(0, fresnet.SPECS["seresnet18"], num_classes=5)
+
+    def narrow(unit: Layer | Normed) -> Layer | Normed:
+        if isinstance(unit, Layer) and unit.conv.shape[:2] == (64, 8):
+            return tree.map(lambda leaf: leaf[:1], unit)
+        return unit
+
+    stages = over(narrow, params.weights.stages)
+    unfit = params._replace(weights=params.weights._replace(stages=stages))
+    with pytest.raises(FresnetError, match=r"a gate of activations \(2, 64, 12, 12\) is"):
+        fresnet.forward(unfit, torch.ones(2, 3, 48, 48))
+
+
+class Scale(NamedTuple):
+    """A norm of somebody else's, with the fields of ours."""
+
+    scale: Tensor
+    bias: Tensor
+
+
+def run_by(regime: Regime, unit: Any, beside: Any) -> Any:
+    at = Pair(unit, beside)
+    if isinstance(unit, Normed):
+        return regime.normed(at, torch.ones(2, 4, 5, 5))
+    return regime.layer(at, torch.ones(2, 4, 5, 5), PLAIN)
+
+
+REGIMES: dict[str, Callable[[], Regime]] = {
+    "inference": lambda: INFERENCE,
+    "training": lambda: TRAINING,
+    "clipping": lambda: _Listening(torch.ones(2, 3, 5, 5), sums=True),
+    "oneDNN": OneDNN,
+    "cuDNN": CuDNN,
+    "int8": lambda: _Packing(2),
+}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("stats", [True, False])
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_norm_that_a_regime_does_not_know_is_refused(
+    regime: str, stats: bool, normed: bool
+) -> None:
+    """Its scale would not be read, without a word."""
+    norm: Any = Scale(torch.ones(4), torch.zeros(4))
+    unit = Normed(norm) if normed else Layer(torch.ones(4, 4, 3, 3), norm)
+    beside = NormStats(torch.zeros(4), torch.ones(4)) if stats else ()
+    with pytest.raises(FresnetError, match="Scale"):
+        run_by(REGIMES[regime](), unit, beside)
+    with pytest.raises(FresnetError, match="Scale"):
+        _folded(unit, beside)
+
+
+@pytest.mark.parametrize("regime", [name for name in REGIMES if name != "training"])
+def test_a_norm_without_its_statistics_is_refused(regime: str) -> None:
+    unit = Layer(torch.ones(4, 4, 3, 3), Norm(torch.ones(4), torch.zeros(4)))
+    with pytest.raises(FresnetError):
+        run_by(REGIMES[regime](), unit, ())
+
+
+def test_a_v2_block_is_a_function_of_its_parts() -> None:
+    """Written out from He et al. 2016, Fig. 4e, by PyTorch's modules."""
+    params = fresnet.init(0, fresnet.SPECS["resnetv2_50"], num_classes=5, dtype=torch.float64)
+    block = params.weights.stages[1][1]
+    x = torch.randn(2, 512, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = x
+    for norm, conv, padding in (
+        (block.before.norm, block.layer1.conv, 0),
+        (block.layer1.norm, block.layer2.conv, 1),
+        (block.layer2.norm, block.layer3.conv, 0),
+    ):
+        y = nn.functional.batch_norm(y, None, None, norm.scale, norm.bias, training=True)
+        y = nn.functional.conv2d(y.relu(), conv, padding=padding)
+    paired = over(Pair, block, params.stats.stages[1][1])
+    actual, _ = paired.run(x, fresnet.nodes.Grid(), TRAINING)
+    assert_close(actual, x + y, 1e-12)
