@@ -11,6 +11,7 @@ takes 0.65 of the time for 3x3 kernels on 7x7 maps, and 0.7 for 1x1; by a stride
 
 from collections.abc import Callable
 from math import gcd
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,13 @@ NARROW = 8
 def images_together(shape: torch.Size, dtype: torch.dtype, stride: int) -> int:
     """How many images' results had best lie side by side, for such activations; 1 if apart."""
     n, _, _, w = shape
-    tiles = dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return gcd(n, IMAGES) if tiles and -(-w // stride) <= NARROW else 1
+    narrow = dtype is torch.bfloat16 and -(-w // stride) <= NARROW
+    return gcd(n, IMAGES) if narrow and _has_tiles() else 1
+
+
+def _has_tiles() -> bool:
+    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    return bool(capabilities().get("amx_bf16", False))
 
 
 def convolution(

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange
 from torch import Tensor
-from torch._inductor import cpp_builder
-from torch._inductor.exc import InvalidCxxCompiler
 
 from fresnet.inference.fused import FusedLayer
 from fresnet.network.nodes import PLAIN, Geometry
@@ -106,8 +105,8 @@ def _tiles(side: int) -> int:
 def _kernel(weight: Tensor) -> Tensor:
     """G w G' for weight `[o c 3 3]`, as a grouped convolution takes it: `[36 o, c, 1, 1]`."""
     g = torch.tensor(G, dtype=torch.float64, device=weight.device)
-    values = torch.einsum("ir,ocrs,js->ijoc", g, weight.double(), g)
-    return values.flatten(0, 2)[..., None, None].to(weight.dtype)
+    values = einsum(g, weight.double(), g, "i r, o c r s, j s -> i j o c")
+    return rearrange(values, "i j o c -> (i j o) c 1 1").to(weight.dtype)
 
 
 def _values(x: Tensor) -> Tensor:
@@ -130,13 +129,14 @@ def _tiles_of(
     out: Tensor, products: Tensor, bias: Tensor, added: Tensor | None = None, *, relu: bool
 ) -> None:
     """A products A', and the rest of the layer, into out `[b h w o]`."""
-    b, h, w, o = out.shape
+    _, h, w, _ = out.shape
     rows, columns = _tiles(h), _tiles(w)
-    y = products.view(b, rows, columns, WINDOW, WINDOW, o)
+    tiles = {"r": rows, "c": columns, "i": WINDOW, "j": WINDOW}
+    y = rearrange(products, "1 1 (b r c) (i j o) -> b r c i j o", **tiles)
     y = torch.stack(_times(A, y.unbind(3)), 3)
     y = y.as_strided(y.shape, y.stride())
     y = torch.stack(_times(A, y.unbind(4)), 4)
-    y = y.transpose(2, 3).reshape(b, TILE * rows, TILE * columns, o)[:, :h, :w] + bias
+    y = rearrange(y, "b r c i j o -> b (r i) (c j) o")[:, :h, :w] + bias
     y = y if added is None else y + added
     out.copy_(torch.relu(y) if relu else y)
 
@@ -201,8 +201,15 @@ def _compiled(function: Callable[..., Any], *arguments: Tensor) -> Callable[...,
 
 @cache
 def _has_compiler() -> bool:
+    """Whether there is a C++ compiler, and PyTorch has what `_compiled` needs of it."""
     try:
-        cpp_builder.get_cpp_compiler()
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError:  # they are private
+        return False
+    try:
+        get_cpp_compiler()
     except InvalidCxxCompiler:
         return False
-    return True
+    there: bool = hasattr(torch.compile(_times), "aot_compile")
+    return there and hasattr(torch.compiler, "skip_all_guards_unsafe")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from fresnet.network import faults
@@ -37,9 +38,9 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         return convolve(x[:, :, ::stride, ::stride], weight, replace(geometry, stride=1))
     if not torch.compiler.is_compiling() and transform_stack.mapped():
         if weight.shape[2] == groups == 1:
-            x = x[:, :, ::stride, ::stride].movedim(1, 3)
-            y = x.flatten(0, 2) @ weight.flatten(1).mT
-            return torch.unflatten(y, 0, x.shape[:3]).movedim(3, 1)
+            x = x[:, :, ::stride, ::stride]
+            y = rearrange(x, "b c h w -> (b h w) c") @ rearrange(weight, "o c 1 1 -> c o")
+            return rearrange(y, "(b h w) o -> b o h w", b=len(x), h=x.shape[2])
         if not transform_stack.forward_mode(x, weight):
             result: Tensor = _Convolve.apply(x, weight, geometry)
             return result
@@ -188,8 +189,7 @@ def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geo
         pairs = zip(cotangent, x, strict=True)
         return torch.stack([weight_gradient(*pair, weight, geometry) for pair in pairs])
     rows, patches = _rows(cotangent, geometry), _patches(x, k, geometry)
-    grads = (rows.mT @ patches).flatten(1, 2)  # [n o k*k*c/groups]
-    return torch.unflatten(grads, 2, (k, k, -1)).movedim(4, 2)
+    return rearrange(rows.mT @ patches, "n g o (i j c) -> n (g o) c i j", i=k, j=k)
 
 
 def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -212,9 +212,8 @@ def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geomet
 
 
 def _rows(cotangent: Tensor, geometry: Geometry) -> Tensor:
-    """Of cotangent `[n b o h w]`: `[n groups b*h*w o/groups]`."""
-    rows = torch.unflatten(cotangent, 2, (geometry.groups, -1)).permute(0, 2, 1, 4, 5, 3)
-    return rows.flatten(2, 4)
+    """The cotangent `[n b o h w]` as matrices `[n groups b*h*w o/groups]`."""
+    return rearrange(cotangent, "n b (g o) h w -> n g (b h w) o", g=geometry.groups)
 
 
 def _patches(x: Tensor, k: int, geometry: Geometry) -> Tensor:
@@ -223,8 +222,8 @@ def _patches(x: Tensor, k: int, geometry: Geometry) -> Tensor:
     x = F.pad(x, [geometry.padding(k)] * 4)
     for dim in (3, 4):
         x = x.unfold(dim, dilation * (k - 1) + 1, stride)
-    patches = torch.unflatten(x[..., ::dilation, ::dilation], 2, (geometry.groups, -1))
-    return patches.permute(0, 2, 1, 4, 5, 6, 7, 3).flatten(5).flatten(2, 4)
+    x = x[..., ::dilation, ::dilation]
+    return rearrange(x, "n b (g c) h w i j -> n g (b h w) (i j c)", g=geometry.groups)
 
 
 def _whole(grad: Tensor | None) -> Tensor:

@@ -13,10 +13,15 @@ from torch import Tensor, distributed
 
 from fresnet.errors import FresnetError, reason
 
+try:  # which unlike `torch.compiler.disable` waits with importing the compiler
+    from torch._compile import _disable_dynamo as not_compiled
+except ImportError:
+    not_compiled = torch.compiler.disable
+
 Group = distributed.ProcessGroup
 
 
-@torch.compiler.disable(reason="compiled, its derivatives would leave other processes out")  # type: ignore[untyped-decorator]
+@not_compiled  # compiled, its derivatives would leave other processes out
 def all_sum(x: Tensor, group: Group) -> Tensor:
     """The sum of x over the group's processes, on each of them the same.
 

@@ -1,28 +1,42 @@
-"""Which transforms of `torch.func` are at work, read off the stack that it keeps.
+"""Which transforms of `torch.func` are at work, read off the stack that PyTorch keeps of them.
 
-The only file that reads that stack, which is private. Compiled code never comes here.
+This is the only file that reads that stack, which is private. Where a PyTorch has it no more, every
+question gets the answer that is safe: what asks takes a slower way, which is right under every
+transform. Compiled code never comes here.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd.forward_ad import unpack_dual
 
-_KINDS = _functorch.TransformType
+NAMES = (
+    "TransformType",
+    "get_interpreter_stack",
+    "get_unwrapped",
+    "is_functorch_wrapped_tensor",
+)
+"""What is read of `torch._C._functorch`."""
+
+_functorch: Any = getattr(torch._C, "_functorch", None)
+
+READABLE = all(hasattr(_functorch, name) for name in NAMES)
+"""Whether this PyTorch has all of them."""
 
 
 def active() -> bool:
-    """Whether this call runs inside any transform."""
-    return bool(_stack())
+    """Whether this call may run inside a transform."""
+    return not READABLE or bool(_stack())
 
 
 def mapped() -> bool:
-    """Whether this call runs inside any vmap."""
-    return _KINDS.Vmap in _stack()
+    """Whether this call is known to run inside a vmap."""
+    return READABLE and _functorch.TransformType.Vmap in _stack()
 
 
 def differentiated(*inputs: Tensor) -> bool:
-    """Whether what is computed here of these tensors is to be differentiated or mapped outside."""
+    """Whether what is computed here of these tensors may be differentiated or mapped outside."""
     return active() or any(
         unpack_dual(tensor).tangent is not None
         or (torch.is_grad_enabled() and tensor.requires_grad)
@@ -31,10 +45,10 @@ def differentiated(*inputs: Tensor) -> bool:
 
 
 def forward_mode(*inputs: Tensor) -> bool:
-    """Whether what is computed here of these tensors is to be differentiated in forward mode."""
-    return _KINDS.Jvp in _stack() or any(
-        unpack_dual(_unwrapped(tensor)).tangent is not None for tensor in inputs
-    )
+    """Whether what is computed here of these tensors may be differentiated in forward mode."""
+    if not READABLE or _functorch.TransformType.Jvp in _stack():
+        return True
+    return any(unpack_dual(_unwrapped(tensor)).tangent is not None for tensor in inputs)
 
 
 def fused_norm_is_exact(*inputs: Tensor) -> bool:
@@ -44,12 +58,15 @@ def fused_norm_is_exact(*inputs: Tensor) -> bool:
     least, or its forward-mode derivative in any way, takes the saved moments for constants and
     comes out wrong without an error; and a vmap may come only once this call is over.
     """
+    if not READABLE:
+        return False
     stack, inputs = _stack(), tuple(map(_unwrapped, inputs))
     if any(unpack_dual(tensor).tangent is not None for tensor in inputs):
         return False
     if stack and any(tensor.requires_grad for tensor in inputs):
         return False  # by torch.autograd, later; where it is alone, the operation can ask how often
-    return [kind for kind in stack if kind in (_KINDS.Grad, _KINDS.Jvp)] in ([], [_KINDS.Grad])
+    kinds = _functorch.TransformType
+    return [kind for kind in stack if kind in (kinds.Grad, kinds.Jvp)] in ([], [kinds.Grad])
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
@@ -58,6 +75,6 @@ def _unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _stack() -> list[_functorch.TransformType]:
+def _stack() -> list[Any]:
     """The transforms at work, the outermost first."""
     return [transform.key() for transform in _functorch.get_interpreter_stack() or ()]

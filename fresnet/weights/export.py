@@ -129,8 +129,12 @@ def _write_program(params: Params, size: tuple[int, int] | None, path: Path) -> 
 
 
 def _write_compiled(params: Params, size: tuple[int, int] | None, path: Path) -> None:
+    try:
+        from torch._inductor import aoti_compile_and_package
+    except ImportError as error:
+        raise FresnetError(f"PyTorch {torch.__version__} compiles no packages") from error
     with path.open("wb") as file:
-        torch._inductor.aoti_compile_and_package(_program(params, size), package_path=file)
+        aoti_compile_and_package(_program(params, size), package_path=file)
 
 
 def _write_onnx(params: Params, size: tuple[int, int] | None, path: Path) -> None:

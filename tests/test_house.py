@@ -1,0 +1,71 @@
+"""The folders show the house: who imports whom, where every file stands, what an import costs."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+FILES = [path.relative_to(ROOT) for path in ROOT.glob("fresnet/**/*.py")]
+
+
+def room(module: str) -> str:
+    """The file or folder right below fresnet/ that a module stands in."""
+    return module.split(".")[1] if "." in module else "fresnet"
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that a file imports from."""
+    rooms = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "fresnet":
+            rooms |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fresnet."):
+            rooms.add(room(str(node.module)))
+    return rooms
+
+
+def test_imports_point_one_way() -> None:
+    """A room imports from itself and from lines above its own, as CONTRIBUTING.md lists them."""
+    found = re.search(r"^```imports\n(.*?)^```", CONTRIBUTING, re.M | re.S)
+    assert found is not None
+    levels = {
+        name: level for level, line in enumerate(found[1].splitlines()) for name in line.split()
+    }
+    for path in FILES:
+        own = path.with_suffix("").parts[1]
+        if own in ("__init__", "__main__"):  # the public face, and what is below all of it
+            continue
+        for other in imported(path) - {own}:
+            assert levels[other] < levels[own], f"{path} imports {other}"
+
+
+def test_the_map_names_every_file_once() -> None:
+    table = re.findall(r"^\| `([^`]+\.py)`", CONTRIBUTING, re.M)
+    there = [str(p) for p in FILES] + [
+        str(p.relative_to(ROOT)) for p in ROOT.glob("benchmarks/*.py")
+    ]
+    assert sorted(name for name in table if not name.startswith(("tests/", "examples/"))) == sorted(
+        there
+    )
+
+
+IMPORTED = """
+import sys, torch
+before = set(sys.modules)
+import fresnet
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_an_import_brings_little_beyond_torch() -> None:
+    """Neither PyTorch's compilers nor what draws, reads images or joins processes."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True
+    )
+    modules = done.stdout.split()
+    heavy = ("torch._dynamo", "torch._inductor", "torch.distributed", "PIL", "matplotlib", "sympy")
+    assert not [name for name in modules if name.startswith(heavy)]
+    assert len([name for name in modules if not name.startswith("fresnet")]) < 60

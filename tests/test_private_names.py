@@ -1,0 +1,198 @@
+"""Each private name of PyTorch is taken away: what needs it goes another way, or says so."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from assertions import assert_close, assert_trees_close
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.nn.functional import cross_entropy
+
+import fresnet
+from fresnet import FresnetError, tree
+from fresnet.inference import cudnn, int8, onednn, side_by_side, winograd
+from fresnet.network.nodes import PLAIN, Geometry, Weights
+from fresnet.pytorch import transform_stack
+
+CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
+
+SPEC = fresnet.Spec(fresnet.nodes.Bottleneck, (1, 1), width=4)
+PARAMS = fresnet.init(0, SPEC, num_classes=5, dtype=torch.float64)
+X = torch.randn(4, 3, 40, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(4)
+
+
+def loss(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
+    logits, _ = fresnet.forward_train(PARAMS._replace(weights=weights), x)
+    return cross_entropy(logits, y)
+
+
+def derivatives() -> Any:
+    """Of every kind that takes another way by what is at work."""
+    w, along = PARAMS.weights, tree.map(torch.cos, PARAMS.weights)
+    halves = X.unflatten(0, (2, 2)), Y.unflatten(0, (2, 2))
+    followed = tree.map(lambda leaf: leaf.clone().requires_grad_(), w)
+    optimizer = fresnet.optim.sgd(0.1, momentum=0.9)
+    mixing = fresnet.training.mixup(0.2)
+    step = fresnet.training.make_train_step(optimizer, mixing=mixing, recompute=True)
+    state, _ = step(fresnet.training.start(PARAMS, optimizer), (X, Y))
+    return (
+        grad(loss)(w, X, Y),
+        vmap(grad(loss), (None, 0, 0))(w, *halves),
+        jvp(lambda w: grad(loss)(w, X, Y), (w,), (along,)),
+        tree.unflatten(w, torch.autograd.grad(loss(followed, X, Y), tree.leaves(followed))),
+        fresnet.per_sample_grads(cross_entropy, PARAMS, X, Y, norms="running"),
+        fresnet.clipped_grads(cross_entropy, PARAMS, X, Y, max_norm=1.0),
+        state.params,
+    )
+
+
+@pytest.mark.parametrize("name", transform_stack.NAMES)
+def test_without_the_transform_stack_every_derivative_is_right(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = derivatives()
+    there = {n: getattr(torch._C._functorch, n) for n in transform_stack.NAMES if n != name}
+    monkeypatch.setattr(transform_stack, "_functorch", SimpleNamespace(**there))
+    monkeypatch.setattr(transform_stack, "READABLE", False)
+    assert_trees_close(derivatives(), expected, 1e-9)
+
+
+@pytest.mark.parametrize("name", [onednn.TRACE, onednn.FUNCTION])
+def test_without_onednns_compiler_pytorchs_is_taken(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch._C, name)
+    assert not onednn.is_supported(torch.float32, torch.device("cpu"))
+    params, x = tree.map(lambda leaf: leaf.float(), (PARAMS, X))
+    assert_close(fresnet.compile_inference(params, x)(x), fresnet.forward(params, x), 1e-5)
+
+
+def test_without_the_probe_for_bfloat16_onednn_is_for_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert onednn.is_supported(torch.float32, torch.device("cpu"))
+    assert not onednn.is_supported(torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", [name for _, name in int8.OPERATORS])
+def test_without_the_operators_int8_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, x = tree.map(lambda leaf: leaf.float(), (PARAMS, X))
+    quantized = fresnet.quantize(params, [x])
+    less = [(SimpleNamespace() if n == name else space, n) for space, n in int8.OPERATORS]
+    monkeypatch.setattr(int8, "OPERATORS", less)
+    int8.is_supported.cache_clear()
+    try:
+        with pytest.raises(FresnetError, match="expects oneDNN for int8"):
+            fresnet.compile_inference(quantized, x)
+    finally:
+        int8.is_supported.cache_clear()
+
+
+@pytest.mark.parametrize("missing", [cudnn.KERNELS, cudnn.KERNELS[:1], cudnn.KERNELS[1:]])
+def test_without_cudnns_kernels_convolutions_are_plain(
+    missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in missing:
+        monkeypatch.delattr(torch, name)
+    monkeypatch.setattr(cudnn, "fuse", lambda function, x: function)
+    for name in set(cudnn.KERNELS) - set(missing):  # there is no GPU to run it
+        monkeypatch.setattr(torch, name, None)
+    logits = cudnn.prepare(fresnet.fold(PARAMS), X)(X)
+    assert_close(logits, fresnet.forward(PARAMS, X), 1e-11)
+
+
+def test_without_the_probe_for_triton_nothing_is_compiled_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils._triton", None)
+    assert cudnn._compiled(torch.relu) is torch.relu
+
+
+@pytest.mark.parametrize("module", ["torch._inductor.cpp_builder", "torch._inductor.exc"])
+def test_without_the_compilers_modules_there_is_no_winograd(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    winograd._has_compiler.cache_clear()
+    try:
+        shape, weight = torch.Size((8, 128, 28, 28)), torch.empty(128, 128, 3, 3)
+        assert not winograd.is_faster(shape, weight, PLAIN)
+    finally:
+        winograd._has_compiler.cache_clear()
+
+
+def test_without_guards_to_skip_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe")
+    winograd._has_compiler.cache_clear()
+    try:
+        assert not winograd._has_compiler()
+    finally:
+        winograd._has_compiler.cache_clear()
+
+
+def test_without_capabilities_images_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    shape = torch.Size((4, 8, 7, 7))
+    assert side_by_side.images_together(shape, torch.bfloat16, Geometry(2).stride) == 1
+
+
+def test_without_the_packager_a_compiled_export_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor
+
+    monkeypatch.delattr(torch._inductor, "aoti_compile_and_package")
+    with pytest.raises(FresnetError, match="compiles no packages"):
+        fresnet.export(PARAMS, tmp_path / "a.pt2", compiled=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+WITHOUT_ALL = """
+import sys, torch
+
+for place, name in (
+    (torch._C._functorch, "get_interpreter_stack"),
+    (torch._C, "_create_graph_by_tracing"),
+    (torch._C, "_create_function_from_graph"),
+    (torch, "cudnn_convolution_relu"),
+    (torch, "cudnn_convolution_add_relu"),
+    (torch.compiler, "skip_all_guards_unsafe"),
+    (torch.cpu, "get_capabilities"),
+):
+    delattr(place, name)
+sys.modules["torch._compile"] = None
+
+import fresnet
+
+params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=10)
+x = torch.randn(2, 3, 16, 16)
+logits, stats = fresnet.forward_train(params, x)
+print(fresnet.forward(params._replace(stats=stats), x).shape)
+"""
+
+
+def test_without_all_of_them_it_is_imported_and_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ALL], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "torch.Size([2, 10])\n", done.stderr
+
+
+def test_the_table_of_private_names_is_whole() -> None:
+    """Every private name in the package stands in the table of CONTRIBUTING.md."""
+    table = CONTRIBUTING.read_text().partition("## Private names of PyTorch")[2]
+    source = "\n".join(path.read_text() for path in Path(fresnet.__file__).parent.rglob("*.py"))
+    names = set(re.findall(r"torch(?:\.\w+)*?\.(_[a-zA-Z]\w+)", source))
+    names |= set(re.findall(r"from torch\.?\w* import (_\w+)", source))
+    names |= {*transform_stack.NAMES, onednn.TRACE, onednn.FUNCTION, *cudnn.KERNELS}
+    names |= {name for _, name in int8.OPERATORS}
+    missing = {name for name in names if name not in table}
+    assert not missing
