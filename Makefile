@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Two processes of one thread each: much of the time goes into compiling, on one core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: train test test-fast lint bench bench-full bench-gpu
+.PHONY: train test test-fast test-long lint bench bench-full bench-gpu
 
 train: .venv/ready  ## train a ResNet-50 on handwritten digits
 	$(BIN)/python examples/train_digits.py
@@ -12,7 +12,10 @@ test: .venv/ready  ## every test, doctest and README block
 	$(PYTEST)
 
 test-fast: .venv/ready  ## the development loop
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
+
+test-long: .venv/ready  ## what repeats at greater length: an hour
+	$(PYTEST) -m long
 
 lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .

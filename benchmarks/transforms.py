@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.training.gradients import gradients
+from fresnet.training.backward import gradients
 from fresnet.weights.names import names
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -46,7 +46,7 @@ def small(digits: Digits) -> Digits:
 
 
 def arguments(full: str | None = None) -> argparse.Namespace:
-    """--seed and --out of an example, and --full with this help if it has a longer run.
+    """--seed, --out and --quick of an example, and --full with this help if it has a longer run.
 
     The first line of the example's docstring is the help of the whole.
     """
@@ -58,6 +58,7 @@ def arguments(full: str | None = None) -> argparse.Namespace:
     folder = Path("runs") / Path(str(example.__file__)).stem
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--out", type=Path, default=folder, help="output folder")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     if full is not None:
         parser.add_argument("--full", action="store_true", help=full)
     args = parser.parse_args()

@@ -121,6 +121,7 @@ def main() -> None:
     args = arguments(full="20, 56 and 110 layers and ten times the steps")
     torch.set_num_threads(1)  # On images this small a second thread gains nothing.
     depths, steps = ((20, 56, 110), 600) if args.full else ((20, 56), 60)
+    steps = 3 if args.quick else steps
     digits, _ = load(size=8)
     sample = Digits(digits.images[:SAMPLE], digits.labels[:SAMPLE])
     measured = {}

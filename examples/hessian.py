@@ -81,7 +81,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     images, labels = small(load()[0])
     params = fresnet.init(generator, SPEC, num_classes=10, dtype=torch.float64)
-    for _ in range(STEPS):
+    steps, lanczos_steps = (20, 12) if args.quick else (STEPS, LANCZOS_STEPS)
+    for _ in range(steps):
         chosen = torch.randint(len(labels), (BATCH,), generator=generator)
         grads, stats = grad(loss_fn, has_aux=True)(*params, images[chosen], labels[chosen])
         params = Params(tree.map(lambda w, g: w - RATE * g, params.weights, grads), stats)
@@ -96,13 +97,13 @@ def main() -> None:
 
     print(f"loss {loss(weights):.4f}, gradient norm {grad(loss)(weights).norm():.4f}")
     start = torch.randn(len(weights), dtype=weights.dtype, generator=generator)
-    basis, tridiagonal = lanczos(hessian_product, start, LANCZOS_STEPS)
+    basis, tridiagonal = lanczos(hessian_product, start, lanczos_steps)
     values, mixtures = torch.linalg.eigh(tridiagonal)
     vectors = (mixtures.T @ basis).flip(0)[:EIGENPAIRS]
     for i, (value, vector) in enumerate(zip(values.flip(0), vectors, strict=False), start=1):
         residual = (hessian_product(vector) - value * vector).norm()
         print(f"eigenvalue {i}: {value:8.5f}, residual |Hv - λv| = {residual:.1e}")
-    ritz = [torch.linalg.eigvalsh(tridiagonal[:i, :i]) for i in range(1, LANCZOS_STEPS + 1)]
+    ritz = [torch.linalg.eigvalsh(tridiagonal[:i, :i]) for i in range(1, lanczos_steps + 1)]
     draw(loss, weights, ritz, vectors[:2], args.out / "hessian.png")
     print(f"wrote hessian.png to {args.out}")
 

@@ -67,12 +67,14 @@ def draw(log_rates: Tensor, losses: list[float], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     rate_axes, loss_axes = figure.subplots(1, 2)
     for i, name in enumerate(KINDS):
-        rate_axes.plot(range(1, STEPS + 1), log_rates[:, i].exp(), ".-", label=name)
+        rate_axes.plot(range(1, len(log_rates) + 1), log_rates[:, i].exp(), ".-", label=name)
     rate_axes.axhline(FIRST_RATE, color="black", linestyle=":", label="before")
     rate_axes.set(title="learned learning rates", xlabel="training step", yscale="log")
     rate_axes.legend()
     loss_axes.plot(losses, ".-")
-    loss_axes.set(title=f"held-out loss after {STEPS} training steps", xlabel="meta-iteration")
+    loss_axes.set(
+        title=f"held-out loss after {len(log_rates)} training steps", xlabel="meta-iteration"
+    )
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -84,12 +86,13 @@ def main() -> None:
     digits, test = map(small, load())
     order = torch.randperm(len(digits.labels), generator=generator)
     held_out = Digits(*(values[order[:HELD_OUT]] for values in digits))
-    chosen = order[HELD_OUT : HELD_OUT + STEPS * BATCH].view(STEPS, BATCH)
+    steps, meta_steps = (3, 2) if args.quick else (STEPS, META_STEPS)
+    chosen = order[HELD_OUT : HELD_OUT + steps * BATCH].view(steps, BATCH)
     batches = Digits(*(values[chosen] for values in digits))
     params, other = (
         fresnet.init(generator, SPEC, num_classes=10, dtype=torch.float64) for _ in range(2)
     )
-    rates = first = torch.full((STEPS, len(KINDS)), FIRST_RATE, dtype=torch.float64).log()
+    rates = first = torch.full((steps, len(KINDS)), FIRST_RATE, dtype=torch.float64).log()
 
     direction = torch.randn(first.shape, dtype=first.dtype, generator=generator)
     slope = (grad(meta_loss)(first, params, batches, held_out) * direction).sum()
@@ -99,12 +102,12 @@ def main() -> None:
     print(f"hypergradient against a finite difference: {abs(difference / slope - 1):.1e} apart")
 
     losses = []
-    for _ in range(META_STEPS):
+    for _ in range(meta_steps):
         hypergradient, loss = grad_and_value(meta_loss)(rates, params, batches, held_out)
         losses.append(loss.item())
         rates = rates - META_RATE * hypergradient / hypergradient.norm()
     losses.append(meta_loss(rates, params, batches, held_out).item())
-    print(f"held-out loss {losses[0]:.4f} before, {losses[-1]:.4f} after {META_STEPS} iterations")
+    print(f"held-out loss {losses[0]:.4f} before, {losses[-1]:.4f} after {meta_steps} iterations")
     for name, start in {"same": params, "other": other}.items():
         for when, by in {"before": first, "after": rates}.items():
             logits = fresnet.forward(train(by, start, batches), test.images)

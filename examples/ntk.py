@@ -99,20 +99,21 @@ def draw(kernel: Tensor, labels: Tensor, path: Path) -> None:
 def main() -> None:
     args = arguments()
     train, test = load()
-    train = Digits(train.images[:TRAIN].double(), train.labels[:TRAIN])
-    test = Digits(test.images[:TEST].double(), test.labels[:TEST])
+    few, count, test_count = (4, 40, 20) if args.quick else (FEW, TRAIN, TEST)
+    train = Digits(train.images[:count].double(), train.labels[:count])
+    test = Digits(test.images[:test_count].double(), test.labels[:test_count])
     params = fresnet.init(args.seed, SPEC, num_classes=CLASSES, dtype=torch.float64)
     params = fresnet.recalibrate(params, [train.images])
 
-    contracted, multiplied = (f(params, train.images[:FEW]) for f in (by_jacobians, by_products))
+    contracted, multiplied = (f(params, train.images[:few]) for f in (by_jacobians, by_products))
     difference = (contracted - multiplied).abs().max() / contracted.abs().max()
-    print(f"kernel of {FEW} digits, contracted and by products: {difference:.1e} apart at most")
+    print(f"kernel of {few} digits, contracted and by products: {difference:.1e} apart at most")
 
     gradients, test_gradients = (summed_gradients(params, digits) for digits in (train, test))
     kernel = gradients @ gradients.T
     predictions = regress(kernel, train.labels, test_gradients @ gradients.T)
     accuracy = (predictions.argmax(1) == test.labels).double().mean()
-    print(f"kernel regression on {TRAIN} digits: {accuracy:.0%} of {TEST} test digits right")
+    print(f"kernel regression on {count} digits: {accuracy:.0%} of {test_count} test digits right")
     draw(kernel, train.labels, args.out / "ntk.png")
     print(f"wrote ntk.png to {args.out}")
 

@@ -53,19 +53,20 @@ def everywhere(path: tree.Path) -> bool:
 def kernels(path: tree.Path) -> bool:
     """Convolutions and the head's matrix, but no norm and no bias.
 
-    >>> kernels(("stages", 0, 1, "conv2")), kernels(("stages", 0, 1, "norm2", "scale"))
-    (True, False)
+    >>> layer = ("stages", 0, 1, "layer2")
+    >>> kernels((*layer, "conv")), kernels((*layer, "norm", "scale")), kernels(("head", "bias"))
+    (True, False, False)
     """
     return path[-1] not in ("scale", "bias")
 
 
 def all_but_norms(path: tree.Path) -> bool:
-    """Every leaf but a norm's.
+    """Every leaf but those of norms, and of the biases that stand in a norm's place.
 
-    >>> all_but_norms(("head", "bias")), all_but_norms(("stages", 0, 1, "norm2", "bias"))
+    >>> all_but_norms(("head", "bias")), all_but_norms(("stages", 0, 1, "layer2", "norm", "bias"))
     (True, False)
     """
-    return not any(str(step).startswith("norm") for step in path)
+    return "norm" not in path
 
 
 def sgd(

@@ -167,7 +167,7 @@ def rebuild(node: Tree, children: Iterable[Any]) -> Tree:
 
 
 def _children(node: Any) -> Collection[Any] | None:
-    """Of a leaf none, of a node without leaves no one."""
+    """The children of a node; None for a leaf."""
     if isinstance(node, tuple | list):
         return node
     return node.values() if isinstance(node, dict) else None

@@ -8,7 +8,6 @@
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,14 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.network.nodes import BasicBlock, Weights
+from fresnet.network.nodes import (
+    BareStem7x7,
+    BasicBlock,
+    LastNorm,
+    PreActivation,
+    SqueezeExcite,
+    Weights,
+)
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "transforms.md"
 
@@ -44,23 +50,24 @@ Loss = Callable[[Weights, Tensor], Tensor]
 
 def _of_two_norms(loss: Loss, w: Weights, x: Tensor) -> Callable[[Tensor], Tensor]:
     """The loss as a function of few numbers, for whole Jacobians and Hessians: the bias of the
-    stem's norm and the scale of the next one, both of which pass through later norms.
+    first block's first norm and the scale of its second, which pass through later norms.
     """
-    layer, block = w.stem.layer, w.stages[0][0]
+    block = w.stages[0][0]
 
     def of_vector(v: Tensor) -> Tensor:
-        stem_bias, scale = v.chunk(2)
-        stem = w.stem._replace(layer=layer._replace(norm=layer.norm._replace(bias=stem_bias)))
-        scaled = block.layer1.norm._replace(scale=scale)
-        first = block._replace(layer1=block.layer1._replace(norm=scaled))
-        return loss(w._replace(stem=stem, stages=((first,), *w.stages[1:])), x)
+        bias, scale = v.chunk(2)
+        one, two = block.layer1.norm._replace(bias=bias), block.layer2.norm._replace(scale=scale)
+        first = block._replace(
+            layer1=block.layer1._replace(norm=one), layer2=block.layer2._replace(norm=two)
+        )
+        return loss(w._replace(stages=((first,), *w.stages[1:])), x)
 
-    assert layer.norm.bias.shape == block.layer1.norm.scale.shape
     return of_vector
 
 
 def _vector(w: Weights) -> Tensor:
-    return torch.cat([w.stem.layer.norm.bias, w.stages[0][0].layer1.norm.scale])
+    block = w.stages[0][0]
+    return torch.cat([block.layer1.norm.bias, block.layer2.norm.scale])
 
 
 def _along(w: Weights) -> Weights:
@@ -164,6 +171,16 @@ def is_tested(transform: str, mode: str, dtype: str) -> bool:
     return dtype == "float64" or transform in COMPILED_NARROW
 
 
+def is_long(cell: Cell) -> bool:
+    """Whether other cells show the same in a tenth of the time: traced by aot_eager, say."""
+    if cell.mode == "eager":
+        return False
+    if cell.forward == "forward" or cell.transform in ("third order", "linearize"):
+        return cell.mode == "inductor" or cell.transform not in COMPILED_NARROW
+    narrow = cell.dtype == "float32" or (cell.dtype == "bfloat16" and cell.transform == "grad")
+    return cell.mode == "inductor" and not narrow
+
+
 CELLS = [
     Cell(transform, forward, mode, dtype)
     for transform, forward, (mode, dtype) in product(TRANSFORMS, FORWARDS, COLUMNS)
@@ -171,26 +188,34 @@ CELLS = [
 ]
 
 
-def network(*depths: int) -> Params:
-    spec = fresnet.Spec(BasicBlock, depths, width=4)
+def network(*depths: int, block: type = BasicBlock, **types: type) -> Params:
+    spec = fresnet.Spec(block, depths, width=4, **types)  # type: ignore[arg-type]
     params = fresnet.init(0, spec, num_classes=5, dtype=torch.float64)
     return params._replace(stats=tree.map(lambda s: 0.7 * s + 0.2, params.stats))
 
 
 NETWORKS = {"eager": network(1, 1), "aot_eager": network(1, 1), "inductor": network(1)}
 """By mode: inductor compiles each convolution for seconds."""
+
+V2 = network(1, 1, block=PreActivation, stem=BareStem7x7, last=LastNorm)
+EXCITED = network(1, 1, attention=SqueezeExcite)
+"""Networks of other nodes, to which the same transforms are put."""
+
 X = torch.randn(6, 3, 20, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3, 4, 0])
 
 
-def error(cell: Cell) -> float:
+def error(cell: Cell, network: Params | None = None) -> float:
     """The error of the transform of fresnet's network, relative to the norm of the true result.
 
+    Args:
+      network: in float64; by default the one of the cell's mode.
     Raises:
       Exception: what PyTorch raises where it refuses.
     """
     dtype = getattr(torch, cell.dtype)
-    weights, stats = NETWORKS[cell.mode]
+    network = NETWORKS[cell.mode] if network is None else network
+    weights, stats = network
     wide = torch.promote_types(dtype, torch.float32)
     params = Params(tree.map(lambda w: w.to(dtype), weights), tree.map(lambda s: s.to(wide), stats))
     loss = _loss(FORWARD[cell.forward], params)
@@ -204,7 +229,7 @@ def error(cell: Cell) -> float:
     # Scalar code compiles in half the time; what is narrower than float64 comes out vectorised.
     with inductor.patch({"cpp.simdlen": 1 if cell.dtype == "float64" else None}):
         actual = _flat(call(params.weights, X.to(dtype)))
-    expected = _truth(cell.transform, cell.forward, cell.mode)
+    expected = _truth(cell.transform, cell.forward, network)
     return float((actual - expected).norm() / expected.norm())
 
 
@@ -214,9 +239,7 @@ FORWARD: Mapping[str, Callable[[Params, Tensor], Tensor]] = {
 }
 
 
-@cache
-def _truth(transform: str, forward: str, mode: str) -> Tensor:
-    params = NETWORKS[mode]
+def _truth(transform: str, forward: str, params: Params) -> Tensor:
     train = forward == "forward_train"
     loss = _loss(lambda params, x: textbook.logits(params, x, train), params)
     return _flat(TRANSFORMS[transform](loss, params.weights, X))

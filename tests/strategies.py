@@ -15,9 +15,9 @@ from fresnet import Spec
 from fresnet.data import Order, steps_per_epoch
 from fresnet.network.check import DTYPES
 from fresnet.network.nodes import (
-    ATTENTIONS,
     BLOCKS,
     LASTS,
+    PLACES,
     SHORTCUTS,
     STEMS,
     BareStem7x7,
@@ -130,7 +130,7 @@ def tiny_specs(draw: st.DrawFn, attention: bool = True) -> Spec:
     """
     block = draw(st.sampled_from(BLOCKS))
     stems = [kind for kind in STEMS if kind is not BareStem7x7 or block is PreActivation]
-    attentions = ATTENTIONS if attention and block is not PreActivation else (NoAttention,)
+    attentions = PLACES[block].get("attention", ()) if attention else ()
     width = 2 * draw(st.integers(1, 3))
     fits = groupings.filter(lambda grouping: grouping[1] * width % 64 == 0)
     groups, group_width = (1, 64) if block is BasicBlock else draw(fits)
@@ -141,7 +141,7 @@ def tiny_specs(draw: st.DrawFn, attention: bool = True) -> Spec:
         stem=draw(st.sampled_from(stems)),
         shortcut=draw(st.sampled_from([kind for kind in SHORTCUTS if kind is not Identity])),
         last=draw(st.sampled_from(LASTS)),
-        attention=draw(st.sampled_from(attentions)),
+        attention=draw(st.sampled_from(attentions or (NoAttention,))),
         groups=groups,
         group_width=group_width,
     )

@@ -32,7 +32,7 @@ from fresnet.data import (
     scale_crop,
     trivial_augment,
 )
-from fresnet.data.augment import EIGENVALUES, EIGENVECTORS
+from fresnet.data.augmentation import EIGENVALUES, EIGENVECTORS
 from fresnet.data.preprocess import Preset
 
 T = torchvision.transforms

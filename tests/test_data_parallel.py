@@ -171,7 +171,7 @@ def scattered_parts(rank: int) -> list[tuple[Tensor]]:
 @contextmanager
 def bucket_bytes(number: int) -> Iterator[None]:
     with mock.patch.multiple(
-        import_module("fresnet.training.gradients"), FIRST_BUCKET=number, BUCKET=number
+        import_module("fresnet.training.backward"), FIRST_BUCKET=number, BUCKET=number
     ):
         yield
 

@@ -204,7 +204,7 @@ def test_a_repository_that_is_not_to_be_had_is_named(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "its activation is gelu"),
         ({"downsample_in_first_stage": True}, "its first stage strides"),
         ({"architecture": "resnetaa50"}, "its architecture is resnetaa50, not a plain ResNet"),
-        ({"architecture": "seresnet50"}, "its architecture is seresnet50, not a plain ResNet"),
+        ({"architecture": "resnetv2_34"}, "its architecture is resnetv2_34, not a plain ResNet"),
         ({"architecture": "resnet50", "model_args": {"output_stride": 8}}, "arguments of its own"),
     ],
 )
@@ -214,7 +214,9 @@ def test_a_repository_of_other_computations_is_refused(config: Any, message: str
         hub._strides_in_1x1(config)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50d", "resnext101_64x4d", "wide_resnet50_2"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50d", "resnet10t", "resnext101_64x4d", "seresnet50", "resnetv2_50"]
+)
 def test_a_repository_of_a_plain_resnet_is_not(name: str) -> None:
     config = timm.get_pretrained_cfg(name)
     assert config is not None

@@ -12,7 +12,11 @@ from torch._dynamo.exc import Unsupported
 @pytest.mark.parametrize(
     "cell",
     [
-        pytest.param(cell, marks=[] if cell[2:] == ("eager", "float64") else [pytest.mark.slow])
+        pytest.param(
+            cell,
+            marks=[pytest.mark.long] * matrix.is_long(cell)
+            + [pytest.mark.slow] * (cell[2:] != ("eager", "float64")),
+        )
         for cell in matrix.CELLS
     ],
     ids="-".join,
@@ -23,6 +27,23 @@ def test_cell(cell: matrix.Cell) -> None:
             matrix.error(cell)
     else:
         assert matrix.error(cell) <= matrix.BOUNDS[cell.dtype]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("forward", matrix.FORWARDS)
+@pytest.mark.parametrize("transform", matrix.TRANSFORMS)
+@pytest.mark.parametrize("network", ["V2", "EXCITED"])
+def test_other_nodes_under_every_transform(network: str, transform: str, forward: str) -> None:
+    cell = matrix.Cell(transform, forward, "eager", "float64")
+    assert matrix.error(cell, getattr(matrix, network)) <= matrix.BOUNDS["float64"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["V2", "EXCITED"])
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
+def test_other_nodes_compiled(network: str, transform: str) -> None:
+    cell = matrix.Cell(transform, "forward_train", "aot_eager", "float64")
+    assert matrix.error(cell, getattr(matrix, network)) <= matrix.BOUNDS["float64"]
 
 
 def test_the_document_has_a_figure_within_bounds_for_every_cell() -> None:

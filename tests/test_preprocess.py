@@ -333,7 +333,7 @@ def test_pillow_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_pillow_is_imported_at_the_first_call() -> None:
-    program = "import sys, fresnet.preprocess; sys.exit('PIL' in sys.modules)"
+    program = "import sys, fresnet; sys.exit('PIL' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -1,6 +1,6 @@
-"""Single draws from a generator, each as torchvision's transforms make it.
+"""Single draws from a generator, each made as torchvision's transforms make it.
 
-They are float32 on the CPU, whatever torch's defaults are.
+Draws are made in float32 on the CPU, whatever PyTorch's defaults are.
 """
 
 import torch
@@ -8,23 +8,23 @@ from torch import Generator
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:
-    """From low to below high."""
+    """A number from low to below high."""
     return _empty().uniform_(low, high, generator=generator).item()
 
 
 def log_uniform(low: float, high: float, generator: Generator) -> float:
-    """From low to below high, its logarithm uniform."""
+    """A number from low to below high, whose logarithm is uniform."""
     ends = torch.tensor((low, high), dtype=torch.float32, device="cpu").log().tolist()
     return _empty().uniform_(*ends, generator=generator).exp().item()
 
 
 def integer(count: int, generator: Generator) -> int:
-    """From 0 to below count."""
+    """An integer from 0 to below count."""
     return int(torch.randint(count, (1,), generator=generator, device="cpu").item())
 
 
 def chance(probability: float, generator: Generator) -> bool:
-    """Whether it happens."""
+    """True with this probability."""
     return bool(_empty().uniform_(generator=generator) < probability)
 
 

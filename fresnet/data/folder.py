@@ -7,13 +7,13 @@ from typing import NamedTuple, NoReturn
 from fresnet.errors import FresnetError, reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""The names that end so, in small letters or capitals, are images."""
+"""How the names of images end, in small letters or capitals."""
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 class Folder(NamedTuple):
-    """Images and their classes: labels are places in `classes`."""
+    """Images and their classes. A file's label is the index of its class in `classes`."""
 
     root: str
     classes: tuple[str, ...]
@@ -22,20 +22,20 @@ class Folder(NamedTuple):
 
 
 def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> Folder:
-    """The images `root/class/anything/below/image.jpg`, class by class and in order of their names.
+    """Find the images `root/class/anything/below/image.jpg`: by class, then by name.
 
         train = scan("imagenet/train")
         val = scan("imagenet/val", classes=train.classes)
 
     Args:
-      root: holds a folder for each class.
-      classes: those that there must be, such as the training folder's for a validation folder,
-        labelled in this order.
+      root: the folder that holds a folder for each class.
+      classes: the classes that must be there, in the order of their labels. For a validation folder
+        they are those of the training folder. By default all folders, in the order of their names.
     Returns:
-      Classes, files and labels that are those of torchvision's `ImageFolder`.
+      The same classes, files and labels that torchvision's `ImageFolder` finds.
     Raises:
       FresnetError: if root is not a folder of at least two classes, if a class has no image, if the
-        classes are not those expected, or if a folder cannot be read.
+        classes are not the expected ones, or if a folder cannot be read.
     """
     root = os.path.expanduser(root)
     try:
@@ -59,7 +59,7 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
 
 
 def _images(folder: str) -> list[str]:
-    """The images anywhere below, folder by folder."""
+    """The images in a folder and in all folders below it, folder by folder."""
     named = sorted(
         (below, name)
         for below, _, names in os.walk(folder, onerror=_refuse, followlinks=True)

@@ -1,12 +1,13 @@
-"""Images read from their files, augmented, and put together to batches by other processes."""
+"""Images read from their files, augmented, and put together as batches by worker processes."""
 
 from collections import abc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+from einops import rearrange
 from PIL.Image import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,12 +17,15 @@ from fresnet.data.order import Place, keyed_generator
 from fresnet.data.preprocess import upright_rgb
 from fresnet.errors import FresnetError, reason
 
-Transform = Callable[[Image, Generator], Tensor]
-"""From an upright RGB image to `[3 h w]`: drawing from the generator alone, and writing to nothing.
+Transform: TypeAlias = Callable[[Image, Generator], Tensor]
+"""A function from an upright RGB image to `[3 h w]`.
 
-Where processes are spawned it is pickled: `functools.partial` of a module's function is, a lambda
-is not.
+It draws from the generator alone, and writes to nothing. Where processes are spawned it must be
+possible to pickle it: a `functools.partial` of a module's function can be pickled, a lambda cannot.
 """
+
+OnBroken: TypeAlias = Literal["raise", "skip"]
+"""Whether an image that cannot be read raises, or is left out of its batch."""
 
 
 class Example(NamedTuple):
@@ -31,7 +35,7 @@ class Example(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """A file that holds no image, or one that the transform refuses."""
+    """A file that holds no image, or an image that the transform refuses."""
 
     place: Place
     file: str
@@ -41,15 +45,16 @@ class Broken(NamedTuple):
 class Batch(NamedTuple):
     x: Tensor  # [b 3 h w], float32, channels last
     y: Tensor  # [b], int64
-    places: list[Place]  # of these b images
-    broken: tuple[str, ...]  # "file: reason" of those that would have been here too
+    places: list[Place]  # the places of these b images
+    broken: tuple[str, ...]  # "file: reason" for each image that was left out
 
 
 @dataclass(frozen=True)
 class Images(Dataset[Example | Broken]):
-    """The transformed images of a folder, by `Place`.
+    """The transformed images of a folder, indexed by `Place`.
 
-    What a transform draws depends on the seed, the epoch and the place, not on who asks when.
+    What a transform draws depends only on the seed, the epoch and the place: it is the same
+    whichever process asks, and whenever.
     """
 
     folder: Folder
@@ -71,7 +76,7 @@ class Images(Dataset[Example | Broken]):
 def _read(file: str) -> Image:
     try:
         return upright_rgb(file)
-    except Exception as error:  # of any type: it is Pillow's decoders that raise
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
         raise FresnetError(reason(error)) from error
 
 
@@ -80,23 +85,24 @@ def loader(
     places: Iterable[list[Place]],
     *,
     workers: int = 0,
-    broken: Literal["raise", "skip"] = "raise",
+    broken: OnBroken = "raise",
 ) -> abc.Generator[Batch, None, None]:
-    """The batches of these places, in their order, read ahead by worker processes.
+    """The batches of images at these places, in order, read ahead by worker processes.
 
         order = Order(len(images), batch=256, seed=0)
         for x, y, *_ in loader(images, batches(order, start=0, stop=450_000), workers=8): ...
 
-    Batches do not depend on the number of workers, each of which runs one thread. Where CUDA is
-    available they lie in pinned memory.
+    Batches do not depend on the number of workers. Each worker runs one thread. Where CUDA is
+    available, batches lie in pinned memory.
 
     Args:
-      places: those of each batch, such as from `batches`.
-      workers: processes that read; 0 reads in this one.
-      broken: whether to raise at an image that cannot be read or to leave it out of its batch.
+      images: the images of a folder.
+      places: the places of each batch's images, such as from `batches`.
+      workers: the number of processes that read; 0 reads in this process.
+      broken: whether an image that cannot be read raises, or is left out of its batch.
     Raises:
-      FresnetError: at once if an argument is none of these; at its batch, naming the file, if an
-        image is broken, or all of a batch are where they may be skipped; if a worker dies.
+      FresnetError: at once if an argument is not as described; at a batch if one of its images is
+        broken, or all of them if they may be left out; if a worker dies. It names the first file.
     """
     if workers < 0:
         raise FresnetError(f"loader expects workers of at least 0; got {workers}")
@@ -108,14 +114,16 @@ def loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        generator=Generator("cpu"),  # else it would draw the workers' seeds from the global one
+        generator=Generator("cpu"),  # else the global one would draw the workers' seeds
     )
     return _batches(data, broken)
 
 
-def _batches(data: "DataLoader[Any]", broken: str) -> abc.Generator[Batch, None, None]:
-    # Started in the main thread, DataLoader handles SIGCHLD, and a worker's death would raise in
-    # whatever the main thread is at, such as a training step.
+def _batches(
+    data: "DataLoader[Example | Broken]", broken: OnBroken
+) -> abc.Generator[Batch, None, None]:
+    # If DataLoader is started in the main thread, it handles SIGCHLD: a worker's death then raises
+    # wherever the main thread is, for example in a training step. So another thread starts it.
     with ThreadPoolExecutor(1) as starter:
         ready: Any = starter.submit(iter, data).result()
     try:
@@ -126,33 +134,33 @@ def _batches(data: "DataLoader[Any]", broken: str) -> abc.Generator[Batch, None,
                 raise FresnetError(f"loader cannot use {which}; the first is {first}")
             yield batch
     finally:
-        # At once, as an exception's traceback may keep it: were it left to the garbage collector,
-        # a worker of another loader, forked meanwhile, would collect it too and hang.
+        # Workers are shut down here and not by the garbage collector. An exception's traceback may
+        # keep `ready` alive; a worker of another loader, forked meanwhile, would then collect it
+        # too, and hang.
         if data.num_workers > 0:
             ready._shutdown_workers()
 
 
-def _next(ready: Any) -> Batch | None:
-    """None after the last."""
+def _next(ready: Iterator[Batch]) -> Batch | None:
+    """The next batch, or None after the last one."""
     try:
-        batch: Batch | None = next(ready, None)
+        return next(ready, None)
     except (RuntimeError, OSError, EOFError) as error:
-        # By its words: of the same types are a transform's own errors.
+        # Only the message tells: a transform may raise errors of the same types.
         if "DataLoader worker (pid" in str(error) or "in pin memory thread" in str(error):
             raise FresnetError(
                 f"a worker of the loader died, perhaps of too little memory: {reason(error)}"
             ) from error
         raise
-    return batch
 
 
 def _collate(items: list[Example | Broken]) -> Batch:
     good = [item for item in items if isinstance(item, Example)]
     bad = [item for item in items if isinstance(item, Broken)]
-    # Along the last axis of [h w 3] images nothing is moved: channels last without a second copy.
-    rows = [example.x.movedim(0, -1) for example in good]
+    # Stacked as [h w c], the images make a batch in channels_last without a second copy.
+    rows = [rearrange(example.x, "c h w -> h w c") for example in good]
     return Batch(
-        x=torch.stack(rows).movedim(-1, 1) if rows else torch.empty(0),
+        x=rearrange(torch.stack(rows), "b h w c -> b c h w") if rows else torch.empty(0),
         y=torch.tensor([example.label for example in good], dtype=torch.int64),
         places=[example.place for example in good],
         broken=tuple(f"{item.file}: {item.reason}" for item in bad),

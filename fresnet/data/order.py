@@ -1,7 +1,7 @@
 """Which images each training step sees, as a function of the step.
 
 order = Order(size=1_281_167, batch=256, seed=0)
-places = batch_at(order, step=70_000)    # the same whenever it is asked
+places = batch_at(order, step=70_000)    # the same at every call
 """
 
 from collections.abc import Iterator
@@ -16,30 +16,32 @@ from fresnet.errors import FresnetError
 
 
 class Order(NamedTuple):
-    """Every epoch a shuffle of its own, dealt to batches as evenly as can be.
+    """A shuffle for each epoch, dealt to batches as evenly as possible.
 
-    None is dropped and none is small: batches of an epoch differ by at most one image. With repeats
-    each image of the shuffle stands so often in a row, and the epoch ends after `size` of them,
-    so that it sees fewer images, each several times (Hoffer et al. 2020, arXiv:1901.09335; the
-    RASampler of torchvision's references).
+    No image is dropped, and the batches of an epoch differ in size by at most one image. With
+    repeats, each image of the shuffle stands several times in a row. The epoch still ends after
+    `size` places, so it holds fewer different images.
+
+    Source: Hoffer et al. 2020, arXiv:1901.09335, and the RASampler of torchvision's references, for
+      repeats.
     """
 
-    size: int  # images in the set
-    batch: int  # the largest batch, that of all processes together
+    size: int  # the number of images
+    batch: int  # the size of the largest batch, over all processes together
     seed: int
     repeats: int = 1
 
 
 class Place(NamedTuple):
-    """Where an image stands in training."""
+    """A place in training, and the image that stands there."""
 
     epoch: int
-    place: int  # in the order of its epoch, unique there even where images repeat
+    place: int  # the index in the order of the epoch, which differs for repeats of an image
     image: int
 
 
 def steps_per_epoch(order: Order) -> int:
-    """The fewest batches that hold an epoch.
+    """The smallest number of batches that hold an epoch.
 
     >>> steps_per_epoch(Order(size=10, batch=4, seed=0))
     3
@@ -54,16 +56,16 @@ def steps_per_epoch(order: Order) -> int:
 
 
 def batch_at(order: Order, step: int, *, rank: int = 0, ranks: int = 1) -> list[Place]:
-    """What this process sees at this step, 0 being the first. It shuffles a whole epoch for it.
+    """What this process sees at a step; the first step is 0. Each call shuffles a whole epoch.
 
     >>> batch_at(Order(size=10, batch=2, seed=0), step=9)
     [Place(epoch=1, place=8, image=7), Place(epoch=1, place=9, image=3)]
 
     Args:
-      rank: this process among the `ranks` that share the batch. One after the other their parts,
-        sizes of which differ by at most one, are the batch of one process alone.
+      rank: this process among the `ranks` processes that share the batch. Their parts, one after
+        the other, are the batch of a process alone. The sizes of parts differ by at most one.
     Raises:
-      FresnetError: if there is no such step or rank, or if a rank would go without an image.
+      FresnetError: if there is no such step or rank, or if a rank would get no image.
     """
     return next(batches(order, step, step + 1, rank=rank, ranks=ranks))
 
@@ -71,7 +73,7 @@ def batch_at(order: Order, step: int, *, rank: int = 0, ranks: int = 1) -> list[
 def batches(
     order: Order, start: int, stop: int, *, rank: int = 0, ranks: int = 1
 ) -> Iterator[list[Place]]:
-    """`batch_at` of every step from start to before stop, with one shuffle an epoch.
+    """`batch_at` for every step from start to before stop, with one shuffle for each epoch.
 
     Args and Raises are those of `batch_at`.
     """
@@ -99,7 +101,7 @@ def _batches(order: Order, start: int, stop: int, rank: int, ranks: int) -> Iter
 
 
 def _shuffled(order: Order, epoch: int) -> Tensor:
-    """The images of an epoch `[size]`."""
+    """The indices of an epoch's images, in order, `[size]`."""
     generator = keyed_generator(order.seed, epoch)
     shuffled = torch.randperm(order.size, generator=generator, device="cpu")
     distinct = shuffled[: -(-order.size // order.repeats)]
@@ -107,7 +109,7 @@ def _shuffled(order: Order, epoch: int) -> Tensor:
 
 
 def _part(whole: range, parts: int, i: int) -> range:
-    """The i-th of so many parts, as `torch.tensor_split` divides.
+    """The i-th of `parts` parts, divided as by `torch.tensor_split`.
 
     >>> [_part(range(10), 3, i) for i in range(3)]
     [range(0, 4), range(4, 7), range(7, 10)]
@@ -118,9 +120,10 @@ def _part(whole: range, parts: int, i: int) -> range:
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A generator for this sequence of numbers, unrelated to those of all others.
+    """A generator for this sequence of numbers, unrelated to that for any other sequence.
 
-    Sums of seed and epoch would give seed 0 at epoch 1 what seed 1 has at epoch 0.
+    A generator for the sum of seed and epoch would draw the same for seed 0 at epoch 1 and for seed
+    1 at epoch 0.
     """
     digest = blake2b(" ".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest))

@@ -1,13 +1,14 @@
-"""Images as a network's evaluation prepares them: resized, cropped and normalised."""
+"""Images prepared as for the evaluation of a network: resized, cropped and normalised."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import floor
 from os import PathLike
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fresnet.errors import FresnetError, describe, reason, suggestion
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Preset(NamedTuple):
-    """What an evaluation does to an image, in this order."""
+    """What an evaluation does to an image, in the order of the fields."""
 
-    resize: int  # its shorter side becomes this
-    crop: int  # a square of this side remains, from its middle
+    resize: int  # the new length of the shorter side
+    crop: int  # the side of the square that remains, from the middle
     interpolation: Literal["bilinear", "bicubic"]
-    corner: Callable[[float], int] = round  # how the crop falls on whole pixels
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values from 0 to 1
+    corner: Callable[[float], int] = round  # rounds the square's corner to a pixel
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # for values from 0 to 1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
@@ -37,16 +38,22 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "huggingface": Preset(floor(224 / 0.875), 224, "bicubic", corner=floor),
     }
 )
-"""torchvision's weights V1 and V2; timm's of its older recipes, of A1 (its default for most), and
-of A1 at its larger test size; microsoft/resnet-50. timm ports of torchvision's are as those."""
+"""How the evaluations of well-known weights prepare images.
+
+"imagenet-v1" and "imagenet-v2" go with torchvision's weights V1 and V2, also where timm ports them.
+"timm" goes with the older recipes of timm, "timm-a1" with its recipe A1, which it takes for most
+networks, and "timm-a1-288" with A1 at the larger test size. "huggingface" goes with
+microsoft/resnet-50.
+"""
 
 
-def preprocess(images: Sequence[Any], preset: str | Preset = "imagenet-v1") -> Tensor:
-    """The batch x `[b 3 h w]` that a network expects of these images.
+def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -> Tensor:
+    """These images as a batch x `[b 3 h w]` for a network.
 
-    Each is turned upright as its EXIF orientation says and converted as by Pillow's
-    `convert("RGB")`: grey becomes three equal channels; alpha is dropped, whatever colour it hid.
-    Only 16-bit grey, which Pillow would clip, is scaled: 0 to 65535 becomes 0 to 255.
+    Each image is turned upright as its EXIF orientation says, and converted as by Pillow's
+    `convert("RGB")`: grey becomes three equal channels, and alpha is dropped, whatever colour it
+    hid. Only 16-bit grey is different, because Pillow would clip it: 0 to 65535 is scaled to 0 to
+    255.
 
     >>> import numpy
     >>> from fresnet import preprocess
@@ -56,14 +63,15 @@ def preprocess(images: Sequence[Any], preset: str | Preset = "imagenet-v1") -> T
     (torch.Size([1, 3, 224, 224]), tensor([0.0056, 0.1352, 0.3568]))
 
     Args:
-      images: PIL images, paths, and uint8 arrays `[h w]` or `[h w c]` with c of 1, 3 or 4: mixed
-        freely, of any sizes.
+      images: PIL images, paths, and uint8 arrays `[h w]` or `[h w c]` with c of 1, 3 or 4. They may
+        be mixed, and of any sizes.
       preset: the evaluation that goes with the weights: a key of `PRESETS`, or a `Preset`.
     Returns:
-      float32 in channels_last memory format. A convolution follows its weight's layout.
+      x, float32 in channels_last memory format. A convolution of it follows its weight's layout.
     Raises:
       FresnetError: if Pillow is missing, if there is no such preset, or if an image cannot be read,
-        is empty, or has, as it comes or resized, more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+        is empty, or has more pixels, before or after it is resized, than
+        `PIL.Image.MAX_IMAGE_PIXELS`.
     Source: torchvision 0.28, timm 1.0 and the PIL processor of transformers 5, equal to the bit.
     """
     try:
@@ -84,28 +92,29 @@ def preprocess(images: Sequence[Any], preset: str | Preset = "imagenet-v1") -> T
     return normalise(pixel_values(pixels), chosen.mean, chosen.std)
 
 
-def _pixels(index: int, image: Any, preset: Preset) -> np.ndarray:
-    """One image as uint8 `[crop crop 3]`, or one error that names it."""
+def _pixels(index: int, image: object, preset: Preset) -> np.ndarray:
+    """One image as uint8 `[crop crop 3]`; an error names the image."""
     try:
         return np.asarray(_crop(upright_rgb(image), preset))
-    except Exception as error:  # of any type: it is Pillow's decoders that raise
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
         name = f"images[{index}]" + (f", {image}" if isinstance(image, str | PathLike) else "")
         raise FresnetError(f"preprocess cannot read {name}: {reason(error)}") from error
 
 
 def pixel_values(pixels: np.ndarray) -> Tensor:
-    """uint8 `[... h w 3]` as values from 0 to 1, float32 `[... 3 h w]`, lying as they did."""
-    return torch.from_numpy(pixels / np.float32(255)).movedim(-1, -3)
+    """uint8 `[... h w 3]` as values from 0 to 1, float32 `[... 3 h w]`, still channels last."""
+    return rearrange(torch.from_numpy(pixels / np.float32(255)), "... h w c -> ... c h w")
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std in each channel of x `[... 3 h w]`."""
-    by_channel = torch.tensor([mean, std], dtype=torch.float32, device="cpu")[..., None, None]
+    both = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
+    by_channel = rearrange(both, "two c -> two c 1 1")
     return (x - by_channel[0]) / by_channel[1]
 
 
-def upright_rgb(image: Any) -> "PILImage":
-    """The image, or what its file holds, upright and its pixels in RGB."""
+def upright_rgb(image: object) -> "PILImage":
+    """An image, or the image in a file, turned upright and in RGB."""
     from PIL import Image, ImageOps
 
     if isinstance(image, str | PathLike):
@@ -119,7 +128,7 @@ def upright_rgb(image: Any) -> "PILImage":
     if 0 in image.size:
         raise FresnetError(f"an image of {image.width}x{image.height} is empty")
     upright = ImageOps.exif_transpose(image)  # a copy, whatever the orientation
-    # Transparency goes like alpha. Pillow would carry it along, and warns where it cannot.
+    # Transparency is dropped as alpha is. Pillow would keep it, and warns where it cannot.
     upright.info.pop("transparency", None)
     if upright.mode == "F":
         raise FresnetError("floats have no fixed range: scale the image to uint8 first")
@@ -129,7 +138,7 @@ def upright_rgb(image: Any) -> "PILImage":
 
 
 def _grey_or_colour(array: np.ndarray) -> np.ndarray:
-    """The array as Pillow takes it: grey without a channel."""
+    """The array as Pillow takes it: a single channel has no axis."""
     if array.dtype != np.uint8 or array.ndim < 2 or array.shape[2:] not in ((), (1,), (3,), (4,)):
         hint = ""
         if array.dtype.kind == "f":
@@ -143,7 +152,7 @@ def _grey_or_colour(array: np.ndarray) -> np.ndarray:
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """16-bit grey in the nearest of 256 levels: 257 v becomes v."""
+    """16-bit grey at the nearest of 256 levels: 257 v becomes v."""
     if grey.min() < 0 or grey.max() > 65535:
         raise FresnetError(f"expected grey of 0 to 65535; got {grey.min()} to {grey.max()}")
     return np.rint(grey / 257).astype(np.uint8)
@@ -161,7 +170,7 @@ def _crop(image: "PILImage", preset: Preset) -> "PILImage":
 
 
 def refuse_huge(which: str, size: tuple[int, int]) -> None:
-    """Hold to the limit at which Pillow itself only warns."""
+    """Refuse images above the limit at which Pillow itself only warns."""
     from PIL.Image import MAX_IMAGE_PIXELS as LIMIT
 
     if LIMIT is not None and size[0] * size[1] > LIMIT:
@@ -169,7 +178,7 @@ def refuse_huge(which: str, size: tuple[int, int]) -> None:
         raise FresnetError(f"{got}, more pixels than PIL.Image.MAX_IMAGE_PIXELS = {LIMIT}")
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {describe(value)} (image.numpy()?)"
     return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else describe(value)

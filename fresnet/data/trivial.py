@@ -1,8 +1,8 @@
-"""TrivialAugment: one operation on an image, of a strength that is drawn too."""
+"""TrivialAugment: one operation on an image, drawn together with its strength."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import ImageEnhance, ImageOps
@@ -16,12 +16,18 @@ BINS = 31
 
 class Operation(NamedTuple):
     apply: Callable[..., Image]
-    strengths: tuple[float, float] | None = None  # from the first to the last of the bins
-    signed: bool = False  # either way, as a coin falls
+    strengths: tuple[float, float] | None = None  # those of the first and of the last bin
+    signed: bool = False  # whether a coin decides the sign of the strength
+
+
+class Enhancer(Protocol):
+    """What Pillow's `ImageEnhance` has for a quality of an image."""
+
+    def enhance(self, factor: float) -> Image: ...
 
 
 def trivial_augment(image: Image, generator: Generator) -> Image:
-    """torchvision's TrivialAugmentWide with bilinear interpolation, as its references use it.
+    """Do what torchvision's TrivialAugmentWide does with bilinear interpolation.
 
     Source: Müller & Hutter 2021, arXiv:2103.10158, the wide space of Table 1.
     """
@@ -52,7 +58,7 @@ def _translate_y(image: Image, distance: float) -> Image:
 
 
 def _affine(image: Image, matrix: tuple[float, ...]) -> Image:
-    """At (x, y) comes what is at (a x + b y + c, d x + e y + f): black where that is outside."""
+    """Put at (x, y) the pixel at (a x + b y + c, d x + e y + f), or black if that lies outside."""
     return image.transform(image.size, Transform.AFFINE, matrix, Resampling.BILINEAR)
 
 
@@ -64,9 +70,8 @@ def _posterize(image: Image, bits: float) -> Image:
     return ImageOps.posterize(image, round(bits))
 
 
-def _enhance(image: Image, change: float, quality: Callable[[Image], Any]) -> Image:
-    enhanced: Image = quality(image).enhance(1 + change)
-    return enhanced
+def _enhance(image: Image, change: float, quality: Callable[[Image], Enhancer]) -> Image:
+    return quality(image).enhance(1 + change)
 
 
 OPERATIONS = (
@@ -85,4 +90,4 @@ OPERATIONS = (
     Operation(ImageOps.autocontrast),
     Operation(ImageOps.equalize),
 )
-"""In torchvision's order, by which they are drawn."""
+"""All operations, in torchvision's order. An operation is drawn by its index here."""

@@ -19,13 +19,14 @@ from fresnet.network.net import run_network
 from fresnet.network.nodes import (
     Bias,
     Geometry,
-    Layer,
     NoAttention,
     NoNorm,
     Params,
     PooledProjection,
     Projection,
+    attention_of,
     blocks_of,
+    last_layer,
     with_blocks,
 )
 
@@ -83,11 +84,11 @@ def with_biases_in_sums(params: Params) -> Params:
 
 
 def _bias_in_sum(block: Any) -> Any:
-    attention, shortcut = getattr(block, "attention", NoAttention()), block.shortcut
+    attention, shortcut = attention_of(block), block.shortcut
     projects = isinstance(shortcut, Projection | PooledProjection)
     if not projects or not isinstance(attention, NoAttention):
         return block
-    *_, last = (field for field in block._fields if isinstance(getattr(block, field), Layer))
+    last = last_layer(block)
     layer, projection = getattr(block, last), shortcut.layer
     total = Bias(layer.norm.bias + projection.norm.bias)
     bare = shortcut._replace(layer=projection._replace(norm=NoNorm()))

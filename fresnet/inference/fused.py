@@ -98,6 +98,7 @@ def _rescaling(unit: Unit) -> FusedLayer:
     match unit:
         case Normed(Rescale(scale, bias)):
             factor, shift = scale[:, None, None].clone(), bias[:, None, None].clone()
+            # As one operation: of a product and a sum oneDNN's fuser makes wrong results in V2.
             return lambda x, _: ops.relu(torch.addcmul(shift, x, factor))
     _refuse(unit)
 

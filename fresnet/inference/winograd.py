@@ -77,7 +77,7 @@ def is_faster(shape: torch.Size, weight: Tensor, how: Geometry) -> bool:
 
 
 def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, *, relu: bool) -> FusedLayer:
-    """As `onednn.convolution` of a 3x3 weight, padded by 1, to rounding several times as large."""
+    """As `fused.convolution` of a 3x3 weight, padded by 1, to rounding several times as large."""
     b, c, h, w = shape
     o, rows, columns = len(bias), _tiles(h), _tiles(w)
     kernel = _kernel(weight)

@@ -1,4 +1,4 @@
-"""Where PyTorch's kernels for convolutions are wrong, so that `convolution` keeps off them."""
+"""Where PyTorch's kernels for convolutions are wrong, for whoever calls one to keep off them."""
 
 import torch
 from torch import Tensor

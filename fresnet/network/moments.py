@@ -148,8 +148,8 @@ def statistics(stats: Tree, moments: Any, *, correction: int = 0) -> Tree:
         new = (seen.mean, seen.m2 / (seen.n - correction).clamp(min=1))
         return NormStats(*(torch.where(seen.n > 0, b, a) for a, b in zip(old, new, strict=True)))
 
-    replaced: Tree = _map("statistics", of_batch, stats, moments, first=NormStats)
-    return replaced
+    found: Tree = _map("statistics", of_batch, stats, moments, first=NormStats)
+    return found
 
 
 def _map(caller: str, function: Callable[..., Any], *nodes: Any, first: type = Moments) -> Any:

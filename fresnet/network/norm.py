@@ -51,7 +51,8 @@ def inference_norm(
       stats: mean and var, each `[c]`; () beside a norm without statistics.
       x: activations `[b c h w]`, over which a bias alone is written.
     Returns:
-      `(y, stats)`: y `[b c h w]` in x's dtype; stats is the argument itself.
+      `(y, stats)`: y `[b c h w]` in x's dtype; stats is the argument itself, or () from a norm
+      without statistics.
     Raises:
       FresnetError: if the channels differ, or if the type is none of `fresnet.nodes.NORMS`.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2.

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fresnet import tree
 from fresnet.network.check import check_image_size, check_params, first_conv
-from fresnet.network.nodes import Grid, Head, Layer, Params, blocks_of, grids, paired
+from fresnet.network.nodes import Grid, Head, Layer, Params, attention_of, blocks_of, grids, paired
 from fresnet.network.regimes import INFERENCE
 
 
@@ -134,7 +134,7 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
             stage_rows.append(row)
         rows += [row._replace(blocks=len(list(alike))) for row, alike in groupby(stage_rows)]
     if tree.leaves(weights.last):
-        x, row = _measure(weights.last, partial(at.last.run, x, INFERENCE), "norm and ReLU")
+        x, row = _measure(weights.last, partial(at.last.run, x, INFERENCE), weights.last.note())
         rows.append(row)
     k, c = weights.head.weight.shape
     _, row = _measure(
@@ -160,11 +160,10 @@ def _measure(
 
 
 def _describe_block(block: Any, grid: Grid) -> str:
-    attention = getattr(block, "attention", None)
     notes = [
         "stride 2" if grid.stride == 2 else "",
         f"dilation {grid.dilation_after}" if grid.dilation_after > 1 else "",
-        attention.note() if attention is not None else "",
+        attention_of(block).note(),
         block.shortcut.note(),
     ]
     return "; ".join(filter(None, [_convolutions(block), ", ".join(filter(None, notes))]))

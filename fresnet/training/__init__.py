@@ -6,9 +6,9 @@ train_step = fresnet.training.make_train_step(optimizer)
 state, metrics = train_step(state, (x, y))
 """
 
+from fresnet.training.backward import gradients
 from fresnet.training.checkpoint import Restored, restore_state, save_state
 from fresnet.training.evaluation import Evaluation, evaluate
-from fresnet.training.gradients import gradients
 from fresnet.training.mixing import cutmix, mixup, one_of
 from fresnet.training.processes import Processes, check_same, joined, share
 from fresnet.training.state import TrainState, start

@@ -1,4 +1,4 @@
-"""A state in a file, to be gone on with to the bit."""
+"""Training states in files, from which training goes on with the same bits."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +19,13 @@ from fresnet.weights.names import names
 from fresnet.weights.storage import as_path, read_safetensors, remove_leftovers, write_safetensors
 
 STATE = "fresnet.state"
-"""The metadata with step, notes, strides, and types of nodes."""
+"""The name of the metadata that hold step, notes, strides, and types of nodes."""
+
+State = TypeVar("State")
 
 
-class Restored(NamedTuple):
-    state: Any
+class Restored(NamedTuple, Generic[State]):
+    state: State
     step: int
     notes: Mapping[str, Any]
     path: Path
@@ -37,23 +39,23 @@ def save_state(
     keep: int = 3,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a state to `folder/step-000000001200.safetensors`, and remove what is older.
+    """Write a state to `folder/step-000000001200.safetensors`, and remove older files.
 
-    The file is whole or not there, whatever happens meanwhile, and takes the place of older ones
-    only when it lies on the disk. `fresnet.load` reads the network in it: a `TrainState`'s average,
-    or params if it keeps none.
+    Whatever happens meanwhile, the file is whole or not there. Older files are removed only once it
+    lies on the disk. `fresnet.load` reads the network in it, which is the average of a
+    `TrainState`, or its params if it keeps no average.
 
     Args:
       state: any tree of tensors, such as a `TrainState`.
-      folder: made if it is not there. One process at a time saves to it.
-      step: the number in the file's name: the newest has the highest.
+      folder: the folder for the file, made if it is not there. One process at a time saves to it.
+      step: the number in the file's name. The newest file has the highest number.
       keep: how many files remain, this one and those of lower steps.
-      notes: what else to remember, as JSON has it.
+      notes: anything else to remember, as JSON can hold it.
     Returns:
-      The file.
+      The path of the file.
     Raises:
-      FresnetError: if an argument is not such, or if it cannot be written. What was there before
-        is still there.
+      FresnetError: if an argument is not as described, or if the file cannot be written. What was
+        there before is then still there.
     """
     folder = as_path(folder)
     if type(keep) is not int or keep < 1:
@@ -79,7 +81,7 @@ def save_state(
         raise FresnetError(f"save_state cannot make {folder}: {reason(error)}") from error
     path = folder / f"step-{step:012}.safetensors"
     write_safetensors("save_state", _apart(entries), path, texts)
-    # Higher steps than this one's are damaged, or were gone back from: they push nothing out.
+    # Files of higher steps are damaged, or training went back to before them. They do not count.
     for old in [file for file in saved_states(folder) if _step_of(file) <= step][keep:]:
         try:
             old.unlink(missing_ok=True)
@@ -89,16 +91,16 @@ def save_state(
     return path
 
 
-def restore_state(like: Any, folder: str | os.PathLike[str]) -> Restored | None:
-    """The newest state in a folder, or None if there is no file of a state.
+def restore_state(like: State, folder: str | os.PathLike[str]) -> Restored[State] | None:
+    """The newest state in a folder, or None if no file there holds a state.
 
-    A damaged file is passed over, with a warning that names it, for the one before.
+    If a file is damaged, a warning names it, and the file before it is read instead.
 
     Args:
       like: a state of the same structure, shapes and dtypes, such as the one before the first step.
-        Leaves come to the devices of its leaves.
+        Each leaf is read to the device of the leaf in its place.
     Raises:
-      FresnetError: if none can be read, or if the newest that can is of another structure.
+      FresnetError: if all files are damaged, or if the newest that is not has another structure.
     """
     places = _entries("restore_state", like)
     damaged = []
@@ -126,7 +128,7 @@ def restore_state(like: Any, folder: str | os.PathLike[str]) -> Restored | None:
 
 
 def saved_states(folder: str | os.PathLike[str]) -> list[Path]:
-    """The files of states in a folder, the newest first."""
+    """The files of states in a folder, the newest first; none if there is no folder."""
     try:
         found = list(as_path(folder).iterdir())
     except FileNotFoundError:
@@ -142,13 +144,13 @@ def _step_of(path: Path) -> int:
 
 
 def _network(state: Any) -> str | None:
-    """The field with the network to evaluate, if there is one."""
+    """The name of the field that holds the network to evaluate, if there is one."""
     fields = ("average", "params")
     return next((f for f in fields if isinstance(getattr(state, f, None), Params)), None)
 
 
 def _entries(caller: str, state: Any) -> dict[str, Tensor]:
-    """Each leaf, under the name that `save` has for it in a network, others under their paths."""
+    """Leaves by name. In a network these are the names that `save` gives, elsewhere the paths."""
     network = _network(state)
     networks = iter(names(getattr(state, network)) if network else ())
     entries: dict[str, Tensor] = {}
@@ -164,7 +166,7 @@ def _entries(caller: str, state: Any) -> dict[str, Tensor]:
 
 
 def _nodes(node: Any, name: str = "state") -> dict[str, str]:
-    """The type of each node, those without leaves too."""
+    """The name of each node's type, also where a node has no leaves."""
     if isinstance(node, Tensor):
         return {}
     fields = node if isinstance(node, dict) else getattr(node, "_fields", range(len(node)))
@@ -176,7 +178,7 @@ def _nodes(node: Any, name: str = "state") -> dict[str, str]:
 
 
 def _apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, and none in the memory of another: safetensors takes nothing else."""
+    """The same entries, contiguous and in memory of their own, as safetensors needs them."""
     seen: set[int] = set()
     result = {}
     for name, leaf in entries.items():
@@ -189,8 +191,9 @@ def _apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _laid_out(leaf: Tensor, strides: Sequence[int], device: torch.device) -> Tensor:
+    """A copy with these strides on this device."""
     result = torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=device)
-    # What an expanded dimension, of stride 0, repeats lies in memory once.
+    # An expanded dimension has stride 0: the values that it repeats lie in memory once.
     once = tuple(slice(None) if stride else slice(1) for stride in strides)
     result[once].copy_(leaf[once])
     return result
@@ -201,7 +204,7 @@ def _described(entries: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _check_same(path: Path, here: Mapping[str, str], there: Mapping[str, str]) -> None:
-    """Refuse what is whole, but another network's, optimizer's or precision's."""
+    """Refuse a file that is whole, but of another network, optimizer or precision."""
     for name in [*here, *there]:
         expected, got = (side.get(name, "none") for side in (here, there))
         if expected != got:

@@ -16,7 +16,7 @@ from fresnet.training.targets import check_classes, cross_entropy
 
 
 class Evaluation(NamedTuple):
-    """Over all images of all processes."""
+    """Results over all images of all processes."""
 
     images: int
     loss: float
@@ -24,14 +24,17 @@ class Evaluation(NamedTuple):
 
     top1: float
     top5: float
-    """Shares of the images whose class is the most probable, or among the five."""
+    """The shares of images whose class is the most probable one, or one of the five most probable.
+
+    If there are fewer than five classes, any class counts for `top5`.
+    """
 
     confusion: Tensor
-    """How many images of class i were taken for class j, int64 `[k k]`, on the CPU."""
+    """How many images of class i were classified as class j, int64 `[k k]`, on the CPU."""
 
 
 def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = None) -> Evaluation:
-    """Classify batches by the running statistics and compare with their classes.
+    """Classify batches by the running statistics, and compare the results with their classes.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -41,9 +44,9 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
 
     Args:
       params: the network.
-      batches: images `[b c h w]` in the dtype of the weights, their classes `[b]`, and what else
-        there is, as in the batches of `fresnet.data`.
-      group: processes that evaluate together, each with a share of the batches, or with none.
+      batches: for each batch, images `[b c h w]` in the dtype of the weights and their classes
+        `[b]`. A batch of `fresnet.data` holds more, which is left alone.
+      group: processes that evaluate together. Each has a share of the batches, which may be empty.
     Raises:
       FresnetError: if there is no image at all, or if images or classes are not what the network
         takes.
@@ -53,7 +56,7 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
     bias = params.weights.head.bias
     classes = len(bias)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=bias.device)
-    sums = torch.zeros(2, dtype=torch.float64, device=bias.device)  # of losses, of hits among five
+    sums = torch.zeros(2, dtype=torch.float64, device=bias.device)  # losses, hits among five
     with torch.no_grad():
         for x, y, *_ in batches:
             check_call("evaluate", params, x)

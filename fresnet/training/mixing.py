@@ -1,27 +1,26 @@
-"""Batches of images mixed with their neighbours, labels alike.
+"""Images mixed with their neighbours in the batch, and their labels with them.
 
-A mixing is a function `(x, targets, generator) -> (x, targets)`: images `[b c h w]` and the
-probabilities of their classes `[b k]`. Each image is mixed with the one before it.
+A mixing is a function `(x, targets, generator) -> (x, targets)` of images `[b c h w]` and the
+probabilities of their classes `[b k]`. Each image is mixed with the one before it, the first with
+the last. The generator is on the CPU.
 """
 
 from collections.abc import Callable
 from functools import partial
 from math import inf, sqrt
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
+from einops import rearrange
 from torch import Generator, Tensor
 
 from fresnet.errors import FresnetError
-
-CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
-"""Where generators are, whatever PyTorch's defaults."""
 
 Mixing: TypeAlias = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
 
 
 def mixup(alpha: float) -> Mixing:
-    """One weighted mean of both images, the weight drawn from Beta(alpha, alpha).
+    """A weighted mean of both images. One weight for the batch is drawn from Beta(alpha, alpha).
 
     Raises:
       FresnetError: if alpha is not a positive number.
@@ -31,7 +30,9 @@ def mixup(alpha: float) -> Mixing:
 
 
 def cutmix(alpha: float) -> Mixing:
-    """A rectangle of one image laid over the other, its share of the area from Beta(alpha, alpha).
+    """A rectangle of one image laid over the other.
+
+    The rectangle's share of the area is drawn from Beta(alpha, alpha).
 
     Raises:
       FresnetError: if alpha is not a positive number.
@@ -41,7 +42,7 @@ def cutmix(alpha: float) -> Mixing:
 
 
 def one_of(*mixings: Mixing) -> Mixing:
-    """For each batch one of these, each as likely."""
+    """One of these mixings for each batch, all with the same probability."""
     return partial(_one_of, mixings)
 
 
@@ -63,7 +64,8 @@ def _cutmix(
     top, bottom = max(row - int(half * height), 0), min(row + int(half * height), height)
     left, right = max(column - int(half * width), 0), min(column + int(half * width), width)
     rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
-    inside = ((rows >= top) & (rows < bottom))[:, None] & (columns >= left) & (columns < right)
+    in_rows = rearrange((rows >= top) & (rows < bottom), "h -> h 1")
+    inside = in_rows & (columns >= left) & (columns < right)
     share = 1 - (bottom - top) * (right - left) / (height * width)
     return torch.where(inside, x.roll(1, 0), x), _blend(targets, share)
 
@@ -71,16 +73,22 @@ def _cutmix(
 def _one_of(
     mixings: tuple[Mixing, ...], x: Tensor, targets: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    chosen = int(torch.multinomial(torch.ones(len(mixings), **CPU), 1, generator=generator))
+    weights = torch.ones(len(mixings), dtype=torch.float32, device="cpu")
+    chosen = int(torch.multinomial(weights, 1, generator=generator))
     return mixings[chosen](x, targets, generator)
 
 
 def _share(alpha: float, generator: Generator) -> float:
-    """From Beta(alpha, alpha). `torch.distributions`, which draws it so, takes no generator."""
-    return float(torch._sample_dirichlet(torch.full((2,), alpha, **CPU), generator=generator)[0])
+    """A draw from Beta(alpha, alpha).
+
+    `torch.distributions` calls the same private function, but takes no generator.
+    """
+    concentrations = torch.full((2,), alpha, dtype=torch.float32, device="cpu")
+    return float(torch._sample_dirichlet(concentrations, generator=generator)[0])
 
 
 def _blend(values: Tensor, share: float) -> Tensor:
+    """The mean of each value, weighted by `share`, and the one before it."""
     return values.roll(1, 0) * (1 - share) + values * share
 
 

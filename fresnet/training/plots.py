@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and which classes are taken for which."""
+"""Pictures of a run: its curves, and which classes it confuses."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from torch import Tensor
 from fresnet.training.record import Line
 
 POINTS = 500
-"""Of a curve; each is the mean of as many steps."""
+"""How many points a curve has at most. Each is the mean of equally many steps."""
 
 
 def draw_curves(lines: Iterable[Line], per_epoch: int, path: Path) -> None:
-    """Loss and accuracy over epochs, in training and in evaluation."""
+    """Draw loss and accuracy over epochs, in training and in evaluation."""
     train: list[tuple[float, float, float]] = []
     evaluations: list[tuple[float, float, float, float]] = []
     for line in lines:
@@ -43,7 +43,7 @@ def draw_curves(lines: Iterable[Line], per_epoch: int, path: Path) -> None:
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Shares of each class's images by the class that they were taken for."""
+    """Draw which share of each class's images was taken for which class."""
     shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     few = len(classes) <= 20
     side = 2.5 + 0.45 * len(classes) if few else 9
@@ -64,7 +64,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
 
 
 def _label(name: str) -> str:
-    """Not too long, and no formula."""
+    """At most 24 letters of a name; "$" is escaped, as it would begin a formula."""
     return (name if len(name) <= 24 else f"{name[:21]}...").replace("$", r"\$")
 
 

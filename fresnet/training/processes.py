@@ -17,17 +17,17 @@ from fresnet.errors import FresnetError, describe
 from fresnet.pytorch.collectives import Group, all_sum, answered
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process."""
+"""The variables that torchrun sets for each process."""
 
 ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-"""What a process goes by that is told nothing."""
+"""What holds for a process for which nothing is set."""
 
 
 class Processes(NamedTuple):
-    """The job, as one of its processes sees it."""
+    """A job, as one of its processes sees it."""
 
     group: Group | None
-    """All of them; None for a process alone."""
+    """All processes of the job; None if there is only one."""
 
     rank: int
     size: int
@@ -38,21 +38,22 @@ class Processes(NamedTuple):
 def joined(*, timeout_s: float = 60.0, backend: str | None = None) -> Iterator[Processes]:
     """Join the other processes that `torchrun` started, and leave them at the end.
 
-    After an error this process leaves them by ending.
+    After an error this process stays among them until it ends.
 
     >>> with joined(backend="gloo") as processes:             # started without torchrun
     ...     processes
     Processes(group=None, rank=0, size=1, device=device(type='cpu'))
 
     Args:
-      timeout_s: how long a process may let the others wait, with a checkpoint for example, until
-        they give it up.
-      backend: by default "nccl" where there are GPUs, a process to each, and else "gloo".
+      timeout_s: how long a process waits for another, for example while that one writes a
+        checkpoint, before it gives up.
+      backend: by default "nccl" where there are GPUs, with one process for each, and "gloo"
+        elsewhere.
     Raises:
-      FresnetError: if the environment is torchrun's only in part, if a machine has fewer GPUs than
-        processes, or if another process ends or does not answer in time: at the start, or within,
-        in whatever waits for it. With NCCL it is PyTorch's watchdog that ends this process then.
-      SystemExit: on SIGTERM, by which torchrun ends the others when one has ended.
+      FresnetError: if torchrun's variables are set only in part, if a machine has fewer GPUs than
+        processes, or if another process ends or does not answer in time: at the start, or later in
+        any call that waits for it. With NCCL, PyTorch's watchdog ends this process then.
+      SystemExit: on SIGTERM, which torchrun sends to the other processes when one has ended.
     """
     found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -72,8 +73,8 @@ def joined(*, timeout_s: float = 60.0, backend: str | None = None) -> Iterator[P
         )
     with _ended_by_signal(rank, size):
         yield Processes(distributed.group.WORLD, rank, size, device)
-    # Not after an error: the others are not to notice, and torchrun not to end this process for
-    # it, before it has said why.
+    # After an error the group is not destroyed: the others would notice at once, and torchrun would
+    # end this process before it has said what happened.
     distributed.destroy_process_group()
 
 
@@ -84,7 +85,7 @@ def share(images: int, processes: int) -> int:
     16
 
     Raises:
-      FresnetError: if they are not as many for each.
+      FresnetError: if the processes cannot all take the same number.
     """
     fewer = images // processes * processes
     if fewer != images or images < 1:
@@ -95,23 +96,40 @@ def share(images: int, processes: int) -> int:
     return images // processes
 
 
-def check_same(state: Any, group: Group | None) -> None:
-    """Refuse states that differ between processes, if only by a bit.
+def gathered(names: list[str], processes: Processes) -> list[str]:
+    """The names of all processes, which all call this.
 
-    Steps keep equal states equal, so states that differ come from other checkpoints or options.
+    Raises:
+      FresnetError: if another process does not answer.
+    """
+    if processes.group is None:
+        return names
+    everyone: list[list[str]] = [[]] * processes.size
+    with answered(processes.rank, processes.size):
+        distributed.all_gather_object(everyone, names, group=processes.group)
+    return [name for one in everyone for name in one]
+
+
+def check_same(state: Any, group: Group | None) -> None:
+    """Refuse states that differ between processes, even in a single bit.
+
+    Steps keep equal states equal. If states differ, the processes began with different checkpoints
+    or options.
 
     Args:
       state: a tree of tensors, such as a `TrainState`.
-      group: whose processes all call this; None for a process alone, which agrees with itself.
+      group: the processes that compare their states, which all call this; None for a process
+        alone, where there is nothing to compare.
     Raises:
-      FresnetError: on every process, naming one and where its state differs from the first one's.
+      FresnetError: on every process. It names one process, and where its state differs from that of
+        process 0.
     """
     if group is None:
         return
     structure = [crc32(repr(tree.map(describe, state)).encode())]
     places = ["in structure", *(f"at {path}" for path in tree.paths(state))]
     leaves = tree.leaves(state)
-    # The structure first: of other trees there may be another number of leaves.
+    # Structures are compared first, because trees that differ may have different numbers of leaves.
     for checksums in (structure, [*structure, *map(_checksum, leaves)]):
         table = torch.zeros(group.size(), len(checksums), dtype=torch.int64)
         table[group.rank()] = torch.tensor(checksums)
@@ -124,7 +142,8 @@ def check_same(state: Any, group: Group | None) -> None:
 
 
 def _checksum(leaf: Tensor) -> int:
-    column = leaf.detach().cpu().flatten()[:, None]  # whose last stride is 1
+    # A view as bytes takes a last stride of 1. Indexing makes one; a reshape may not.
+    column = leaf.detach().cpu().flatten()[:, None]
     return crc32(column.view(torch.uint8).numpy().tobytes())
 
 
@@ -140,7 +159,7 @@ def _device(local: int) -> torch.device:
 
 @contextmanager
 def _ended_by_signal(rank: int, size: int) -> Iterator[None]:
-    """Say so when this process is ended by SIGTERM, unless that is seen to already."""
+    """Let SIGTERM end this process with a message, unless something else handles that signal."""
 
     def end(*_: object) -> NoReturn:
         raise SystemExit(

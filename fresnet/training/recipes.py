@@ -1,4 +1,4 @@
-"""How published networks were trained, as values."""
+"""How published networks were trained: recipes as values, and what follows from them."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,22 +12,40 @@ from fresnet.training.mixing import Mixing, cutmix, mixup, one_of
 
 
 class Recipe(NamedTuple):
-    """SGD with momentum 0.9 and what goes with it; `recipe._replace(epochs=30)` is another."""
+    """How to train with SGD of momentum 0.9; `recipe._replace(epochs=30)` is another recipe."""
 
     epochs: int
-    batch: int  # images a step, of all processes together
-    rate: float  # the highest learning rate
+
+    batch: int
+    """Images in a step, over all processes together."""
+
+    rate: float
+    """The highest learning rate."""
+
     augmentation: Augmentation
-    preset: Preset  # how images are evaluated
-    drops: tuple[float, ...] = ()  # epochs after which the rate is a tenth; none: half a cosine
-    warm_up: int = 0  # epochs
+
+    preset: Preset
+    """How images are prepared for an evaluation."""
+
+    drops: tuple[float, ...] = ()
+    """Epochs after which the rate falls to a tenth. Without any, it falls along half a cosine."""
+
+    warm_up: int = 0
+    """For how many epochs the rate rises at first."""
+
     weight_decay: float = 1e-4
     decay_norms: bool = True
     label_smoothing: float = 0.0
-    mixup: float = 0.0  # the alpha of its Beta distribution, or none; if both, one for each batch
+
+    mixup: float = 0.0
     cutmix: float = 0.0
-    repeats: int = 1  # times that an image stands in an epoch, among fewer others
-    average: float = 0.0  # in the average of weights, an image's share times epochs, or none
+    """Alpha of their Beta distributions; 0 leaves one out. If both mix, each batch draws one."""
+
+    repeats: int = 1
+    """How often an epoch repeats an image. It then holds fewer different images."""
+
+    average: float = 0.0
+    """Sets how fast the average of weights moves, see `average_decay_of`; 0 keeps no average."""
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -65,13 +83,18 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         ),
     }
 )
-"""The paper's (He et al. 2015, Sec. 3.4; its rate drops "when the error plateaus", here after the
-epochs that became the custom), and those of torchvision's weights V1 and V2 (its references for
-classification; here rates move with each step, not with each epoch)."""
+"""Recipes by name. "v1" and "v2" are those of torchvision's weights V1 and V2.
+
+In the paper the rate drops "when the error plateaus"; here it drops after the epochs that became
+customary. In torchvision's references the rate changes with each epoch; here it changes with each
+step.
+
+Source: He et al. 2015, arXiv:1512.03385, Sec. 3.4; torchvision, references/classification.
+"""
 
 
 def schedule_of(recipe: Recipe, steps_per_epoch: int) -> optim.Schedule:
-    """The learning rate, a function of the step."""
+    """The learning rate as a function of the step."""
     warm_up = recipe.warm_up * steps_per_epoch
     if recipe.drops:
         drops = [round(drop * steps_per_epoch) - warm_up for drop in recipe.drops]
@@ -91,24 +114,25 @@ def optimizer_of(recipe: Recipe, steps_per_epoch: int) -> optim.Optimizer:
 
 
 def mixing_of(recipe: Recipe) -> Mixing | None:
+    """How batches are mixed: by one mixing, by one of two for each batch, or not at all."""
     kinds = ((mixup, recipe.mixup), (cutmix, recipe.cutmix))
     mixings = [mixing(alpha) for mixing, alpha in kinds if alpha]
     return one_of(*mixings) if len(mixings) > 1 else mixings[0] if mixings else None
 
 
 def average_decay_of(recipe: Recipe) -> float:
-    """Of a step."""
+    """The share of the old average in the new one at each step: 1 - average batch / epochs."""
     return max(0.0, 1 - recipe.average * recipe.batch / recipe.epochs)
 
 
 def with_epochs(recipe: Recipe, epochs: int) -> Recipe:
-    """A longer or shorter recipe, its drops in proportion; it warms up as long.
+    """The recipe made longer or shorter. Its drops move in proportion, its warm-up stays as long.
 
     >>> with_epochs(RECIPES["paper"], 20).drops
     (5.0, 10.0, 15.0)
 
     Raises:
-      FresnetError: if it would end before it has warmed up.
+      FresnetError: if the recipe would end before it has warmed up.
     """
     if not epochs > recipe.warm_up:
         raise FresnetError(
@@ -119,7 +143,7 @@ def with_epochs(recipe: Recipe, epochs: int) -> Recipe:
 
 
 def with_batch(recipe: Recipe, batch: int) -> Recipe:
-    """The recipe for batches of another size, its rate in proportion.
+    """The recipe for batches of another size. Its rate changes in proportion.
 
     >>> with_batch(RECIPES["v1"], 512).rate
     0.2
@@ -130,7 +154,7 @@ def with_batch(recipe: Recipe, batch: int) -> Recipe:
 
 
 def with_crop(recipe: Recipe, side: int) -> Recipe:
-    """The recipe for smaller or larger images: trained and evaluated on squares of this side.
+    """The recipe for images of another size: squares of this side in training and evaluation.
 
     >>> recipe = with_crop(RECIPES["v1"], 32)
     >>> recipe.augmentation.crop.side, recipe.preset.crop, recipe.preset.resize

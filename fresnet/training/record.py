@@ -1,4 +1,4 @@
-"""What a run leaves to be looked at: a log, TensorBoard's files, and a bar while it lasts."""
+"""What a run shows of itself: a log, files for TensorBoard, and a progress bar."""
 
 import json
 import os
@@ -22,9 +22,9 @@ Line = Mapping[str, Any]
 
 
 class Record:
-    """Where a run writes: `log.jsonl`, TensorBoard's files, and the terminal.
+    """Where a run writes its numbers: `log.jsonl`, files for TensorBoard, and the terminal.
 
-    Each line of the log is an object, such as {"step": 7, "train": {"loss": 1.5}}.
+    Each line of the log is a JSON object, such as {"step": 7, "train": {"loss": 1.5}}.
     """
 
     def __init__(self, log: TextIO, board: "_Board", bar: "tqdm[Any]") -> None:
@@ -48,23 +48,23 @@ class Record:
             self._line(step, "left_out", files=files)
 
     def sync(self) -> None:
-        """Leave nothing to be lost with the power."""
+        """Wait until the log lies on the disk, where a power cut does not reach it."""
         os.fsync(self._log.fileno())
 
     def _write(self, step: int, kind: str, **values: float) -> None:
         self._line(step, kind, **values)
         self._board.write(step, {f"{kind}/{name}": value for name, value in values.items()})
 
-    def _line(self, step: int, kind: str, **values: Any) -> None:
+    def _line(self, step: int, kind: str, **values: float | Sequence[str]) -> None:
         self._log.write(json.dumps({"step": step, kind: values}) + "\n")
         self._log.flush()
 
 
 class _Board:
-    """A file of TensorBoard's, in which scalars of this step and later ones replace older files'.
+    """A file for TensorBoard. From its first step on, its scalars replace those of older files.
 
-    It is written at once: a `SummaryWriter` has a thread of its own, to which errors come, and
-    which the loader's workers would be forked beside.
+    Each value is written at once. A `SummaryWriter` would write in a thread of its own: errors
+    would be raised there, and the loader would fork its workers beside that thread.
     """
 
     def __init__(self, file: BinaryIO, first: int) -> None:
@@ -76,16 +76,16 @@ class _Board:
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._add(step=step, summary=Summary(value=scalars))
 
-    def _add(self, **content: Any) -> None:
+    def _add(self, **content: object) -> None:
         self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
         self._file.flush()
 
 
 @contextmanager
 def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
-    """The record of a run of so many steps that goes on after some of them.
+    """The record of a run of `steps` steps that goes on after step `after`.
 
-    What a killed run wrote of steps after its last checkpoint is cut off.
+    A run that was killed may have logged steps after its last checkpoint. They are cut off.
     """
     kept, events = folder / f".{LOG}", folder / "tensorboard"
     with kept.open("w") as file:
@@ -95,7 +95,7 @@ def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
         os.fsync(file.fileno())
     kept.replace(folder / LOG)
     events.mkdir(exist_ok=True)
-    # Files are read in the order of their names.
+    # TensorBoard reads files in the order of their names.
     name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
     with (
         (folder / LOG).open("a") as log,
@@ -108,7 +108,7 @@ def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
 
 
 def read_log(folder: Path) -> Iterator[Line]:
-    """The lines of a run's log, if there is one, up to one that was cut short."""
+    """The lines of a run's log, up to a line that was cut short. Without a log there are none."""
     path = folder / LOG
     if not path.exists():
         return
@@ -118,3 +118,14 @@ def read_log(folder: Path) -> Iterator[Line]:
                 yield json.loads(line)
             except ValueError:
                 return
+
+
+def evaluated_steps(folder: Path) -> set[int]:
+    """The steps after which a run was evaluated."""
+    return {line["step"] for line in read_log(folder) if "evaluation" in line}
+
+
+def left_out_files(folder: Path) -> list[str]:
+    """The files that a run left out, each once."""
+    lines = (line["left_out"]["files"] for line in read_log(folder) if "left_out" in line)
+    return sorted({file for files in lines for file in files})

@@ -1,63 +1,48 @@
 """A whole run on folders of images: recipe, data, steps, evaluations, checkpoints and record.
 
-Stopped at any moment and started again, it goes on from its last checkpoint and ends with the same
-bits as if it had never been stopped. By another number of processes it goes on as well: to rounding
-the same where norms go across them and nothing is mixed, else with the norms of other shares.
+A run may be stopped at any moment. Started again, it goes on from its last checkpoint and ends with
+the same bits as a run that was never stopped. Another number of processes can go on with it too.
+The numbers are then the same to rounding if norms go across processes and nothing is mixed;
+otherwise each norm sees a share of another size.
 """
 
 import math
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, Literal, NamedTuple, TypeAlias
-from zlib import crc32
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from fresnet import data, tree
-from fresnet.data import Folder, Images, Order, Place
+from fresnet.data import Folder, Images, Place
+from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError
 from fresnet.network.nodes import Params
-from fresnet.pytorch.collectives import answered
-from fresnet.training.checkpoint import restore_state, save_state, saved_states
+from fresnet.training.checkpoint import save_state
 from fresnet.training.evaluation import Evaluation, evaluate
+from fresnet.training.plan import Run, assemble
 from fresnet.training.plots import draw_confusion, draw_curves
-from fresnet.training.processes import Processes, check_same
-from fresnet.training.recipes import Recipe, average_decay_of, mixing_of, optimizer_of, schedule_of
-from fresnet.training.record import read_log, recording
-from fresnet.training.state import TrainState, start
-from fresnet.training.step import Metrics, TrainStep, make_train_step
-from fresnet.training.targets import cross_entropy
+from fresnet.training.processes import Processes, check_same, gathered
+from fresnet.training.recipes import schedule_of
+from fresnet.training.record import Record, evaluated_steps, left_out_files, read_log, recording
+from fresnet.training.resuming import CHECKPOINTS, last_good, notes_of, resumed
+from fresnet.training.step import Metrics
+from fresnet.training.stopping import alone, stop_signals
 from fresnet.weights.files import save
 
-CHECKPOINTS, NETWORK = "checkpoints", "network.safetensors"
-LABELS = "labels.txt"
+__all__ = ["Outcome", "Run", "assemble", "train"]
+
+NETWORK, LABELS = "network.safetensors", "labels.txt"
 CURVES, CONFUSION = "curves.png", "confusion.png"
-
-Broken: TypeAlias = Literal["raise", "skip"]
-
-
-class Run(NamedTuple):
-    """What a run's numbers depend on, but for images: a checkpoint goes on with no other."""
-
-    network: str  # in words: what it begins with
-    recipe: Recipe
-    seed: int = 0
-    precision: torch.dtype | None = None
-    micro_batches: int = 1
-    norms_across: bool = False
 
 
 class Outcome(NamedTuple):
-    params: Params  # or their average, if the recipe keeps one
+    params: Params  # the average of the weights, if the recipe keeps one
     evaluation: Evaluation
-    broken: tuple[str, ...]  # "file: reason" of images that were left out
+    broken: tuple[str, ...]  # "file: reason" for each image that was left out
 
 
 def train(
@@ -69,7 +54,7 @@ def train(
     *,
     recompute: bool = False,
     workers: int = 0,
-    broken: Broken = "raise",
+    broken: OnBroken = "raise",
     keep: int = 3,
     save_every: int | None = None,
 ) -> Outcome:
@@ -77,292 +62,234 @@ def train(
 
     Args:
       params: the network to begin with.
-      folders: of training and of validation.
-      out: where checkpoints, log, pictures and the trained network go.
-      processes: this one among those that train together.
+      folders: the images to train on, and those to validate on.
+      out: the folder for checkpoints, log, pictures and the trained network.
+      processes: this process among those that train together.
       recompute: as in `make_train_step`.
-      workers: processes that read images, for each that trains.
+      workers: how many processes read images for each process that trains.
       broken: whether an image that cannot be read ends the run, "raise", or is left out, "skip".
-      keep: how many checkpoints.
+      keep: how many checkpoints remain.
       save_every: steps between checkpoints, besides those at the end of each epoch.
     Raises:
       FresnetError: if the checkpoint is of another run, if a loss or a weight is not finite, if an
-        image cannot be read, a file not be written, or another process does not answer.
+        image cannot be read, if a file cannot be written, or if another process does not answer.
       KeyboardInterrupt: at SIGINT or SIGTERM, once the state is saved; at a second one at once.
     """
-    training, validation = folders
-    recipe, main = run.recipe, processes.rank == 0
     if save_every is not None and save_every < 1:
         raise FresnetError(f"train expects save_every to be at least 1; got {save_every}")
-    state, train_step, order = assemble(run, params, len(training.files), processes, recompute)
-    per_epoch = data.steps_per_epoch(order)
-    steps, rate = recipe.epochs * per_epoch, schedule_of(recipe, per_epoch)
-    notes = _notes(run, training)
-    state = _resumed(state, out, notes)
-    step = int(state.step)
-    # Read before the first process writes there, and so before they agree on the state.
-    due = step % per_epoch == 0 < step and step not in _evaluations(out)
-    check_same(state, processes.group)
-    images = Images(training, partial(data.augment, augmentation=recipe.augmentation), run.seed)
-    places = data.batches(
-        order, int(state.position), steps, rank=processes.rank, ranks=processes.size
-    )
-    dtype = state.params.weights.head.bias.dtype
-    left_out: list[str] = []  # and not yet in the log
-
-    with ExitStack() as stack:
-        record = None
-        if main:
-            stack.enter_context(_alone(out))
-            record = stack.enter_context(recording(out, steps=steps, after=step))
-        stopped = stack.enter_context(_stop_signals())
-
-        def read(step: int, metrics: Metrics, batch: data.Batch) -> None:
-            loss, accuracy, count = (value.item() for value in metrics)
-            at = float(rate(torch.tensor(float(step - 1))))
-            if not math.isfinite(loss):
-                epoch, number = divmod(step - 1, per_epoch)
-                raise FresnetError(
-                    f"the loss is {loss} at step {step}, batch {number + 1} of epoch {epoch + 1}, "
-                    f"which has {_few(batch, training)}, at a learning rate of {at:.3g}; "
-                    f"{_last_good(out)}"
-                )
-            left_out.extend(batch.broken)
-            if record:
-                record.step(step, loss=loss, accuracy=accuracy, rate=at, images=int(count))
-
-        def leave_out(step: int, together: bool = True) -> None:
-            files = _gathered(left_out, processes) if together else left_out
-            if record:
-                record.left_out(step, files)
-            left_out.clear()
-
-        def checkpoint(step: int, together: bool = True) -> None:
-            unread.settle()
-            if not all(leaf.isfinite().all() for leaf in tree.leaves(state.params)):
-                raise FresnetError(f"weights are not finite after step {step}; {_last_good(out)}")
-            leave_out(step, together)
-            if record:
-                record.sync()
-                save_state(state, out / CHECKPOINTS, step=step, keep=keep, notes=notes)
-
-        def seen(batch: data.Batch) -> None:
-            left_out.extend(batch.broken)
-            if stopped():
-                raise KeyboardInterrupt  # the state is saved, and this is made up for
-
-        def evaluation() -> Evaluation:
-            return _evaluation(run, validation, processes, state, workers, broken, seen)
-
-        def evaluated(step: int) -> Evaluation:
-            found = evaluation()
-            leave_out(step)
-            if record:
-                record.evaluation(step, step // per_epoch, recipe.epochs, found)
-            return found
-
-        unread = _Late(read)
+    options = _Options(recompute, workers, broken, keep, save_every)
+    course = _Course(run, params, folders, out, processes, options)
+    # The log is read before any process has passed `check_same`, so before the first one writes it.
+    missed = course.missed_evaluation()
+    check_same(course.state, processes.group)
+    places = course.places()
+    with course.opened(), closing(course.batches(places)) as batches:
         try:
-            found = evaluated(step) if due else None
-            batches = data.loader(images, places, workers=workers, broken=broken)
-            for batch in stack.enter_context(closing(batches)):
-                x = batch.x.to(processes.device, dtype, non_blocking=True)
-                y = batch.y.to(processes.device, non_blocking=True)
-                state, metrics = train_step(state, (x, y))
-                step += 1
-                unread.put(step, metrics, batch)
-                stop, epoch_ends = stopped(), step % per_epoch == 0
-                if stop or epoch_ends or (save_every and step % save_every == 0):
-                    checkpoint(step, together=not stop)
+            found = course.end_epoch() if missed else None
+            for batch in batches:
+                course.take(batch)
+                stop = course.stopped()
+                if stop or course.checkpoint_due():
+                    course.checkpoint(together=not stop)
                 if stop:
                     raise KeyboardInterrupt
-                if epoch_ends:
-                    found = evaluated(step)
-            found = found or evaluation()  # once more, after its end
+                if course.epoch_ends():
+                    found = course.end_epoch()
+            found = found or course.validate()  # a run that had ended before says its result again
         except Exception as error:
-            if not stopped():
+            if not course.stopped():
                 raise
-            checkpoint(step, together=False)  # the others have stopped sooner, within this step
+            # The other processes may have stopped already, and the error may come from that.
+            course.checkpoint(together=False)
             raise KeyboardInterrupt from error
+        return course.finish(found)
 
-        outcome = Outcome(state.average or state.params, found, tuple(_left_out(out)))
-        if main:
-            save(outcome.params, out / NETWORK)
-            (out / LABELS).write_text("".join(f"{name}\n" for name in training.classes))
-            draw_curves(read_log(out), per_epoch, out / CURVES)
-            draw_confusion(outcome.evaluation.confusion, training.classes, out / CONFUSION)
+
+class _Options(NamedTuple):
+    """What may be chosen anew each time that a run is started."""
+
+    recompute: bool
+    workers: int
+    broken: OnBroken
+    keep: int
+    save_every: int | None
+
+
+class _Course:
+    """A run under way in one of its processes: where it stands, and what it does besides steps.
+
+    Only the first process has a record, and only that process writes files.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        params: Params,
+        folders: tuple[Folder, Folder],
+        out: Path,
+        processes: Processes,
+        options: _Options,
+    ) -> None:
+        self.run, self.out, self.processes, self.options = run, out, processes, options
+        self.training, self.validation = folders
+        first, self.train_step, self.order = assemble(
+            run, params, len(self.training.files), processes, options.recompute
+        )
+        self.load = partial(data.loader, workers=options.workers, broken=options.broken)
+        self.per_epoch = data.steps_per_epoch(self.order)
+        self.steps = run.recipe.epochs * self.per_epoch
+        self.rate = schedule_of(run.recipe, self.per_epoch)
+        self.notes = notes_of(run, self.training)
+        self.state = resumed(first, out, self.notes)
+        self.step = int(self.state.step)
+        self.dtype = self.state.params.weights.head.bias.dtype
+        self.record: Record | None = None
+        self.stopped: Callable[[], bool] = lambda: False
+        self.left_out: list[str] = []  # files that are not in the log yet
+        self.unread: tuple[int, Metrics, data.Batch] | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep the folder to this run, open its record, and listen for signals to stop."""
+        with ExitStack() as stack:
+            if self.processes.rank == 0:
+                stack.enter_context(alone(self.out))
+                self.record = stack.enter_context(
+                    recording(self.out, steps=self.steps, after=self.step)
+                )
+            self.stopped = stack.enter_context(stop_signals())
+            yield
+
+    def places(self) -> Iterator[list[Place]]:
+        """This process's share of the images of each step that is still to come."""
+        rank, ranks = self.processes.rank, self.processes.size
+        return data.batches(
+            self.order, int(self.state.position), self.steps, rank=rank, ranks=ranks
+        )
+
+    def batches(self, places: Iterable[list[Place]]) -> Generator[data.Batch, None, None]:
+        """The augmented images of these places."""
+        transform = partial(data.augment, augmentation=self.run.recipe.augmentation)
+        return self.load(Images(self.training, transform, self.run.seed), places)
+
+    def take(self, batch: data.Batch) -> None:
+        """Take a step, and read the numbers of the one before while the device is at work on it."""
+        x = batch.x.to(self.processes.device, self.dtype, non_blocking=True)
+        y = batch.y.to(self.processes.device, non_blocking=True)
+        self.state, metrics = self.train_step(self.state, (x, y))
+        self.step += 1
+        self.read()
+        self.unread = (self.step, metrics, batch)
+
+    def read(self) -> None:
+        """Read and record the numbers of the last step, unless this has been done.
+
+        If a loss is not finite this raises, and raises again before the state would be saved.
+        """
+        if self.unread is None:
+            return
+        step, metrics, batch = self.unread
+        loss, accuracy, count = (value.item() for value in metrics)
+        rate = float(self.rate(torch.tensor(float(step - 1))))
+        if not math.isfinite(loss):
+            epoch, number = divmod(step - 1, self.per_epoch)
+            raise FresnetError(
+                f"the loss is {loss} at step {step}, batch {number + 1} of epoch {epoch + 1}, "
+                f"which has {_few(batch, self.training)}, at a learning rate of {rate:.3g}; "
+                f"{last_good(self.out)}"
+            )
+        self.left_out.extend(batch.broken)
+        if self.record:
+            self.record.step(step, loss=loss, accuracy=accuracy, rate=rate, images=int(count))
+        self.unread = None
+
+    def epoch_ends(self) -> bool:
+        return self.step % self.per_epoch == 0
+
+    def checkpoint_due(self) -> bool:
+        every = self.options.save_every
+        return self.epoch_ends() or (every is not None and self.step % every == 0)
+
+    def checkpoint(self, *, together: bool) -> None:
+        """Save the state. `together` says whether all processes do so, after the same step.
+
+        Raises:
+          FresnetError: if a loss or a weight is not finite. Nothing is saved then.
+        """
+        self.read()
+        if not all(leaf.isfinite().all() for leaf in tree.leaves(self.state.params)):
+            raise FresnetError(
+                f"weights are not finite after step {self.step}; {last_good(self.out)}"
+            )
+        self.log_left_out(together=together)
+        if self.record:
+            self.record.sync()
+            save_state(
+                self.state,
+                self.out / CHECKPOINTS,
+                step=self.step,
+                keep=self.options.keep,
+                notes=self.notes,
+            )
+
+    def log_left_out(self, *, together: bool) -> None:
+        """Log the files that were left out: of all processes together, or of this one alone."""
+        files = gathered(self.left_out, self.processes) if together else self.left_out
+        if self.record:
+            self.record.left_out(self.step, files)
+        self.left_out.clear()
+
+    def missed_evaluation(self) -> bool:
+        """Whether the run was stopped between the end of an epoch and its evaluation."""
+        return self.epoch_ends() and self.step > 0 and self.step not in evaluated_steps(self.out)
+
+    def end_epoch(self) -> Evaluation:
+        """Evaluate after an epoch, and record it."""
+        found = self.validate()
+        self.log_left_out(together=True)
+        if self.record:
+            epoch = self.step // self.per_epoch
+            self.record.evaluation(self.step, epoch, self.run.recipe.epochs, found)
+        return found
+
+    def validate(self) -> Evaluation:
+        """Evaluate the network, or its average if there is one, on the images to validate on.
+
+        Each process takes its share of the images. A signal ends the evaluation. The state has been
+        saved before, and the run evaluates again when it goes on.
+        """
+        recipe, processes = self.run.recipe, self.processes
+        images = Images(self.validation, partial(data.prepare, preset=recipe.preset), seed=0)
+        share = range(processes.rank, len(images), processes.size)
+        count = -(-len(share) * processes.size * self.run.micro_batches // recipe.batch)
+        # The batches are of about one size, so that few broken images seldom leave one empty.
+        places = [[Place(epoch=0, place=i, image=i) for i in share[k::count]] for k in range(count)]
+
+        def placed(batch: data.Batch) -> tuple[Tensor, Tensor]:
+            self.left_out.extend(batch.broken)
+            if self.stopped():
+                raise KeyboardInterrupt
+            return batch.x.to(processes.device, self.dtype), batch.y.to(processes.device)
+
+        with closing(self.load(images, places)) as batches:
+            network = self.state.average or self.state.params
+            return evaluate(network, map(placed, batches), group=processes.group)
+
+    def finish(self, found: Evaluation) -> Outcome:
+        """Write the network, its labels and the pictures."""
+        outcome = Outcome(
+            self.state.average or self.state.params, found, tuple(left_out_files(self.out))
+        )
+        if self.processes.rank == 0:
+            classes = self.training.classes
+            save(outcome.params, self.out / NETWORK)
+            (self.out / LABELS).write_text("".join(f"{name}\n" for name in classes))
+            draw_curves(read_log(self.out), self.per_epoch, self.out / CURVES)
+            draw_confusion(outcome.evaluation.confusion, classes, self.out / CONFUSION)
         return outcome
 
 
-def assemble(
-    run: Run, params: Params, images: int, processes: Processes, recompute: bool = False
-) -> tuple[TrainState, TrainStep, Order]:
-    """The state before the first step of a run on so many images, its step, and their order."""
-    recipe = run.recipe
-    order = Order(images, recipe.batch, run.seed, recipe.repeats)
-    optimizer = optimizer_of(recipe, data.steps_per_epoch(order))
-    train_step = make_train_step(
-        optimizer,
-        loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
-        mixing=mixing_of(recipe),
-        precision=run.precision,
-        micro_batches=run.micro_batches,
-        recompute=recompute,
-        average_decay=average_decay_of(recipe),
-        group=processes.group,
-        norms_across=run.norms_across and processes.group is not None,
-    )
-    state = start(params, optimizer, seed=run.seed, average=recipe.average > 0)
-    return state, train_step, order
-
-
-class _Late:
-    """Reads a step's numbers once the next step is under way, so that no device waits for it."""
-
-    def __init__(self, read: Callable[..., None]) -> None:
-        self._read = read
-        self._unread: tuple[Any, ...] = ()
-
-    def put(self, *numbers: Any) -> None:
-        self.settle()
-        self._unread = numbers
-
-    def settle(self) -> None:
-        if self._unread:
-            self._read(*self._unread)
-            self._unread = ()  # not if it raises: what is wrong stays wrong
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep a folder to one run at a time, where there are locks."""
-    try:
-        import fcntl
-    except ImportError:  # as on Windows
-        yield
-        return
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
-        except BlockingIOError as error:
-            raise FresnetError(f"another run is writing to {out}: choose another folder") from error
-        yield
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came: a step in progress is finished first. A second one raises."""
-    came: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _evaluation(
-    run: Run,
-    folder: Folder,
-    processes: Processes,
-    state: TrainState,
-    workers: int,
-    broken: Broken,
-    seen: Callable[[data.Batch], None],
-) -> Evaluation:
-    """Of the average, if there is one; each process takes its share of the images."""
-    images = Images(folder, partial(data.prepare, preset=run.recipe.preset), seed=0)
-    share = range(processes.rank, len(images), processes.size)
-    count = -(-len(share) * processes.size * run.micro_batches // run.recipe.batch)
-    # None much smaller than another, so that a broken image is seldom all of one.
-    places = [[Place(epoch=0, place=i, image=i) for i in share[k::count]] for k in range(count)]
-    dtype = state.params.weights.head.bias.dtype
-
-    def placed(batch: data.Batch) -> tuple[Tensor, Tensor]:
-        seen(batch)
-        return batch.x.to(processes.device, dtype), batch.y.to(processes.device)
-
-    with closing(data.loader(images, places, workers=workers, broken=broken)) as batches:
-        return evaluate(state.average or state.params, map(placed, batches), group=processes.group)
-
-
-def _resumed(state: TrainState, out: Path, notes: Mapping[str, Any]) -> TrainState:
-    """The last checkpoint of this run, or the state as it is if there is none."""
-    restored = restore_state(state, out / CHECKPOINTS)
-    if restored is None:
-        return state
-    others = [
-        f"{name} {shorten(str(there.get(name)), 40)}, not {shorten(str(notes.get(name)), 40)}"
-        for there in (restored.notes,)
-        for name in dict.fromkeys([*notes, *there])
-        if there.get(name) != notes.get(name)
-    ]
-    if others:
-        raise FresnetError(
-            f"{out} holds a run of {'; of '.join(others)}: go on with the same, or choose another "
-            "folder"
-        )
-    resumed: TrainState = restored.state
-    return resumed
-
-
-def _notes(run: Run, folder: Folder) -> dict[str, Any]:
-    """The run and its images in words, flat, for a checkpoint."""
-    files = "\n".join(os.path.relpath(file, folder.root) for file in folder.files)
-    notes: dict[str, Any] = {
-        "images": len(folder.files),
-        "classes": " ".join(folder.classes),
-        "files' checksum": f"{crc32(files.encode(errors='surrogateescape')):08x}",
-    }
-
-    def add(name: str, value: Any) -> None:
-        if hasattr(value, "_asdict"):
-            for field, part in value._asdict().items():
-                add(field if name == "recipe" else f"{name} {field}".strip(), part)
-        else:
-            notes[name] = getattr(value, "__name__", None) or str(value)
-
-    for field, value in run._asdict().items():
-        add(field, value)
-    return notes
-
-
-def _gathered(names: list[str], processes: Processes) -> list[str]:
-    """Those of all processes."""
-    if processes.group is None:
-        return names
-    everyone: list[list[str]] = [[]] * processes.size
-    with answered(processes.rank, processes.size):
-        distributed.all_gather_object(everyone, names, group=processes.group)
-    return [name for one in everyone for name in one]
-
-
 def _few(batch: data.Batch, folder: Folder) -> str:
-    """The first of its files."""
+    """The first files of a batch, and three dots if there are more."""
     named = [folder.files[place.image] for place in batch.places[:3]]
     return ", ".join([*named, "..."] if len(batch.places) > 3 else named)
-
-
-def _last_good(out: Path) -> str:
-    found = saved_states(out / CHECKPOINTS)
-    return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
-
-
-def _evaluations(out: Path) -> set[int]:
-    """The steps after which there was an evaluation."""
-    return {line["step"] for line in read_log(out) if "evaluation" in line}
-
-
-def _left_out(out: Path) -> list[str]:
-    """Files that the log names, each once."""
-    lines = (line["left_out"]["files"] for line in read_log(out) if "left_out" in line)
-    return sorted({file for files in lines for file in files})

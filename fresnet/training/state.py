@@ -14,22 +14,22 @@ NoAverage: TypeAlias = tuple[()]
 
 
 class TrainState(NamedTuple):
-    """What a step takes and returns: all that the rest of a run depends on, but for the data."""
+    """What a step takes and returns. Apart from it, the rest of a run depends on data alone."""
 
     step: Tensor
-    """Updates so far, int64 `[]`."""
+    """The number of updates so far, int64 `[]`."""
 
     params: Params
     optimizer: optim.State
 
     average: Params | NoAverage
-    """An exponential moving average of params, statistics as well as weights; or nothing."""
+    """An exponential moving average of weights and statistics; `()` if none is kept."""
 
     rng: Tensor
-    """The state of the `torch.Generator` on the CPU that steps draw from, uint8 `[bytes]`."""
+    """The state of the generator on the CPU that steps draw from, uint8 `[bytes]`."""
 
     position: Tensor
-    """Batches taken so far, int64 `[]`: where in the data's order to go on."""
+    """The number of batches so far, int64 `[]`, which says where in the data to go on."""
 
 
 def start(
@@ -46,10 +46,10 @@ def start(
     Args:
       params: the network to train, in float32 or float64.
       optimizer: the one that the steps will take.
-      seed: of what steps draw.
+      seed: seeds the generator that steps draw from.
       average: whether steps keep an average of the network as well.
     Raises:
-      FresnetError: if params is not a network, or too narrow to take small steps.
+      FresnetError: if params is not a network, or if its dtype is too narrow for small updates.
     """
     check_params("start", params)
     stem = first_conv(params.weights)

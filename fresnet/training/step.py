@@ -1,7 +1,8 @@
 """A training step as one pure function: (state, batch) -> (state, metrics)."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,37 +13,44 @@ from fresnet.errors import FresnetError, describe
 from fresnet.network.check import check_call, check_group, check_momentum
 from fresnet.network.moments import merge, merge_across, update
 from fresnet.network.net import run_training
-from fresnet.network.nodes import Params, Stats, Weights
+from fresnet.network.nodes import Params, Regime, Stats, Weights
 from fresnet.network.regimes import training_once
 from fresnet.optim import Optimizer, clip_by_norm
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
-from fresnet.training.gradients import gradients
+from fresnet.training.backward import gradients
 from fresnet.training.mixing import Mixing
-from fresnet.training.state import TrainState
+from fresnet.training.state import NoAverage, TrainState
 from fresnet.training.targets import check_classes, cross_entropy
 
-Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any, Any]
+Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, object, object]
+LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Seen: TypeAlias = tuple[Stats, Tensor]
+"""The moments of a part of a batch, and how many of its images are classified right, `[]`."""
+
 TrainStep: TypeAlias = Callable[[TrainState, Batch], "tuple[TrainState, Metrics]"]
 
 
 class Metrics(NamedTuple):
-    """What a step shows and no later step depends on, over all images of all processes."""
+    """Numbers to look at, over all images of all processes. No later step depends on them."""
 
     loss: Tensor
-    """The mean, `[]`."""
+    """The mean loss, `[]`."""
 
     accuracy: Tensor
-    """The share whose most probable class is right, `[]`; of mixed images, the larger part's."""
+    """The share of images whose most probable class is right, `[]`.
+
+    The right class of a mixed image is that of its larger part.
+    """
 
     images: Tensor
-    """How many there were, `[]`."""
+    """The number of images, `[]`."""
 
 
 def make_train_step(
     optimizer: Optimizer,
     *,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    loss_fn: LossFn = cross_entropy,
     mixing: Mixing | None = None,
     precision: torch.dtype | None = None,
     micro_batches: int = 1,
@@ -55,10 +63,10 @@ def make_train_step(
 ) -> TrainStep:
     """A step of training, `(state, batch) -> (state, metrics)`; a batch is `(x, y)`.
 
-    x `[b c h w]` are images in the dtype of the weights; y their classes, int64 `[b]`, or the
-    probabilities of all classes `[b k]`. What else a batch holds, as `fresnet.data`'s do, is left
-    alone. The step is pure: the same state and batch give the same bits, and neither is written
-    to. So it maps over ensembles, unless it mixes: a generator's state does not.
+    x `[b c h w]` are images in the dtype of the weights. y are their classes, int64 `[b]`, or the
+    probabilities of all classes `[b k]`. A batch of `fresnet.data` holds more, which the step
+    leaves alone. The step is pure: the same state and batch give the same bits, and neither is
+    written to. So it maps over ensembles, unless it mixes: a generator's state cannot be mapped.
 
     >>> import torch, fresnet
     >>> optimizer = fresnet.optim.sgd(0.1, momentum=0.9)
@@ -71,32 +79,140 @@ def make_train_step(
 
     Args:
       optimizer: from `fresnet.optim`.
-      loss_fn: from logits `[b k]` and targets to each image's loss `[b]`, not reduced. Targets are
-        y or, mixed, probabilities `[b k]`. Binary cross-entropy, for example, is
-        `lambda logits, targets: binary_cross_entropy_with_logits(logits, targets,
+      loss_fn: a function of logits `[b k]` and targets that returns each image's loss `[b]`.
+        Targets are y, or probabilities `[b k]` if the step mixes. Binary cross-entropy, for
+        example, is `lambda logits, targets: binary_cross_entropy_with_logits(logits, targets,
         reduction="none").mean(1)`.
-      mixing: what is done to each batch, from `fresnet.training.mixing`.
-      precision: what the network computes in, by default the weights' own dtype. In bfloat16 it
-        reads rounded weights, but for the norms'; the weights themselves, their gradients, the
-        optimizer, the statistics and the loss stay as wide as they are.
-      micro_batches: into how many parts a batch is cut, which take their gradients one after the
-        other. A norm normalises each part by itself; gradient and running statistics are those of
-        as many processes with a part each, whose norms are not tied by `norms_across`.
+      mixing: how each batch is mixed, from `fresnet.training.mixing`.
+      precision: the dtype that the network computes in, by default that of the weights. In bfloat16
+        the network reads rounded weights, except those of norms. The weights themselves, their
+        gradients, the optimizer, the statistics and the loss keep their dtype.
+      micro_batches: the number of parts that a batch is cut into. Their gradients are taken one
+        after the other. A norm normalises each part by itself. Gradient and running statistics are
+        those of as many processes with one part each, without `norms_across`.
       recompute: as in `forward_moments`.
-      max_norm: to which the gradient is clipped.
+      max_norm: the norm that the gradient is clipped to.
       momentum: as in `forward_train`.
-      average_decay: the share of the old average in the new, if the state keeps one; over the
-        first steps less, min(average_decay, (1 + step) / (10 + step)).
-      group: the processes that train together, each with a share of the batch, which may be of
-        unequal sizes. The loss is the mean over all their images; their states stay the same to
-        the bit.
-      norms_across: whether norms normalise all shares as one. If so, and if no share is cut or
-        mixed, which goes by its own neighbours, the processes together do what one does with the
-        whole batch.
+      average_decay: the share of the old average in the new one, if the state keeps an average. It
+        is smaller over the first steps: min(average_decay, (1 + step) / (10 + step)).
+      group: the processes that train together. Each has a share of the batch; shares may differ in
+        size. The loss is the mean over all their images, and their states stay equal to the bit.
+      norms_across: whether norms normalise all shares as one. The processes together then do what
+        one process does with the whole batch, unless a share is cut, or mixed: images are mixed
+        within their share.
     Raises:
-      FresnetError: if an option is not such. The step raises it if the state, the images or the
-        classes are not what the network takes, or if a share has fewer images than micro_batches.
+      FresnetError: if an option is not as described. The step raises it if the state, the images or
+        the classes are not what the network takes, or if a share has fewer images than
+        micro_batches.
     """
+    _check_options(precision, micro_batches, momentum, average_decay, group, norms_across)
+    do = training_once(group if norms_across else None)
+    loss_of = partial(_loss_of, loss_fn, do, precision, recompute)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        x, y, *_ = batch
+        _check(state, x, y, micro_batches)
+        weights, stats = state.params
+        x, targets, rng = _mixed(mixing, state, x, y)
+        images = torch.full_like(state.step, len(x))
+        if group is not None:
+            images = all_sum(images, group)
+        shares = zip(
+            x.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True
+        )
+        parts = [(stats, part, part_targets, images) for part, part_targets in shares]
+        *grads, found = gradients(loss_of, weights, parts, group=group)
+        moments, sums = _together(found, images, group, norms_across)
+        if max_norm is not None:
+            grads = [clip_by_norm(grads.pop(), max_norm)]
+        # `pop` leaves the optimizer the only reference, so that it frees each gradient, or bucket
+        # of gradients, once the weights are updated.
+        weights, optimizer_state = optimizer.update(grads.pop(), state.optimizer, weights)
+        params = Params(weights, update(stats, moments, momentum=momentum))
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            optimizer=optimizer_state,
+            average=_averaged(state, params, average_decay),
+            rng=rng,
+            position=state.position + 1,
+        )
+        return new, Metrics(sums[0], sums[1], images)
+
+    return train_step
+
+
+def _loss_of(
+    loss_fn: LossFn,
+    do: Regime,
+    precision: torch.dtype | None,
+    recompute: bool,
+    weights: Weights,
+    stats: Stats,
+    x: Tensor,
+    targets: Tensor,
+    images: Tensor,
+) -> tuple[Tensor, Seen]:
+    """What a part of the batch adds to the mean loss over all `images`, and what was seen."""
+    x_narrow = x.to(precision or x.dtype)
+    logits, moments = run_training(Params(weights, stats), x_narrow, do, recompute=recompute)
+    logits = logits.to(x.dtype)
+    classes = targets if targets.ndim == 1 else targets.argmax(1)
+    right = (logits.argmax(1) == classes).sum()
+    losses = loss_fn(logits, targets)
+    if losses.shape != x.shape[:1]:
+        raise FresnetError(
+            f"a train step expects loss_fn to return a loss for each image, ({len(x)},); got "
+            f'{tuple(losses.shape)}: reduction="none", and a mean over classes?'
+        )
+    return losses.sum() / images, (moments, right)
+
+
+def _together(
+    found: Sequence[tuple[Tensor, Seen]], images: Tensor, group: Group | None, norms_across: bool
+) -> tuple[Stats, Tensor]:
+    """The moments of all parts of all processes, and the mean loss and accuracy `[2]`."""
+    losses, seen = zip(*found, strict=True)
+    moments, right = zip(*seen, strict=True)
+    merged, loss = merge(*moments), torch.stack(losses).sum()
+    sums = torch.stack([loss, torch.stack(right).sum().to(loss.dtype) / images])
+    if group is None:
+        return merged, sums
+    return merged if norms_across else merge_across(merged, group), all_sum(sums, group)
+
+
+def _mixed(
+    mixing: Mixing | None, state: TrainState, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The images and targets, mixed, and the generator's state after that."""
+    if mixing is None:
+        return x, y, state.rng
+    if transform_stack.READABLE and transform_stack.active():
+        raise FresnetError("a train step that mixes does not map: a generator's state does not")
+    generator = torch.Generator("cpu")
+    generator.set_state(state.rng.cpu())
+    probabilities = y if y.ndim == 2 else F.one_hot(y, len(state.params.weights.head.bias))
+    x, targets = mixing(x, probabilities.to(x.dtype), generator)
+    return x, targets, generator.get_state().to(state.rng.device)
+
+
+def _averaged(state: TrainState, params: Params, decay: float) -> Params | NoAverage:
+    """average <- d average + (1 - d) params,  d = min(decay, (1 + step) / (10 + step))."""
+    if not state.average:
+        return ()
+    step = state.step.double()
+    new = 1 - ((1 + step) / (10 + step)).clamp(max=decay)
+    return tree.map(lambda old, leaf: old.lerp(leaf, new.to(leaf.dtype)), state.average, params)
+
+
+def _check_options(
+    precision: torch.dtype | None,
+    micro_batches: int,
+    momentum: float,
+    average_decay: float,
+    group: Group | None,
+    norms_across: bool,
+) -> None:
     check_group("make_train_step", group)
     check_momentum("make_train_step", momentum)
     if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
@@ -115,90 +231,9 @@ def make_train_step(
     if norms_across and group is None:
         raise FresnetError("make_train_step expects a group with norms_across; got none")
 
-    do = training_once(group if norms_across else None)
-
-    def loss_of(
-        weights: Weights, stats: Stats, x: Tensor, targets: Tensor, images: Tensor
-    ) -> tuple[Tensor, tuple[Stats, Tensor]]:
-        """This part's share of the mean over all images; the moments, and how many are right."""
-        x_narrow = x.to(precision or x.dtype)
-        logits, seen = run_training(Params(weights, stats), x_narrow, do, recompute=recompute)
-        logits = logits.to(x.dtype)
-        classes = targets if targets.ndim == 1 else targets.argmax(1)
-        right = (logits.argmax(1) == classes).sum()
-        losses = loss_fn(logits, targets)
-        if losses.shape != x.shape[:1]:
-            raise FresnetError(
-                f"a train step expects loss_fn to return a loss for each image, ({len(x)},); got "
-                f'{tuple(losses.shape)}: reduction="none", and a mean over classes?'
-            )
-        return losses.sum() / images, (seen, right)
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        x, y, *_ = batch
-        _check(state, x, y, micro_batches)
-        weights, stats = state.params
-        x, targets, rng = _mixed(mixing, state, x, y)
-        images = torch.full_like(state.step, len(x))
-        if group is not None:
-            images = all_sum(images, group)
-        shares = zip(
-            x.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True
-        )
-        parts = [(stats, part, part_targets, images) for part, part_targets in shares]
-        *grads, found = gradients(loss_of, weights, parts, group=group)
-
-        losses, seen = zip(*found, strict=True)
-        moments, right = zip(*seen, strict=True)
-        moments, loss = merge(*moments), torch.stack(losses).sum()
-        sums = torch.stack([loss, torch.stack(right).sum().to(loss.dtype) / images])
-        if group is not None:
-            moments = moments if norms_across else merge_across(moments, group)
-            sums = all_sum(sums, group)
-        if max_norm is not None:
-            grads = [clip_by_norm(grads.pop(), max_norm)]
-        # Popped, each gradient, or bucket of them, is freed once its weights are updated.
-        weights, optimizer_state = optimizer.update(grads.pop(), state.optimizer, weights)
-        params = Params(weights, update(stats, moments, momentum=momentum))
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            optimizer=optimizer_state,
-            average=_averaged(state, params, average_decay),
-            rng=rng,
-            position=state.position + 1,
-        )
-        return new, Metrics(sums[0], sums[1], images)
-
-    return train_step
-
-
-def _mixed(
-    mixing: Mixing | None, state: TrainState, x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, targets and the next state of the generator."""
-    if mixing is None:
-        return x, y, state.rng
-    if transform_stack.active():
-        raise FresnetError("a train step that mixes does not map: a generator's state does not")
-    generator = torch.Generator("cpu")
-    generator.set_state(state.rng.cpu())
-    probabilities = y if y.ndim == 2 else F.one_hot(y, len(state.params.weights.head.bias))
-    x, targets = mixing(x, probabilities.to(x.dtype), generator)
-    return x, targets, generator.get_state().to(state.rng.device)
-
-
-def _averaged(state: TrainState, params: Params, decay: float) -> Any:
-    """average <- d average + (1 - d) params,  d = min(decay, (1 + step) / (10 + step))."""
-    if not state.average:
-        return ()
-    step = state.step.double()
-    new = 1 - ((1 + step) / (10 + step)).clamp(max=decay)
-    return tree.map(lambda old, leaf: old.lerp(leaf, new.to(leaf.dtype)), state.average, params)
-
 
 def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
-    """What `forward_moments` does not see: the targets, and that each part has an image."""
+    """Refuse a state, images or targets that do not fit, and parts without an image."""
     if type(state) is not TrainState:
         raise FresnetError(f"a train step expects a TrainState; got {describe(state)}")
     check_call("a train step", state.params, x)

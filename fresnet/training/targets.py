@@ -1,4 +1,4 @@
-"""The classes that images are to be taken for, and what it costs to miss them."""
+"""Targets: the classes of images, and the cross-entropy of logits with them."""
 
 import torch
 from torch import Tensor
@@ -14,21 +14,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
     Args:
       logits: `[b k]`.
       targets: classes, int64 `[b]`, or their probabilities `[b k]`.
-      label_smoothing: the share of each target that goes to all classes alike (Szegedy et al. 2016,
-        arXiv:1512.00567, Sec. 7).
+      label_smoothing: the share of each target that is spread evenly over all classes.
     Returns:
-      `[b]`.
+      The losses `[b]`.
+    Source: Szegedy et al. 2016, arXiv:1512.00567, Sec. 7, for label smoothing.
     """
     return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def check_classes(caller: str, x: Tensor, y: Tensor, classes: int) -> None:
-    """Refuse what is not a class from 0 to classes - 1 for each image.
+    """Refuse targets unless they are a class from 0 to classes - 1 for each image.
 
-    Values are read on the CPU alone: elsewhere it would wait for the device.
+    Values are checked on the CPU only. On another device a check would wait for the device.
 
     Raises:
-      FresnetError: saying what came.
+      FresnetError: if y has another dtype or shape, or if a class is outside that range.
     """
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise FresnetError(

@@ -91,7 +91,7 @@ class _Network(nn.Module):
             *parents, entry = name.split(".")
             module: nn.Module = self
             for parent in parents:
-                if parent not in module._modules:
+                if parent not in dict(module.named_children()):
                     module.add_module(parent, nn.Module())
                 module = module.get_submodule(parent)
             module.register_buffer(entry, leaf.detach().clone())  # leaves may share memory

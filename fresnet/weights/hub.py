@@ -10,7 +10,7 @@ from fresnet.errors import FresnetError, reason
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-ARCHITECTURE = r"(wide_)?res(net|next)\d+[cd]?(_\d+x\d+d|_2)?"
+ARCHITECTURE = r"((wide_|se)?res(net|next)\d+[cdst]?(_\d+x\d+d|_2)?|resnetv2_(50|101|152))"
 """timm's names of what networks here compute. Others share their entries, not their numbers."""
 
 

@@ -1,7 +1,8 @@
 """Which nodes the entries of a state dict are of, told by their canonical names.
 
-A node is recognised as the one whose own names explain its entries best, so a new type of node
-needs no case here. What names do not tell, kernels and channels do.
+A block, with what is in it, is recognised as the one whose own names explain its entries best, so a
+new type of block, shortcut or attention needs no case here. What names do not tell, kernels and
+channels do.
 """
 
 import re
@@ -15,6 +16,7 @@ from fresnet.errors import FresnetError
 from fresnet.network.nodes import (
     BLOCKS,
     PLACES,
+    SHORTCUTS,
     BareStem7x7,
     Bias,
     Bottleneck,
@@ -33,7 +35,6 @@ from fresnet.network.nodes import (
     NormStats,
     Params,
     Plan,
-    PooledProjection,
     PreActivation,
     Projection,
     Stem3x3,
@@ -41,6 +42,7 @@ from fresnet.network.nodes import (
     Weights,
     ZeroPad,
     beside,
+    last_layer,
     over,
 )
 from fresnet.weights.names import named, stats_names
@@ -91,7 +93,8 @@ class _Candidate(NamedTuple):
 def _candidates(block: Any) -> list[_Candidate]:
     attentions = PLACES[block].get("attention", (NoAttention,))
     found = []
-    for shortcut, attention in product((Identity, Projection, PooledProjection), attentions):
+    shortcuts = [kind for kind in SHORTCUTS if kind is Identity or kind.names().units]
+    for shortcut, attention in product(shortcuts, attentions):
         one = _Candidate(block, shortcut, attention, frozenset())
         found.append(one._replace(names=_names_of(one.draw())))
     return found
@@ -196,8 +199,7 @@ def _stem_type(given: Mapping[str, Any], block: type[Any]) -> type[Any]:
 
 def _channels(given: Mapping[str, Any], node: Any, prefix: str) -> int | None:
     """The channels that the last layer of a stem or a block puts out, if an entry tells."""
-    *_, last = (unit for unit in named(node, prefix) if isinstance(unit, Layer))
-    for name in map(str, tree.leaves(last)):
+    for name in map(str, tree.leaves(getattr(named(node, prefix), last_layer(node)))):
         shape: tuple[int, ...] = tuple(getattr(given.get(name), "shape", ()))
         if shape:
             return shape[0]

@@ -13,7 +13,13 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from fresnet.network.nodes.attention import Attention, NoAttention, SqueezeExcite
-from fresnet.network.nodes.blocks import BasicBlock, Bottleneck, BottleneckV1
+from fresnet.network.nodes.blocks import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckV1,
+    attention_of,
+    last_layer,
+)
 from fresnet.network.nodes.layers import (
     PLAIN,
     UNITS,
@@ -142,9 +148,11 @@ __all__ = [
     "Unit",
     "Weights",
     "ZeroPad",
+    "attention_of",
     "beside",
     "blocks_of",
     "grids",
+    "last_layer",
     "over",
     "paired",
     "replaced",

@@ -4,7 +4,7 @@ from typing import Any, Generic, NamedTuple
 
 from torch import Tensor
 
-from fresnet.network.nodes.attention import Attention
+from fresnet.network.nodes.attention import Attention, NoAttention
 from fresnet.network.nodes.layers import (
     PLAIN,
     Drawer,
@@ -128,6 +128,20 @@ def _drawn(d: Drawer, plan: Plan) -> Any:
         plan.attention.draw(d, plan.out),
         shortcut,
     )
+
+
+def last_layer(node: Any) -> str:
+    """The field of the layer that a stem or a block ends with, and a block's adds the shortcut.
+
+    By convention it is the last field that holds a layer.
+    """
+    *_, last = (field for field in node._fields if isinstance(getattr(node, field), Layer))
+    return str(last)
+
+
+def attention_of(block: Any) -> Any:
+    """The attention of a block, of whatever type."""
+    return getattr(block, "attention", NoAttention())
 
 
 def channels_of(at: Any) -> int:

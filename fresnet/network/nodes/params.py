@@ -39,6 +39,10 @@ class NoLastNorm(NamedTuple):
     def names() -> Names:
         return Names()
 
+    @staticmethod
+    def note() -> str:
+        return ""
+
 
 class Head(NamedTuple):
     """The classifier: weight `[k c]`, bias `[k]`."""

@@ -113,3 +113,7 @@ class LastNorm(NamedTuple, Generic[N]):
     @staticmethod
     def names() -> Names:
         return Names({"normed": ("", "norm")}, ("timm",))
+
+    @staticmethod
+    def note() -> str:
+        return "norm and ReLU"

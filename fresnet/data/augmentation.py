@@ -1,7 +1,7 @@
-"""What training and evaluation make of one image.
+"""Transforms of one image, for training and for evaluation.
 
-Transforms draw from their generator what torchvision's of the same names draw from the global one,
-in the same order: from the same seed both make the same image, to the bit.
+Each draws from its generator what torchvision's transform of the same name draws from the global
+one, in the same order. With the same seed both make the same image, to the bit.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import reduce
 from PIL.Image import Image, Resampling, Transpose
 from torch import Generator, Tensor
 
@@ -20,7 +21,10 @@ from fresnet.errors import FresnetError, describe
 
 
 class AreaCrop(NamedTuple):
-    """A part of the image, from so much of its area and so wide for its height, resized.
+    """Cut out a rectangle of the image and resize it to a square.
+
+    `area` is the range for the rectangle's share of the image's area, `ratio` that for its width
+    divided by its height.
 
     Source: Szegedy et al. 2015, arXiv:1409.4842, Sec. 6; torchvision's RandomResizedCrop.
     """
@@ -31,7 +35,7 @@ class AreaCrop(NamedTuple):
 
 
 class ScaleCrop(NamedTuple):
-    """A square of the image, which is resized first so that its shorter side is from here to there.
+    """Resize the image so that its shorter side is in the range `shorter`, and cut out a square.
 
     Source: He et al. 2015, arXiv:1512.03385, Sec. 3.4; Simonyan & Zisserman 2014, arXiv:1409.1556.
     """
@@ -41,22 +45,22 @@ class ScaleCrop(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """What training does to an image, in this order.
+    """What training does to an image, in the order of the fields.
 
-    The paper's own is `Augmentation(ScaleCrop(224), lighting=0.1)`.
+    The paper's augmentation is `Augmentation(ScaleCrop(224), lighting=0.1)`.
     """
 
     crop: AreaCrop | ScaleCrop
-    flip: float = 0.5  # the probability of left for right
+    flip: float = 0.5  # the probability that left and right are exchanged
     trivial_augment: bool = False
     lighting: float = 0.0  # the standard deviation along the colours' principal components
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values from 0 to 1
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # for values from 0 to 1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     erase: float = 0.0  # the probability of a rectangle of zeros
 
 
 def augment(image: Image, generator: Generator, augmentation: Augmentation) -> Tensor:
-    """What training sees of an image `[3 side side]`, float32.
+    """An image as training sees it, float32 `[3 side side]`.
 
     >>> import PIL.Image, torch
     >>> photo, generator = PIL.Image.new("RGB", (400, 300)), torch.Generator().manual_seed(0)
@@ -67,7 +71,7 @@ def augment(image: Image, generator: Generator, augmentation: Augmentation) -> T
       image: in RGB.
       generator: on the CPU.
     Raises:
-      FresnetError: if the augmentation makes no sense, or if the image, resized, would have more
+      FresnetError: if a setting is out of its range, or if the image, resized, would have more
         pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     _check(augmentation)
@@ -88,21 +92,21 @@ def augment(image: Image, generator: Generator, augmentation: Augmentation) -> T
 
 
 def prepare(image: Image, generator: Generator, preset: str | Preset) -> Tensor:
-    """What an evaluation sees of an image `[3 crop crop]`: `fresnet.preprocess` of it alone.
+    """An image as an evaluation sees it, `[3 crop crop]`: `fresnet.preprocess` of it alone.
 
-    Nothing is drawn from the generator. Args and Raises are otherwise those of `preprocess`.
+    Nothing is drawn from the generator. The preset and the errors are those of `preprocess`.
     """
     return preprocess([image], preset)[0]
 
 
 def area_crop(image: Image, generator: Generator, crop: AreaCrop) -> Image:
-    """torchvision's RandomResizedCrop."""
+    """Crop as torchvision's RandomResizedCrop does."""
     width, height = image.size
     for w, h in _rectangles(width * height, crop.area, crop.ratio, generator):
         if 0 < w <= width and 0 < h <= height:
             top, left = integer(height - h + 1, generator), integer(width - w + 1, generator)
             break
-    else:  # its middle, as narrow or as wide as may be
+    else:  # none fits: take the middle, as much of it as the ratios allow
         narrowest, widest = crop.ratio
         w, h = min(width, round(height * widest)), min(height, round(width / narrowest))
         top, left = (height - h) // 2, (width - w) // 2
@@ -111,7 +115,7 @@ def area_crop(image: Image, generator: Generator, crop: AreaCrop) -> Image:
 
 
 def scale_crop(image: Image, generator: Generator, crop: ScaleCrop) -> Image:
-    """torchvision's Resize to a length that is drawn first, and its RandomCrop."""
+    """Draw a length, resize to it as torchvision's Resize does, and crop as its RandomCrop does."""
     least, most = crop.shorter
     shorter = least + integer(most - least + 1, generator)
     width, height = (int(shorter * side / min(image.size)) for side in image.size)
@@ -125,21 +129,21 @@ def scale_crop(image: Image, generator: Generator, crop: ScaleCrop) -> Image:
 
 
 def random_flip(image: Image, generator: Generator, probability: float) -> Image:
-    """torchvision's RandomHorizontalFlip."""
+    """Flip as torchvision's RandomHorizontalFlip does."""
     return image.transpose(Transpose.FLIP_LEFT_RIGHT) if chance(probability, generator) else image
 
 
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
-EIGENVECTORS = (  # in columns
+EIGENVECTORS = (  # each is a column
     (-0.5675, 0.7192, 0.4009),
     (-0.5808, -0.0045, -0.8140),
     (-0.5836, -0.6948, 0.4203),
 )
-"""The principal components of ImageNet's colours, of values from 0 to 1 (fb.resnet.torch)."""
+"""The principal components of ImageNet's colours, as values from 0 to 1 (fb.resnet.torch)."""
 
 
 def relight(x: Tensor, generator: Generator, std: float) -> Tensor:
-    """One colour added to values x `[3 h w]` from 0 to 1: another light on the scene.
+    """Change the light on a scene: add one colour to its values x `[3 h w]`, which are from 0 to 1.
 
         x + sum_i a_i l_i v_i,   a_i ~ N(0, std^2),   l_i, v_i the eigenvalues and eigenvectors
 
@@ -148,11 +152,11 @@ def relight(x: Tensor, generator: Generator, std: float) -> Tensor:
     axes = torch.tensor(EIGENVECTORS, dtype=torch.float32, device="cpu")
     lengths = torch.tensor(EIGENVALUES, dtype=torch.float32, device="cpu")
     amounts = torch.empty_like(lengths).normal_(0, std, generator=generator)
-    return x + (axes * amounts * lengths).sum(1)[:, None, None]
+    return x + reduce(axes * amounts * lengths, "c i -> c 1 1", "sum")
 
 
 def random_erase(x: Tensor, generator: Generator, probability: float) -> Tensor:
-    """torchvision's RandomErasing, with zeros.
+    """Set a rectangle to zero, as torchvision's RandomErasing does.
 
     Source: Zhong et al. 2017, arXiv:1708.04896.
     """
@@ -171,7 +175,10 @@ def random_erase(x: Tensor, generator: Generator, probability: float) -> Tensor:
 def _rectangles(
     area: int, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator
 ) -> Iterator[tuple[int, int]]:
-    """Ten sides to choose from, of about this area times the scale and of this ratio."""
+    """Ten drawn rectangles, each as height and width.
+
+    `scale` is the range for a rectangle's share of the area, `ratio` that for the ratio of sides.
+    """
     for _ in range(10):
         covered, elongation = area * uniform(*scale, generator), log_uniform(*ratio, generator)
         yield round(sqrt(covered * elongation)), round(sqrt(covered / elongation))

@@ -1,9 +1,9 @@
 """Gradients at the price of `torch.autograd`'s, within a process and across processes.
 
-`torch.func.grad` keeps the graph of what it differentiates until it is done, as it may be
-differentiated again. Here the graph goes as the pass goes, and what processes have to tell each
-other they tell meanwhile. Under another derivative, a vmap or a compiler it is `torch.func.grad`
-after all.
+`torch.func.grad` keeps the graph of a function until the gradient is complete, because that
+gradient may be differentiated again. Here each part of the graph is freed once the backward pass
+has gone through it, and processes send their sums during that pass. Under another derivative, a
+vmap or a compiler, `torch.func.grad` takes the gradient after all.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,18 +20,22 @@ from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum, start_sum
 
 Weights = TypeVar("Weights")
+Seen = TypeVar("Seen")
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-"""Bytes sent at once; the first soon (Li et al. 2020, arXiv:2006.15704, Sec. 3.2.3)."""
+"""How many bytes are sent at once. A smaller first bucket lets sending begin early.
+
+Source: Li et al. 2020, arXiv:2006.15704, Sec. 3.2.3.
+"""
 
 
 def gradients(
-    loss_fn: Callable[..., tuple[Tensor, Any]],
+    loss_fn: Callable[..., tuple[Tensor, Seen]],
     weights: Weights,
     parts: Sequence[tuple[Any, ...]],
     *,
     group: Group | None = None,
-) -> tuple[Weights, list[tuple[Tensor, Any]]]:
+) -> tuple[Weights, list[tuple[Tensor, Seen]]]:
     """The gradient of a loss summed over parts of a batch, which are taken one after the other.
 
     >>> import torch
@@ -42,15 +46,16 @@ def gradients(
     (tensor([2., 2.]),)
 
     Args:
-      loss_fn: from weights and a part to `(loss [], seen)`, `seen` a tree that no derivative is
-        taken of. What else it depends on is a constant to it, but under `torch.func`.
-      weights: a tree: where the gradient is taken.
-      parts: trees of tensors, the further arguments of `loss_fn`.
-      group: processes over whose parts, too, is summed; each has as many. Sums are sent while the
-        last part's gradient is being taken, those of the last layers first.
+      loss_fn: a function of weights and a part that returns `(loss [], seen)`. No derivative is
+        taken of the tree `seen`. Whatever else the function depends on is a constant to it, except
+        under `torch.func`.
+      weights: a tree, the point where the gradient is taken.
+      parts: for each part, a tuple of trees of tensors, the further arguments of `loss_fn`.
+      group: processes whose parts are summed as well. Each has the same number of parts. The sums
+        are sent while the gradient of the last part is taken, those of the last layers first.
     Returns:
-      `(grads, found)`: a tree like the weights, to the bit the same on every process of the group;
-      `(loss, seen)` of each part.
+      `(grads, found)`: grads, a tree like the weights, is the same to the bit on every process of
+      the group; found holds `(loss, seen)` of each part.
     """
     if torch.compiler.is_compiling() or transform_stack.differentiated(
         *tree.leaves((weights, parts))
@@ -67,17 +72,18 @@ def gradients(
         found.append((loss.detach(), tree.map(Tensor.detach, seen)))
         del loss, seen
         if grads and not buckets:
-            new = [grads.pop() + new.pop() for _ in leaves][::-1]  # popped, they go one by one
+            # `pop` frees the terms of one sum before the next sum is taken.
+            new = [grads.pop() + new.pop() for _ in leaves][::-1]
         grads = new
     return tree.unflatten(weights, buckets.sums() if buckets else grads), found
 
 
 def _composed(
-    loss_fn: Callable[..., tuple[Tensor, Any]],
+    loss_fn: Callable[..., tuple[Tensor, Seen]],
     weights: Weights,
     parts: Sequence[tuple[Any, ...]],
     group: Group | None,
-) -> tuple[Weights, list[tuple[Tensor, Any]]]:
+) -> tuple[Weights, list[tuple[Tensor, Seen]]]:
     each, found = zip(
         *(grad_and_value(loss_fn, has_aux=True)(weights, *part) for part in parts), strict=True
     )
@@ -90,16 +96,16 @@ def _composed(
 class _Buckets:
     """Gradients end to end in a few buffers, each summed over processes as soon as it is full.
 
-    Hooks on the leaves fill them while passes backward come by, the last layers first.
+    Hooks on the leaves fill the buffers during the backward passes, beginning with the last layers.
     """
 
     def __init__(self, leaves: Sequence[Tensor], passes: int, group: Group) -> None:
         self._group = group
         self._views: list[Tensor] = [torch.empty(0)] * len(leaves)
         self._buffers: list[Tensor] = []
-        self._awaited: list[int] = []  # gradients by each buffer
+        self._awaited: list[int] = []  # how many gradients each buffer still waits for
         self._empty = set(range(len(leaves)))
-        self._sums: list[Callable[[], None]] = []  # each waits for one
+        self._sums: list[Callable[[], None]] = []  # each call waits for the sum of one buffer
         for number, bucket in enumerate(dealt(leaves)):
             sizes = [leaves[i].numel() for i in bucket]
             buffer = leaves[bucket[0]].new_empty(sum(sizes))
@@ -119,7 +125,7 @@ class _Buckets:
             view.add_(grad)
         self._awaited[number] -= 1
         while len(self._sums) < len(self._buffers) and not self._awaited[len(self._sums)]:
-            self._send()  # in one order on every process
+            self._send()  # every process sends its buffers in the same order
         return view
 
     def _send(self) -> None:
@@ -137,7 +143,10 @@ class _Buckets:
 
 
 def dealt(leaves: Sequence[Tensor]) -> list[list[int]]:
-    """The leaves' numbers, the last first, in buckets of about so many bytes and one dtype."""
+    """Indices of the leaves, in buckets of one dtype and about `BUCKET` bytes; the last come first.
+
+    The first bucket is of about `FIRST_BUCKET` bytes.
+    """
     buckets: list[list[int]] = []
     room = 0
     for i in reversed(range(len(leaves))):

@@ -1,0 +1,51 @@
+"""What a run is, and the first state, the step and the order of images that follow from it."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from fresnet import data
+from fresnet.data import Order
+from fresnet.network.nodes import Params
+from fresnet.training.processes import Processes
+from fresnet.training.recipes import Recipe, average_decay_of, mixing_of, optimizer_of
+from fresnet.training.state import TrainState, start
+from fresnet.training.step import TrainStep, make_train_step
+from fresnet.training.targets import cross_entropy
+
+
+class Run(NamedTuple):
+    """All that a run's numbers depend on, apart from its images.
+
+    A checkpoint of one run is refused by every other.
+    """
+
+    network: str  # the network to begin with, in words
+    recipe: Recipe
+    seed: int = 0
+    precision: torch.dtype | None = None
+    micro_batches: int = 1
+    norms_across: bool = False
+
+
+def assemble(
+    run: Run, params: Params, images: int, processes: Processes, recompute: bool = False
+) -> tuple[TrainState, TrainStep, Order]:
+    """The state before the first step of a run on so many images, its step, and their order."""
+    recipe = run.recipe
+    order = Order(images, recipe.batch, run.seed, recipe.repeats)
+    optimizer = optimizer_of(recipe, data.steps_per_epoch(order))
+    train_step = make_train_step(
+        optimizer,
+        loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
+        mixing=mixing_of(recipe),
+        precision=run.precision,
+        micro_batches=run.micro_batches,
+        recompute=recompute,
+        average_decay=average_decay_of(recipe),
+        group=processes.group,
+        norms_across=run.norms_across and processes.group is not None,
+    )
+    state = start(params, optimizer, seed=run.seed, average=recipe.average > 0)
+    return state, train_step, order

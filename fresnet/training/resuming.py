@@ -1,0 +1,73 @@
+"""What a run notes about itself in its checkpoints, and how it goes on from one of them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+from zlib import crc32
+
+from fresnet.data import Folder
+from fresnet.errors import FresnetError
+from fresnet.training.checkpoint import restore_state, saved_states
+from fresnet.training.state import TrainState
+
+CHECKPOINTS = "checkpoints"
+
+Notes: TypeAlias = Mapping[str, int | str]
+
+
+@runtime_checkable
+class Fields(Protocol):
+    """Any NamedTuple."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+def notes_of(run: Fields, folder: Folder) -> Notes:
+    """A run and its images in words, on one level, as a checkpoint notes them."""
+    files = "\n".join(os.path.relpath(file, folder.root) for file in folder.files)
+    notes: dict[str, int | str] = {
+        "images": len(folder.files),
+        "classes": " ".join(folder.classes),
+        "files' checksum": f"{crc32(files.encode(errors='surrogateescape')):08x}",
+    }
+
+    def add(name: str, value: object) -> None:
+        if isinstance(value, Fields):
+            for field, part in value._asdict().items():
+                add(field if name == "recipe" else f"{name} {field}".strip(), part)
+        else:
+            notes[name] = getattr(value, "__name__", None) or str(value)
+
+    add("", run)
+    return notes
+
+
+def resumed(state: TrainState, out: Path, notes: Notes) -> TrainState:
+    """The state of the last checkpoint in `out`, or the given state if there is no checkpoint.
+
+    Raises:
+      FresnetError: if the checkpoint is of a run with other notes.
+    """
+    restored = restore_state(state, out / CHECKPOINTS)
+    if restored is None:
+        return state
+    there = restored.notes
+    others = [
+        f"{name} {shorten(str(there.get(name)), 40)}, not {shorten(str(notes.get(name)), 40)}"
+        for name in dict.fromkeys([*notes, *there])
+        if there.get(name) != notes.get(name)
+    ]
+    if others:
+        raise FresnetError(
+            f"{out} holds a run of {'; of '.join(others)}: go on with the same, or choose another "
+            "folder"
+        )
+    return restored.state
+
+
+def last_good(out: Path) -> str:
+    """Which checkpoint is the last in `out`, as the end of an error message."""
+    found = saved_states(out / CHECKPOINTS)
+    return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
