@@ -73,7 +73,7 @@ def influence(params: Params, digits: Digits, clean: Digits) -> Tensor:
 
 def draw(digits: Digits, truth: Tensor, order: Tensor, path: Path) -> None:
     figure = Figure(figsize=(12, 4.4), layout="constrained")
-    figure.suptitle("the 30 digits most suspected; red: mislabelled indeed")
+    figure.suptitle("the 30 digits most suspected; red: the label is wrong")
     for axes, i in zip(figure.subplots(3, 10).flat, order[:30].tolist(), strict=True):
         axes.imshow(digits.images[i, 0], cmap="gray_r")
         axes.set(xticks=[], yticks=[])

@@ -64,6 +64,28 @@ def test_without_the_transform_stack_every_derivative_is_right(
     assert_trees_close(derivatives(), expected, 1e-9)
 
 
+@pytest.mark.parametrize("missing", ["norm", "convolution_backward", "dirichlet"])
+def test_without_kernels_that_are_not_documented_every_derivative_is_right(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = derivatives()
+    if missing == "norm":
+        monkeypatch.delattr(torch, "native_batch_norm")
+    elif missing == "dirichlet":
+        monkeypatch.delattr(torch, "_sample_dirichlet")
+    else:
+        kernels = SimpleNamespace(
+            native_batch_norm_backward=torch.ops.aten.native_batch_norm_backward
+        )
+        monkeypatch.setattr(torch.ops, "aten", kernels)
+    found = derivatives()
+    monkeypatch.undo()
+    if missing == "dirichlet":  # another share of the mixture, as large or small
+        assert tree.leaves(found[-1])[0].isfinite().all()
+    else:
+        assert_trees_close(found, expected, 1e-9)
+
+
 @pytest.mark.parametrize("name", [onednn.TRACE, onednn.FUNCTION])
 def test_without_onednns_compiler_pytorchs_is_taken(
     name: str, monkeypatch: pytest.MonkeyPatch

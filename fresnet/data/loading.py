@@ -138,7 +138,9 @@ def _batches(
         # keep `ready` alive; a worker of another loader, forked meanwhile, would then collect it
         # too, and hang.
         if data.num_workers > 0:
-            ready._shutdown_workers()
+            shut_down = getattr(ready, "_shutdown_workers", None)  # it is private
+            if shut_down is not None:
+                shut_down()
 
 
 def _next(ready: Iterator[Batch]) -> Batch | None:

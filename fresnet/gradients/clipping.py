@@ -171,10 +171,10 @@ class _Pass:
         params, x = tree.map(Tensor.detach, (params, x))
         do = _Listening(x, sums=sums)
         with torch.enable_grad():
-            _, features, seen = run_network(params, x, do)
-            logits = do.head(params.weights.head, features)
+            run = run_network(params, x, do)
+            seen, logits = run.seen, do.head(params.weights.head, run.y)
             total = vmap(loss_fn)(logits, y).sum()
-        del features, logits
+        del run, logits
         if total.requires_grad:
             torch.autograd.grad(total, do.root)
         self._weights, self._told = params.weights, Weights(*seen, do.told_head)

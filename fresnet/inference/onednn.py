@@ -67,13 +67,16 @@ class SideBySide(OneDNN):
         return super().join(y, add)
 
     def mean(self, x: Tensor) -> Tensor:
-        return side_by_side.average(x, self.images // len(x))[:, :, None, None]
+        return self._means(x)[:, :, None, None]
 
     def gate(self, x: Tensor, gates: Tensor) -> Tensor:
         return side_by_side.gate(x, gates, self.images // len(x))
 
     def head(self, at: Head, x: Tensor) -> Tensor:
-        return linear(self.mean(x)[:, :, 0, 0], *at)
+        return linear(self._means(x), *at)
+
+    def _means(self, x: Tensor) -> Tensor:
+        return side_by_side.average(x, self.images // len(x))
 
 
 def prepare(params: Params, x: Tensor) -> Inference:

@@ -12,12 +12,14 @@ three, so the derivatives of the two are the two again.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.func import vjp
 
 from fresnet.network import faults
 from fresnet.network.nodes import Geometry
@@ -68,6 +70,11 @@ def pull_back(
         x, geometry = x[:, :, :: geometry.stride, :: geometry.stride], replace(geometry, stride=1)
         return x_grad, weight_gradient(cotangent, x, weight, geometry)
     x, weight = faults.with_usual_stride(x), faults.with_usual_stride(weight)
+    if not hasattr(torch.ops.aten, "convolution_backward"):  # it is not documented
+        _, pull, *_ = vjp(partial(convolve, geometry=geometry), x, weight)
+        both = zip(pull(cotangent), needed, strict=True)
+        x_grad, weight_grad = (grad if need else None for grad, need in both)
+        return x_grad, weight_grad
     *grads_, _ = torch.ops.aten.convolution_backward(
         cotangent,
         x,

@@ -189,6 +189,6 @@ def run_training(
     params: Params, x: Tensor, do: Regime, *, recompute: bool = False
 ) -> tuple[Tensor, Stats]:
     """As `forward_moments`, of what has been checked; in x's dtype, whatever the weights'."""
-    _, y, moments = run_network(params, x, do, recompute=recompute)
+    run = run_network(params, x, do, recompute=recompute)
     head = Head(*(leaf.to(x.dtype) for leaf in params.weights.head))
-    return do.head(head, y), moments
+    return do.head(head, run.y), run.seen

@@ -125,6 +125,7 @@ def _batch_norm(
     if (
         torch.compiler.is_compiling()
         or group is not None
+        or not _is_fused_there()
         or not transform_stack.fused_norm_is_exact(x, scale, bias)
     ):
         return _composed_norm(x, scale, bias, group)
@@ -132,6 +133,12 @@ def _batch_norm(
     y, mean, inverse_std = fused(x, scale, bias)
     n = mean.new_full((), x.numel() // x.shape[1])
     return y, Moments(n, mean, (inverse_std**-2 - EPS).clamp(min=0) * n)
+
+
+def _is_fused_there() -> bool:
+    """Whether this PyTorch has the fused kernel and its derivative; neither is documented."""
+    derivative = hasattr(torch.ops.aten, "native_batch_norm_backward")
+    return derivative and hasattr(torch, "native_batch_norm")
 
 
 def _composed_norm(

@@ -21,7 +21,7 @@ except ImportError:
 Group = distributed.ProcessGroup
 
 
-@not_compiled  # compiled, its derivatives would leave other processes out
+@not_compiled
 def all_sum(x: Tensor, group: Group) -> Tensor:
     """The sum of x over the group's processes, on each of them the same.
 
@@ -33,6 +33,14 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
     """
     total: Tensor = _AllSum.apply(x, group)
     return total
+
+
+# What the compiler says where it meets this function and may not leave the graph.
+for name, value in {
+    "_torchdynamo_disable": True,
+    "_torchdynamo_disable_msg": "compiled, its derivatives would leave other processes out",
+}.items():
+    setattr(all_sum, name, value)
 
 
 class _AllSum(torch.autograd.Function):

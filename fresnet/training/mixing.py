@@ -10,6 +10,7 @@ from functools import partial
 from math import inf, sqrt
 from typing import TypeAlias
 
+import numpy
 import torch
 from einops import rearrange
 from torch import Generator, Tensor
@@ -81,8 +82,12 @@ def _one_of(
 def _share(alpha: float, generator: Generator) -> float:
     """A draw from Beta(alpha, alpha).
 
-    `torch.distributions` calls the same private function, but takes no generator.
+    `torch.distributions` calls the same private function, but takes no generator. Where PyTorch has
+    it no more, the draw is numpy's, from a seed that the generator gives.
     """
+    if not hasattr(torch, "_sample_dirichlet"):
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return float(numpy.random.default_rng(seed).beta(alpha, alpha))
     concentrations = torch.full((2,), alpha, dtype=torch.float32, device="cpu")
     return float(torch._sample_dirichlet(concentrations, generator=generator)[0])
 
