@@ -12,7 +12,7 @@ test: .venv/ready  ## every test, doctest and README block
 	$(PYTEST)
 
 test-fast: .venv/ready  ## the development loop
-	$(PYTEST) -m "not slow and not long"
+	FRESNET_DEVELOPMENT_LOOP=1 $(PYTEST) -m "not slow and not long"
 
 test-long: .venv/ready  ## what repeats at greater length: an hour
 	$(PYTEST) -m long

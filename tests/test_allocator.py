@@ -36,6 +36,7 @@ def faults(setting: str) -> int:
     return median_low(map(int, printed.split()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
 def test_freed_pages_are_used_again() -> None:
     """64 MiB are 16,384 pages of 4 KiB, or 32 that are huge."""

@@ -100,6 +100,7 @@ def test_trivial_augment(image: Image.Image, seed: int) -> None:
     assert_draws_as(T.TrivialAugmentWide(interpolation=BILINEAR), trivial_augment, image, seed)
 
 
+@pytest.mark.slow
 def test_trivial_augment_in_every_operation_and_strength() -> None:
     """2,000 draws of some 500 that there are."""
     for seed in range(2000):

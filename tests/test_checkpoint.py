@@ -75,6 +75,7 @@ def test_every_training_state_comes_back_to_the_bit_and_in_its_strides(
     fresnet.tree.map(torch.equal, loaded, network)
 
 
+@pytest.mark.slow
 @examples(150)
 @given(state=tensor_trees())
 def test_every_tree_comes_back_to_the_bit_and_in_its_strides(
@@ -226,6 +227,7 @@ KILLS = [
 """Around every call of the first saves that leaves a trace on the disk."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_save_killed_at_any_point_leaves_what_was_there_or_the_new_state(
     keep: int, give: Give, tmp_path: Path
@@ -237,6 +239,7 @@ def test_a_save_killed_at_any_point_leaves_what_was_there_or_the_new_state(
         check_survives(report, folder, keep)
 
 
+@pytest.mark.slow
 @examples(30)
 @given(seconds=st.floats(0, 0.08), keep=st.integers(1, 3))
 def test_saves_killed_at_any_moment_lose_nothing_that_stood(

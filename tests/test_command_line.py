@@ -131,6 +131,7 @@ def test_convert(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffix: str) -> None:
     code, out, err = call(capsys, "convert", "net.safetensors", f"net{suffix}")

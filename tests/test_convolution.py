@@ -175,6 +175,7 @@ for channels in range(1, 18):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", ["AVX2", "AVX512_CORE", "ALL"])
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_few_channels_by_a_stride(vectors: str, threads: str) -> None:

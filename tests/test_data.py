@@ -1,6 +1,5 @@
 """Folders are read as torchvision reads them, and batches are functions of their places."""
 
-import importlib
 import os
 import pickle
 import re
@@ -374,6 +373,10 @@ def test_bad_options(options: dict[str, Any], message: str, digits: Path) -> Non
 
 
 def test_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    for name in ("PIL", "PIL.Image"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "fresnet.data.loading", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'fresnet\[io\]'"):
-        importlib.reload(fresnet.data)
+        fresnet.data.loader  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fresnet.data.nothing  # noqa: B018

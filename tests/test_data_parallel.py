@@ -390,6 +390,7 @@ def test_half_of_torchruns_environment_is_refused(monkeypatch: pytest.MonkeyPatc
         pass
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_no_other_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unanswered:
         unanswered.bind(("127.0.0.1", 0))

@@ -117,6 +117,7 @@ def test_wrong_arguments_end_with_one_line(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_its_steps_are_torch_optims() -> None:
     train, _ = load()
     params = fresnet.init(0, fresnet.RESNET18, num_classes=10)

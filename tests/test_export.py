@@ -31,6 +31,8 @@ from fresnet.network.nodes import (
     ZeroPad,
 )
 
+pytestmark = pytest.mark.slow
+
 BOUND = 1e-5
 """Relative, in float32: other kernels, folded norms."""
 

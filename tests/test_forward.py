@@ -1,5 +1,6 @@
 """`forward` and `features` equal torchvision's network in evaluation mode."""
 
+import pytest
 import reference
 import torch
 from assertions import assert_close, assert_same
@@ -13,6 +14,7 @@ from fresnet.network.nodes import Norm, NormStats, Weights
 from fresnet.network.norm import inference_norm
 
 
+@pytest.mark.slow
 @reference.every_member
 @examples(8)
 @given(x=images(), seed=seeds, classes=class_counts)
@@ -55,6 +57,7 @@ def test_features_equal_torchvisions_stages(name: str, x: Tensor, seed: int) -> 
         assert_close(a, b, 1e-12, f"activation {i}")
 
 
+@pytest.mark.slow
 @examples(10)
 @given(x=images(), seed=seeds, spec=small_specs())
 def test_gradients_through_forward_equal_torchvision(

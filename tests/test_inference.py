@@ -84,6 +84,7 @@ def test_winograds_convolution_is_the_convolution(
     assert_close(y.double(), expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
     x = torch.randn(6, 3, 72, 76, generator=torch.Generator().manual_seed(0))
@@ -98,6 +99,7 @@ def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
     assert_close(logits, fresnet.forward(params, x), 1e-5)
 
 
+@pytest.mark.slow
 def test_several_threads_may_prepare_networks() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
     batches = [torch.randn(7, 3, side, 68) for side in (64, 68, 80)]
@@ -110,6 +112,7 @@ def test_several_threads_may_prepare_networks() -> None:
         assert_close(prepared[0](x), fresnet.forward(params, x), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_network_with_winograds_layers() -> None:
     """Of basic blocks, whose second convolution ends a shortcut, in parts of several images."""
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1, 2), width=128), num_classes=7)
@@ -188,6 +191,7 @@ def test_a_convolution_side_by_side_is_the_convolution(
     assert_close(side_by_side.average(actual, n), y.mean((2, 3)), 1e-12)
 
 
+@pytest.mark.slow
 @examples(30)
 @given(params=tiny_params(), x=images(batch=st.sampled_from([2, 3, 4, 6])))
 def test_every_network_runs_side_by_side(params: Params, x: Tensor) -> None:
@@ -199,6 +203,7 @@ def test_every_network_runs_side_by_side(params: Params, x: Tensor) -> None:
     assert_logits_close(params, x, logits, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_onednn_compiles_a_stage_at_once_and_lets_go_of_it(
@@ -272,6 +277,7 @@ def test_what_is_compiled_runs_in_any_mode_of_pytorch() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_other_dtypes_are_compiled_by_pytorch() -> None:
     spec = fresnet.Spec(fresnet.RESNET18.block, (1,), width=4, stem=fresnet.nodes.Stem3x3)
     params = fresnet.init(0, spec, num_classes=5, dtype=torch.float64)

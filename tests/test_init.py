@@ -63,6 +63,7 @@ def test_a_generator_is_advanced_and_another_seed_gives_other_weights() -> None:
     assert not any(torch.equal(a, b) for a, b in pairwise((*convs, convs[0])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_init_residual", [False, True])
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_every_tensor_is_distributed_as_torchvisions(name: str, zero_init_residual: bool) -> None:

@@ -102,6 +102,7 @@ def test_what_is_loaded_is_laid_out_as_what_was_initialised(name: str) -> None:
     assert layouts[0] == layouts[1]
 
 
+@pytest.mark.slow
 @examples(15)
 @given(seed=seeds, spec=small_specs(), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_round_trip_of_a_state_dict_is_exact(
@@ -282,6 +283,7 @@ def give_biases(model: torch.nn.Module, seed: int) -> None:
             layer.bias = torch.nn.Parameter(bias)
 
 
+@pytest.mark.slow
 @examples(8)
 @given(x=training_images(), seed=seeds, spec=small_specs())
 def test_biases_of_convolutions_are_absorbed_into_the_running_means(
@@ -396,6 +398,7 @@ def pruned(model: Any, keep: Callable[[int], int]) -> Any:
     return reference.perturbed(model, seed=1)
 
 
+@pytest.mark.slow
 @examples(10)
 @given(x=training_images(), seed=seeds, spec=small_specs(), start=st.integers(0, 50))
 def test_pruned_networks_take_their_widths_from_shapes(

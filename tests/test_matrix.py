@@ -30,6 +30,7 @@ def test_cell(cell: matrix.Cell) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", matrix.FORWARDS)
 @pytest.mark.parametrize("transform", matrix.TRANSFORMS)
 @pytest.mark.parametrize("network", ["V2", "EXCITED"])

@@ -86,6 +86,7 @@ def test_without_kernels_that_are_not_documented_every_derivative_is_right(
         assert_trees_close(found, expected, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [onednn.TRACE, onednn.FUNCTION])
 def test_without_onednns_compiler_pytorchs_is_taken(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +152,7 @@ def test_without_the_compilers_modules_there_is_no_winograd(
         winograd._has_compiler.cache_clear()
 
 
+@pytest.mark.slow
 def test_without_guards_to_skip_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe")
     winograd._has_compiler.cache_clear()
@@ -201,6 +203,7 @@ print(fresnet.forward(params._replace(stats=stats), x).shape)
 """
 
 
+@pytest.mark.slow
 def test_without_all_of_them_it_is_imported_and_runs() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_ALL], capture_output=True, text=True, check=False

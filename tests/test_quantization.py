@@ -39,6 +39,7 @@ def trained() -> tuple[Params, digits.Digits, digits.Digits]:
     return state.params, train, test
 
 
+@pytest.mark.slow
 def test_digits_are_classified_as_in_float32() -> None:
     params, train, test = trained()
     infer = fresnet.compile_inference(
@@ -51,6 +52,7 @@ def test_digits_are_classified_as_in_float32() -> None:
     assert (logits - exact).norm() <= 0.05 * exact.norm()
 
 
+@pytest.mark.slow
 @examples(40)
 @given(params=tiny_params(attention=False), x=images(dtype=torch.float32), seed=seeds)
 def test_every_network_runs_near_itself(params: Params, x: Tensor, seed: int) -> None:

@@ -47,6 +47,7 @@ def check_one_step(model: reference.ResNet, x: Tensor, y: Tensor) -> None:
     assert len(gradients) == len(tree.leaves(params.weights))
 
 
+@pytest.mark.slow
 @reference.every_member
 @examples(2)
 @given(x=training_images(), seed=seeds, classes=class_counts)
@@ -64,6 +65,7 @@ def test_one_step_of_any_depths_equals_torchvision(
     check_one_step(model, x, labels(x, classes))
 
 
+@pytest.mark.slow
 @examples(10)
 @given(
     batches=st.lists(training_images(), min_size=2, max_size=4),

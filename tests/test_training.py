@@ -363,6 +363,7 @@ def test_in_float64_a_step_is_that_of_the_widened_network(frozen: bool) -> None:
     assert_trees_close(state.params, tree.map(torch.Tensor.float, truth.params), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # of linearize
 def test_in_forward_mode_recomputing_changes_nothing() -> None:
     weights, direction = PARAMS.weights, tree.map(torch.cos, PARAMS.weights)

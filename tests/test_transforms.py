@@ -168,6 +168,7 @@ BFLOAT16 = fresnet.init(
 )
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_statistics_under_every_transform() -> None:
     """Moments of the stem, far from 0, against float64 ones; rounded to bfloat16 they would be off
     by 2e-3.

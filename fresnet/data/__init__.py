@@ -97,7 +97,7 @@ def __getattr__(name: str) -> object:
     try:
         module = import_module(f"{__name__}.{HOMES[name]}")
     except ImportError as error:
-        if error.name == "PIL":
+        if str(error.name).startswith("PIL"):
             raise ImportError("fresnet.data needs Pillow: pip install 'fresnet[io]'") from error
         raise
     return getattr(module, name)
