@@ -113,7 +113,7 @@ def test_a_program_runs_as_forward_on_images_beyond_its_stride(
 
 
 @pytest.mark.slow
-@examples(10)
+@examples(6)
 @given(
     params=tiny_params(),
     x=images(side=st.integers(33, 67), dtype=torch.float32),  # beyond the stride of any of them
@@ -193,7 +193,10 @@ def test_programs_run_without_fresnet(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grouped resnet-d", "cifar, zero padding"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("grouped resnet-d", marks=pytest.mark.long), "cifar, zero padding"],
+)
 def test_compiled_packages_run_without_fresnet(name: str, tmp_path: Path) -> None:
     """In every layout, and odd as well as even sizes: compiled code checks neither."""
     params, path = NETWORKS[name], tmp_path / "net.pt2"

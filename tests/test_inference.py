@@ -102,11 +102,11 @@ def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
 @pytest.mark.slow
 def test_several_threads_may_prepare_networks() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
-    batches = [torch.randn(7, 3, side, 68) for side in (64, 68, 80)]
+    batches = [torch.randn(7, 3, side, 68) for side in (64, 80)]
     made = winograd._compiled_values.cache_info().misses
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(2) as pool:
         prepared = list(pool.map(lambda x: fresnet.compile_inference(params, x), batches))
-    assert winograd._compiled_values.cache_info().misses >= made + 3
+    assert winograd._compiled_values.cache_info().misses >= made + 2
     for infer, x in zip(prepared, batches, strict=True):
         assert_close(infer(x), fresnet.forward(params, x), 1e-5)
         assert_close(prepared[0](x), fresnet.forward(params, x), 1e-5)
