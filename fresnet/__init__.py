@@ -5,14 +5,13 @@ logits = fresnet.forward(params, x)                # inference: running statisti
 logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
-from fresnet import data, optim, training, tree
+from fresnet import data, moments, nodes, optim, training, tree
 from fresnet.data.preprocess import PRESETS, Preset, preprocess
 from fresnet.errors import FresnetError
 from fresnet.gradients.clipping import clipped_grads, per_sample_norms
 from fresnet.gradients.per_sample import per_sample_grads
 from fresnet.inference.compiled import compile_inference
 from fresnet.inference.quantization import quantize
-from fresnet.network import moments, nodes
 from fresnet.network.init import init
 from fresnet.network.net import features, forward, forward_moments, forward_train
 from fresnet.network.nodes import Params, Quantized

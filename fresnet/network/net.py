@@ -12,6 +12,7 @@ from torch import Tensor
 from fresnet.network.check import check_call, check_group, check_momentum
 from fresnet.network.moments import update
 from fresnet.network.nodes import (
+    Block,
     Grid,
     Head,
     Params,
@@ -180,9 +181,8 @@ def run_network(
     return Run(tuple(activations), y, Stats(stem, tuple(stages), last_seen))
 
 
-def _run_block(block: Any, x: Tensor, *, grid: Grid, do: Regime) -> tuple[Tensor, Any]:
-    y: tuple[Tensor, Any] = block.run(x, grid, do)
-    return y
+def _run_block(block: Block, x: Tensor, *, grid: Grid, do: Regime) -> tuple[Tensor, Any]:
+    return block.run(x, grid, do)
 
 
 def run_training(

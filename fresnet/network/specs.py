@@ -15,10 +15,12 @@ from fresnet.network.nodes import (
     STEMS,
     BareStem7x7,
     BasicBlock,
+    Block,
     Bottleneck,
     BottleneckV1,
     DeepStem,
     Identity,
+    Last,
     LastNorm,
     NoAttention,
     NoLastNorm,
@@ -28,6 +30,7 @@ from fresnet.network.nodes import (
     PreActivation,
     Projection,
     SqueezeExcite,
+    Stem,
     Stem3x3,
     Stem7x7,
     ZeroPad,
@@ -56,12 +59,12 @@ class Spec:
         convolution without channels.
     """
 
-    block: type[Any] = Bottleneck
+    block: type[Block] = Bottleneck
     depths: tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
-    stem: type[Any] = Stem7x7
+    stem: type[Stem] = Stem7x7
     shortcut: type[Any] = Projection
-    last: type[Any] = NoLastNorm
+    last: type[Last] = NoLastNorm
     attention: type[Any] = NoAttention
     groups: int = 1
     group_width: int = 64
@@ -111,8 +114,7 @@ class Spec:
 
     def out_channels(self, stage: int) -> int:
         """The channels that a block in this stage puts out."""
-        expansion: int = self.block.expansion()
-        return expansion * (self.width << stage)
+        return self.block.expansion() * (self.width << stage)
 
     def plan(self, stage: int, channels: int, *, strides: bool) -> Plan:
         """A block in this stage, for so many channels."""

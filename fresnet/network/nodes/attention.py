@@ -4,7 +4,8 @@ from typing import Any, Generic, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from fresnet.network.nodes.layers import PLAIN, Drawer, Geometry, Layer, Names, Regime, T
+from fresnet.network.nodes.layers import Layer, T
+from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Names, Regime
 
 
 class NoAttention(NamedTuple):

@@ -5,17 +5,8 @@ from typing import Any, Generic, NamedTuple
 from torch import Tensor
 
 from fresnet.network.nodes.attention import Attention, NoAttention
-from fresnet.network.nodes.layers import (
-    PLAIN,
-    Drawer,
-    Geometry,
-    Grid,
-    Layer,
-    Names,
-    Plan,
-    Regime,
-    T,
-)
+from fresnet.network.nodes.layers import Layer, T
+from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Grid, Names, Plan, Regime
 from fresnet.network.nodes.shortcuts import Shortcut
 
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fresnet.network.nodes.layers import Drawer, Grid, Names, Pair, Regime, over
+from fresnet.network.nodes.layers import Pair, over
+from fresnet.network.nodes.protocols import Drawer, Grid, Names, Regime
 
 
 class DilatedStage(NamedTuple):

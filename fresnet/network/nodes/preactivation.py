@@ -8,19 +8,8 @@ from typing import Any, Generic, NamedTuple
 from torch import Tensor
 
 from fresnet.network.nodes.blocks import channels_of, groups_of
-from fresnet.network.nodes.layers import (
-    PLAIN,
-    Drawer,
-    Geometry,
-    Grid,
-    Layer,
-    N,
-    Names,
-    Normed,
-    Plan,
-    Regime,
-    T,
-)
+from fresnet.network.nodes.layers import Layer, N, Normed, T
+from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Grid, Names, Plan, Regime
 from fresnet.network.nodes.shortcuts import Identity, Shortcut
 
 

@@ -5,7 +5,8 @@ from typing import Any, Generic, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from fresnet.network.nodes.layers import PLAIN, Geometry, Layer, Names, Plan, Regime, T
+from fresnet.network.nodes.layers import Layer, T
+from fresnet.network.nodes.protocols import PLAIN, Geometry, Names, Plan, Regime
 
 DrawLayer: TypeAlias = Callable[[int, int, int], Layer]
 """Of channels in, channels out and the kernel's side: a layer with a norm, or without."""

@@ -4,7 +4,8 @@ from typing import Any, Generic, NamedTuple
 
 from torch import Tensor
 
-from fresnet.network.nodes.layers import PLAIN, Drawer, Geometry, Layer, Names, Regime, T
+from fresnet.network.nodes.layers import Layer, T
+from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Names, Regime
 
 
 class Stem7x7(NamedTuple, Generic[T]):
