@@ -1,6 +1,7 @@
 """`compile_inference` computes what `forward` does, in one thread or several."""
 
 import gc
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -303,6 +304,38 @@ def test_winograd_is_for_plain_convolutions_of_many_channels_and_images(
     shape = torch.Size((images, channels * groups, 28, 28))
     weight = torch.empty(128, channels, 3, 3, dtype=dtype)
     assert not winograd.is_faster(shape, weight, Geometry(stride, dilation, groups))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float32, 1.001), (torch.bfloat16, 1.3), (torch.bfloat16, math.nan)]
+)
+def test_a_backend_that_computes_something_else_is_not_used(
+    dtype: torch.dtype, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each shape that is prepared, and with a warning."""
+    params = fresnet.fold(fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5))
+    params = tree.map(lambda leaf: leaf.to(dtype), params)
+    monkeypatch.setattr(
+        onednn, "prepare", lambda params, _: lambda x: factor * fresnet.forward(params, x)
+    )
+    monkeypatch.setattr(onednn, "is_supported", lambda *_: True)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    message = r"what onednn makes of this network is not what it computes, for images \(2, 3, 16"
+    with pytest.warns(UserWarning, match=message):
+        infer = fresnet.compile_inference(params, x)
+    assert torch.equal(infer(x), fresnet.forward(params, x))
+    with pytest.warns(UserWarning, match=r"images \(1, 3, 16, 16\)"):
+        infer(x[:1])
+
+
+def test_weights_that_are_not_finite_are_compiled_all_the_same() -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
+    head = params.weights.head._replace(bias=torch.full((5,), torch.nan))
+    x = torch.ones(1, 3, 16, 16)
+    infer = fresnet.compile_inference(
+        params._replace(weights=params.weights._replace(head=head)), x
+    )
+    assert infer(x).isnan().all()
 
 
 def test_without_a_compiler_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
