@@ -1,7 +1,7 @@
 """Everything that `docs/performance.md` says, measured and written.
 
     make bench                # a few sizes with pages kept, printed: python benchmarks/run.py
-    make bench-full           # half an hour or more: all sizes, both settings of the allocator
+    make bench-full           # an hour: all sizes, both settings of the allocator
 
 Each benchmark runs in a process of its own for each setting; with the default allocator only
 inference in all sizes. A full run leaves `docs/performance.json`, every time of it, and from that

@@ -58,16 +58,20 @@ BATCH = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it succeeded, 1 if what it was given is refused, 2 if misspelt."""
+    """Run a command.
+
+    Returns:
+      0 if the command succeeded, 1 if it refused what it was given. A misspelt one exits with 2.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names may be anything
+            stream.reconfigure(errors="backslashreplace")  # some file names cannot be encoded
     args = _parser().parse_args(arguments)
     try:
         said = args.run(args)
         if said:
             print(said, flush=True)
-    except BrokenPipeError:  # as of `| head`, which has seen enough
+    except BrokenPipeError:  # a reader such as `head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except FresnetError as error:
         print(f"fresnet {args.command}: {error}", file=sys.stderr)
@@ -196,7 +200,7 @@ def _summary(args: argparse.Namespace) -> str:
 
 
 def _network(args: argparse.Namespace) -> Params:
-    """A member of the family, without values, or a checkpoint."""
+    """A member of the family without values, or the network in a checkpoint."""
     name = args.network
     if name in SPECS:
         return init(0, SPECS[name], num_classes=args.classes, device="meta")
@@ -225,7 +229,7 @@ def _predict(args: argparse.Namespace) -> str:
 
 
 def _preset(text: str) -> str | Preset:
-    """A preset's name, or one of its own such as "256,224,bilinear"."""
+    """The name of a preset, or a preset made from a text such as "256,224,bilinear"."""
     if "," not in text:
         return text
     match text.split(","):

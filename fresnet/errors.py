@@ -1,4 +1,4 @@
-"""The one error of the library."""
+"""The library's one error, and helpers for its messages."""
 
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ class FresnetError(ValueError):
 
 
 def describe(value: Any) -> str:
-    """A tensor as its dtype and shape, anything else as its type: what an error says it got.
+    """What a message says it got: a tensor's dtype and shape, or another value's type.
 
     >>> import torch
     >>> describe(torch.zeros(2, 3)), describe(torch.tensor(1)), describe([1]), describe(None)
@@ -26,7 +26,7 @@ def describe(value: Any) -> str:
 
 
 def reason(error: Exception) -> str:
-    r"""The first line of what an exception says, for the end of a message.
+    r"""The first line of an exception's own message, for the end of ours.
 
     >>> reason(OSError(2, "No such file")), reason(KeyError()), reason(ValueError("a\nb"))
     ('No such file', 'KeyError', 'a')
@@ -37,7 +37,7 @@ def reason(error: Exception) -> str:
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """Which of the known names may have been meant.
+    """A hint at the known names that may have been meant.
 
     >>> suggestion("resnet5", ["resnet18", "resnet50", "resnet50_v1"])
     "did you mean 'resnet50', 'resnet50_v1'?"

@@ -4,8 +4,8 @@
     state = optimizer.init(weights)
     weights, state = optimizer.update(grads, state, weights)
 
-Rates and decays are numbers, 0-d tensors, so that an ensemble maps over them, or schedules:
-functions of the step, which is 0 at the first update.
+A learning rate or a weight decay is a number, a 0-d tensor or a schedule. An ensemble can map over
+0-d tensors. A schedule is a function of the step, which is 0 at the first update.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,10 @@ Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
 Rate: TypeAlias = float | Tensor | Schedule
 Where: TypeAlias = Callable[[tree.Path], bool]
 Move: TypeAlias = Callable[..., Any]
-"""What becomes of a leaf: `(where, w, g, *moments) -> (w, *moments)`."""
+"""The update of one leaf, `(where, w, g, *moments) -> (w, *moments)`.
+
+`where` is the answer of the optimizer's `Where` for this leaf.
+"""
 
 
 class Optimizer(NamedTuple):
@@ -38,7 +41,9 @@ class Optimizer(NamedTuple):
 class State(NamedTuple):
     """What an optimizer carries along: the number of updates, and means of past gradients.
 
-    `step []`; `moments`, trees like the weights: none, the velocity, or AdamW's mean and square.
+    step: the number of updates so far, `[]`.
+    moments: trees like the weights; none, or the velocity, or AdamW's two, the mean gradient and
+      the mean square.
     """
 
     step: Tensor
@@ -46,12 +51,12 @@ class State(NamedTuple):
 
 
 def everywhere(path: tree.Path) -> bool:
-    """Every leaf: what PyTorch's optimizers decay."""
+    """Select every leaf. This is what PyTorch's optimizers decay."""
     return True
 
 
 def kernels(path: tree.Path) -> bool:
-    """Convolutions and the head's matrix, but no norm and no bias.
+    """Select convolutions and the head's matrix, but no norm and no bias.
 
     >>> layer = ("stages", 0, 1, "layer2")
     >>> kernels((*layer, "conv")), kernels((*layer, "norm", "scale")), kernels(("head", "bias"))
@@ -61,7 +66,7 @@ def kernels(path: tree.Path) -> bool:
 
 
 def all_but_norms(path: tree.Path) -> bool:
-    """Every leaf but those of norms, and of the biases that stand in a norm's place.
+    """Select every leaf except those of norms and of biases that stand in a norm's place.
 
     >>> all_but_norms(("head", "bias")), all_but_norms(("stages", 0, 1, "layer2", "norm", "bias"))
     (True, False)
@@ -78,11 +83,11 @@ def sgd(
     decoupled: bool = False,
     decay_where: Where = everywhere,
 ) -> Optimizer:
-    """Stochastic gradient descent, as `torch.optim.SGD` has it.
+    """Stochastic gradient descent, with the steps of `torch.optim.SGD`.
 
         g <- g + weight_decay w
         v <- momentum v + g
-        w <- w - learning_rate v           (with nesterov: g + momentum v for v)
+        w <- w - learning_rate v           (with nesterov: g + momentum v instead of v)
 
     >>> import torch
     >>> weights = (torch.tensor([1.0, 2.0]),)
@@ -94,9 +99,10 @@ def sgd(
       learning_rate, weight_decay: numbers, 0-d tensors or schedules.
       momentum: a number or a 0-d tensor.
       nesterov: step along the velocity once more (Sutskever et al. 2013).
-      decoupled: shrink w by learning_rate weight_decay w instead of adding to its gradient
-        (Loshchilov & Hutter 2019, arXiv:1711.05101).
-      decay_where: told the way to a leaf, whether its weights decay, such as `kernels`.
+      decoupled: shrink w by learning_rate weight_decay w instead of adding weight_decay w to its
+        gradient (Loshchilov & Hutter 2019, arXiv:1711.05101).
+      decay_where: a function of the path to a leaf that says whether its weights decay, such as
+        `kernels`.
     Raises:
       FresnetError: if a number is negative, or if nesterov comes without momentum.
     """
@@ -133,7 +139,7 @@ def adamw(
     weight_decay: Rate = 0.01,
     decay_where: Where = everywhere,
 ) -> Optimizer:
-    """Adam with decoupled weight decay, as `torch.optim.AdamW` has it.
+    """Adam with decoupled weight decay, with the steps of `torch.optim.AdamW`.
 
         m <- b1 m + (1 - b1) g,   s <- b2 s + (1 - b2) g^2
         w <- (1 - learning_rate weight_decay) w
@@ -142,10 +148,10 @@ def adamw(
     Args:
       learning_rate, weight_decay: numbers, 0-d tensors or schedules.
       betas: b1 and b2.
-      eps: added to the root.
+      eps: a number that is added to the square root.
       decay_where: as for `sgd`.
     Raises:
-      FresnetError: if a number is negative, or a beta not below 1.
+      FresnetError: if a number is negative, or if a beta is not below 1.
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2.
     """
     _check("adamw", learning_rate=learning_rate, weight_decay=weight_decay, eps=eps)
@@ -177,19 +183,20 @@ def lars(
     trust: float = 0.001,
     adapt_where: Where = kernels,
 ) -> Optimizer:
-    """SGD whose rate is scaled leaf by leaf to the size of the weights, for large batches.
+    """SGD for large batches: each leaf's rate is scaled to the size of its weights.
 
         g <- trust |w| / (|g| + weight_decay |w|) (g + weight_decay w)
         v <- momentum v + g
         w <- w - learning_rate v
 
-    Where it does not adapt, and where |w| or |g| is 0, weights do not decay and the factor is 1.
+    If `adapt_where` leaves a leaf out, or if |w| or |g| is 0, it does not decay and g is not scaled.
 
     Args:
       learning_rate, weight_decay: numbers, 0-d tensors or schedules.
       momentum: a number or a 0-d tensor.
-      trust: by which the ratio of norms is scaled.
-      adapt_where: told the way to a leaf, whether its rate adapts and its weights decay.
+      trust: the factor that scales the ratio of norms.
+      adapt_where: a function of the path to a leaf that says whether its rate adapts and its
+        weights decay.
     Raises:
       FresnetError: if a number is negative.
     Source: You, Gitman & Ginsburg 2017, arXiv:1708.03888, Alg. 1.
@@ -214,7 +221,7 @@ def lars(
 
 
 def clip_by_norm(grads: Any, max_norm: float | Tensor) -> Any:
-    """The gradients, scaled so that all together have at most this norm.
+    """The gradients, scaled down if the norm of all of them together is above `max_norm`.
 
     >>> import torch
     >>> clip_by_norm((torch.tensor([3.0]), torch.tensor([4.0])), 1.0)
@@ -231,7 +238,9 @@ def clip_by_norm(grads: Any, max_norm: float | Tensor) -> Any:
 
 
 def steps(peak: float | Tensor, *, at: Sequence[int], factor: float = 0.1) -> Schedule:
-    """The peak, times factor at each of these steps: the paper's.
+    """A schedule that begins at the peak and is multiplied by `factor` at each step of `at`.
+
+    The paper trains by such a schedule (He et al. 2015, arXiv:1512.03385).
 
     >>> rate = steps(1.0, at=(2, 4))
     >>> [round(float(rate(torch.tensor(step))), 3) for step in range(5)]
@@ -241,7 +250,7 @@ def steps(peak: float | Tensor, *, at: Sequence[int], factor: float = 0.1) -> Sc
 
 
 def cosine(peak: float | Tensor, *, over: int, end: float | Tensor = 0.0) -> Schedule:
-    """From the peak down to the end by half a cosine, over so many steps; then the end.
+    """A schedule that falls from `peak` to `end` by half a cosine in `over` steps, and then stays.
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts.
     """
@@ -254,7 +263,10 @@ def cosine(peak: float | Tensor, *, over: int, end: float | Tensor = 0.0) -> Sch
 
 
 def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
-    """A line from start times its first value up to that, over so many steps; then the schedule.
+    """Put `over` steps of linear warm-up before a schedule.
+
+    The rate rises from `start` times the schedule's first value to that value. Then the schedule
+    begins.
 
     >>> rate = warm_up(cosine(1.0, over=4), over=2, start=0.5)
     >>> [round(float(rate(torch.tensor(step))), 3) for step in range(7)]
@@ -271,7 +283,7 @@ def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
 
 
 def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where) -> Optimizer:
-    """An optimizer from what becomes of a leaf at a step."""
+    """An optimizer made of `at`, which gives the update of a leaf for each step."""
 
     def init(weights: Any) -> State:
         first = tree.leaves(weights)[0]
@@ -287,7 +299,7 @@ def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where
             )
         where, move = map(decay_where, tree.paths(weights)), at(state.step)
         taken = tree.leaves(tree.map(lambda _, g: g, weights, grads))[::-1]
-        del grads  # gradients that only this call holds go as weights come
+        del grads  # so gradients that only this call holds are freed one by one
         others = zip(*map(tree.leaves, (weights, *state.moments)), strict=True)
         moved = [
             move(decays, w, taken.pop(), *moments)
@@ -300,7 +312,7 @@ def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where
 
 
 def _plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
-    """x + factor y in one pass, without factor y in between."""
+    """x + factor y in one pass, without a tensor that holds factor y."""
     if isinstance(factor, Tensor):
         return torch.addcmul(x, y, factor)
     return torch.add(x, y, alpha=factor)
@@ -320,7 +332,7 @@ def _at(rate: Rate, step: Tensor) -> float | Tensor:
 
 
 def _check(caller: str, **values: Any) -> None:
-    """Refuse what is neither a number from 0 on, nor a 0-d float tensor, nor a function."""
+    """Refuse a value that is neither a number from 0 on, nor a 0-d float tensor, nor a function."""
     for name, value in values.items():
         if isinstance(value, Tensor):
             fits = value.ndim == 0 and value.is_floating_point()

@@ -1,7 +1,7 @@
 """Trees of tensors: nested tuples, NamedTuples, lists and dicts whose leaves are tensors.
 
-So they are trees for `torch.func`, in the same order. They are walked here, and not by PyTorch's
-pytree module, which is private, because that takes several times as long.
+`torch.func` sees the same trees, with the leaves in the same order. This module walks them itself,
+because PyTorch's pytree module is private and takes several times as long.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -33,7 +33,7 @@ def leaves(tree: Any) -> list[Tensor]:
 
 
 def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: A001
-    """A tree of the same structure, each leaf replaced by `function` of the leaves in its place.
+    """A tree of the same structure: `function` of the leaves in a place stands in that place.
 
     >>> import torch, fresnet
     >>> fresnet.tree.map(torch.add, (torch.tensor(1), torch.tensor(2)), (10, 20))
@@ -48,7 +48,9 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: 
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
-    """Trees of one structure as one, each leaf with a new first dimension: an ensemble for vmap.
+    """Stack trees of one structure into one tree, with a new first dimension in each leaf.
+
+    A stack of networks is an ensemble, which `torch.func.vmap` can run.
 
     >>> import torch, fresnet
     >>> fresnet.tree.stack([(torch.tensor(1), torch.tensor(2)), (torch.tensor(3), torch.tensor(4))])
@@ -71,7 +73,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
 
 def unstack(tree: Tree) -> list[Tree]:
-    """The trees that `stack` put together.
+    """The trees that `stack` put together, in their order.
 
     Raises:
       FresnetError: if the leaves have no common first dimension.
@@ -85,7 +87,7 @@ def unstack(tree: Tree) -> list[Tree]:
 
 
 def paths(tree: Any) -> list[Path]:
-    """The way to each leaf, in the order of `leaves`: field names, indices and dict keys.
+    """The path to each leaf, in the order of `leaves`: field names, indices and dict keys.
 
     >>> import fresnet
     >>> fresnet.tree.paths({"a": 1, "b": (2, 3)})
@@ -118,7 +120,9 @@ def unflatten(like: Tree, new_leaves: Sequence[Any]) -> Tree:
 
 
 def ravel(tree: Any) -> Tensor:
-    """All leaves end to end in one vector, in the order of `leaves`: the point of parameter space.
+    """All leaves end to end in one vector, in the order of `leaves`.
+
+    For the weights of a network it is their point in parameter space.
 
     >>> import torch, fresnet
     >>> fresnet.tree.ravel((torch.tensor([[1, 2], [3, 4]]), torch.tensor(5)))
@@ -134,9 +138,9 @@ def ravel(tree: Any) -> Tensor:
 
 
 def unravel(like: Tree, vector: Tensor) -> Tree:
-    """The tree that `ravel` made a vector of, its leaves shaped as those of `like`.
+    """The tree that `ravel` turned into this vector, with leaves of the shapes in `like`.
 
-    Leaves of four dimensions, as convolutions have, lie in memory channels last.
+    Leaves of four dimensions, such as convolutions, lie in memory channels last.
 
     >>> import torch, fresnet
     >>> fresnet.tree.unravel((torch.zeros(2, 1), torch.zeros(())), torch.arange(3))
@@ -144,7 +148,7 @@ def unravel(like: Tree, vector: Tensor) -> Tree:
             [1]]), tensor(2))
 
     Raises:
-      FresnetError: if the vector has not as many values as the leaves together.
+      FresnetError: if the vector does not have as many values as all leaves together.
     """
     shapes = [leaf.shape for leaf in leaves(like)]
     sizes = [shape.numel() for shape in shapes]
@@ -157,9 +161,9 @@ def unravel(like: Tree, vector: Tensor) -> Tree:
 
 
 def rebuild(node: Tree, children: Iterable[Any]) -> Tree:
-    """A node of the same type, and the same keys, with these children."""
+    """A node of the same type, with the same keys if it is a dict, and with these children."""
     if isinstance(node, dict):
-        new = copy(node)  # some know more than their keys
+        new = copy(node)  # some types of dict hold more than their keys
         new.update(zip(node, children, strict=True))
         return new
     kind = type(node)
@@ -167,7 +171,7 @@ def rebuild(node: Tree, children: Iterable[Any]) -> Tree:
 
 
 def _children(node: Any) -> Collection[Any] | None:
-    """The children of a node; None for a leaf."""
+    """The children of a node, or None for a leaf."""
     if isinstance(node, tuple | list):
         return node
     return node.values() if isinstance(node, dict) else None
@@ -182,7 +186,7 @@ def _map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def _channels_last(leaf: Tensor) -> Tensor:
-    """The leaf so laid out, in words that have a rule for vmap."""
+    """The leaf laid out channels last, by operations that have a rule for vmap."""
     return leaf.movedim(1, -1).contiguous().movedim(-1, 1) if leaf.ndim == 4 else leaf
 
 
@@ -196,7 +200,7 @@ def _check_structures(caller: str, first: Any, *rest: Any) -> None:
 
 
 def _same(first: Any, other: Any) -> bool:
-    """Whether two trees are of one structure."""
+    """Whether two trees have the same structure."""
     children, others = _children(first), _children(other)
     if children is None or others is None:
         return children is others
@@ -220,7 +224,7 @@ def _difference(first: Any, other: Any) -> str:
 
 
 def _at(tree: Any, path: Path) -> Any:
-    """The node at the end of this way."""
+    """The node at the end of this path."""
     for step in path:
         tree = getattr(tree, step) if hasattr(tree, "_fields") else tree[step]  # type: ignore[arg-type]
     return tree

@@ -1,1 +1,1 @@
-"""Gradients of each image: themselves, their norms, and their clipped sum."""
+"""Per-sample gradients, their norms, and their clipped sum."""

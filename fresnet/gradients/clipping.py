@@ -1,8 +1,8 @@
-"""Norms of per-sample gradients, and their clipped sum, without the gradients.
+"""Norms of per-sample gradients, and their clipped sum, without forming the gradients.
 
-One pass forward and one back through activations alone. Each layer is told its cotangent on the
-way back, and with its input has the squared norm of each image's gradient, and later the sum of
-gradients under any weights.
+This takes one pass forward, and one pass back through activations alone. On the way back each layer
+is told its cotangent. From the cotangent and its input it computes the squared norm of each image's
+gradient, and later the sum of the gradients with any weights.
 """
 
 from collections.abc import Callable
@@ -37,13 +37,15 @@ from fresnet.network.regimes import Composed
 from fresnet.pytorch import transform_stack
 
 MEANINGS = ("running", "batch")
-"""Of a gradient of one image alone."""
+"""The meanings of BatchNorm in which a gradient belongs to one image alone."""
 
 
 def per_sample_norms(
     loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, *, norms: str = "running"
 ) -> Tensor:
-    """The l2 norm of each image's gradient, as of `per_sample_grads`, which is never formed.
+    """The l2 norm of each image's gradient, without forming the gradient.
+
+    The gradients are those of `per_sample_grads`.
 
     >>> import torch, fresnet
     >>> from torch.nn.functional import cross_entropy
@@ -53,18 +55,19 @@ def per_sample_norms(
     torch.Size([2])
 
     Args:
-      loss_fn: of one image's logits `[k]` and its target, one of y; returns a 0-d tensor.
+      loss_fn: a function of one image's logits `[k]` and its target, one of y, that returns a 0-d
+        tensor.
       params: the network.
       x: images, float `[b c h w]`.
       y: targets, `[b ...]`.
       norms: what BatchNorm is to one image: "running" or "batch", as for `per_sample_grads`.
-        Not "coupled": there an image's gradient is one of the whole batch, and costs a pass of its
-        own.
+        "coupled" is refused, because there an image's gradient depends on the whole batch and takes
+        a pass of its own.
     Returns:
-      norms `[b]`, never narrower than float32.
+      The norms `[b]`, never narrower than float32.
     Raises:
-      FresnetError: if norms is neither of the two, if x and y differ in length, or if the loss is
-        not a 0-d tensor; and as `forward_train` does.
+      FresnetError: if norms is neither of the two, if x and y differ in length, if the loss is not
+        a 0-d tensor, or as `forward_train` does.
     Source: Goodfellow 2015, arXiv:1510.01799; Rochette et al. 2019, arXiv:1912.06015.
     """
     loss_fn = check_images("per_sample_norms", loss_fn, params, x, y, norms, MEANINGS)
@@ -83,11 +86,11 @@ def clipped_grads(
     max_norm: float | Tensor,
     norms: str = "running",
 ) -> tuple[Weights, Tensor]:
-    """The sum over images of each one's gradient, scaled down to `max_norm` where it is longer.
+    """The sum of the images' gradients, each scaled down to the norm `max_norm` if it is longer.
 
         sum_i g_i min(1, max_norm / |g_i|)
 
-    To which differentially private training adds noise of the scale of `max_norm` (Abadi et al.
+    Differentially private training adds noise to this sum, on the scale of `max_norm` (Abadi et al.
     2016, arXiv:1607.00133, Alg. 1).
 
     >>> import torch, fresnet
@@ -104,7 +107,7 @@ def clipped_grads(
     Returns:
       `(grads, norms)`: a tree like `params.weights`; each image's norm before clipping, `[b]`.
     Raises:
-      FresnetError: if max_norm is neither; and as `per_sample_norms` does.
+      FresnetError: if max_norm is neither, or as `per_sample_norms` does.
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
     _check_max_norm(max_norm)
@@ -132,9 +135,10 @@ def _check_max_norm(max_norm: float | Tensor) -> None:
 
 
 def _composed(*trees: Any) -> bool:
-    """Whether somebody follows what is computed here, whom the pass below would escape.
+    """Whether the gradients themselves have to be formed.
 
-    In inference mode there would be no way back to take.
+    A compiler, an outer transform or autograd could not follow `_Pass`, and in inference mode there
+    is no pass back.
     """
     escapes = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     return escapes or transform_stack.differentiated(*tree.leaves(trees))
@@ -145,7 +149,7 @@ def _norms(grads: Weights) -> Tensor:
 
 
 def _squares(grads: Tensor) -> Tensor:
-    """The squared norm of each of grads `[b ...]`."""
+    """The squared norm `[b]` of each image's gradient, from grads `[b ...]`."""
     return grads.flatten(1).to(stats_dtype(grads.dtype)).square().sum(1)
 
 
@@ -154,15 +158,15 @@ def _factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
 
 
 def _weighted(factors: Tensor, grads: Tensor) -> Tensor:
-    """Of grads `[b ...]` the sum, each times its factor."""
+    """The sum of grads `[b ...]` over the images, each times its factor."""
     total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, 1)
     return total
 
 
 class _Pass:
-    """Forward and back once, with no derivative by a weight, and what the leaves were told.
+    """One pass forward and back, without derivatives by weights, and what it told each leaf.
 
-    Without `sums` nothing but norms is kept of that.
+    Without `sums` only the norms are kept.
     """
 
     def __init__(
@@ -186,13 +190,13 @@ class _Pass:
 
 
 class _Told:
-    """What a leaf is told on the way back: how to sum the images' gradients."""
+    """What a leaf is told on the way back, which is how to sum the images' gradients."""
 
     def __init__(self) -> None:
         self.weighted: Callable[[Tensor], Tensor] | None = None
 
     def sum(self, leaf: Tensor, factors: Tensor) -> Tensor:
-        """The weighted sum of gradients by this leaf, once; zeros if no gradient came."""
+        """The weighted sum of gradients by this leaf, or zeros if none came. Call it only once."""
         if self.weighted is None:
             return torch.zeros_like(leaf)
         weighted, self.weighted = self.weighted, None  # so activations are freed one by one
@@ -200,10 +204,10 @@ class _Told:
 
 
 class _Listening(Composed):
-    """Inference, in which each layer is told its cotangent on the way back.
+    """Inference in which each layer is told its cotangent on the way back.
 
-    With a layer's input that gives each image's squared norm, and how to sum the gradients, which
-    a `_Told` for each leaf knows that the layer leaves behind.
+    From the cotangent and its input the layer computes each image's squared norm. It leaves behind
+    a `_Told` for each of its leaves, which then knows how to sum the gradients.
     """
 
     def __init__(self, x: Tensor, *, sums: bool) -> None:
@@ -254,7 +258,7 @@ class _Listening(Composed):
         return self._watch(ops.linear(x, *at), x, tell)
 
     def _norm(self, norm: AnyNorm, stats: Any, x: Tensor) -> tuple[Tensor, Any]:
-        """y, and a norm of a `_Told` for each leaf."""
+        """y, and the norm with a `_Told` in place of each leaf."""
         told: Any = type(norm)(*(_Told() for _ in norm))  # type: ignore[arg-type]
 
         def tell(cotangent: Tensor, x: Tensor) -> None:
@@ -269,18 +273,18 @@ class _Listening(Composed):
             for leaf, each in zip(told, grads, strict=True):
                 self._tell(leaf, _squares(each), partial(_weighted, grads=each))
 
-        if isinstance(norm, NoNorm):  # the root may not be written over
+        if isinstance(norm, NoNorm):  # the root must not be written over
             return (x.clone() if x is self.root else x), told
-        if isinstance(norm, Bias):  # which `inference_norm` would add in place, over the root
+        if isinstance(norm, Bias):  # `inference_norm` would write its sum over the root
             return self._watch(x + norm.bias[:, None, None], x, tell), told
         y, _ = inference_norm(norm, stats, x)
         return self._watch(y, x, tell), told
 
     def _watch(self, y: Tensor, x: Tensor, tell: Callable[[Tensor, Tensor], None]) -> Tensor:
-        """y, whose cotangent is told, together with x, on the way back."""
-        if not y.requires_grad:  # the first layer's
+        """y; on the way back `tell` is called with the cotangent of y, and with x."""
+        if not y.requires_grad:  # y is the first layer's
             self.root = y.requires_grad_()
-        held = [x.detach()]  # until then
+        held = [x.detach()]  # until `tell` is called
         y.register_hook(lambda cotangent: tell(cotangent, held.pop()))
         return y
 

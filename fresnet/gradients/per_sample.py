@@ -1,4 +1,4 @@
-"""Gradients of each image's own loss, with BatchNorm's part in them named."""
+"""Gradients of each image's own loss, with a choice of what BatchNorm is to one image."""
 
 from collections.abc import Callable, Sequence
 
@@ -28,14 +28,15 @@ def per_sample_grads(
 ) -> Weights:
     """The gradient of each image's loss with respect to the weights.
 
-    A batch normalisation ties the images of a batch together, so what one image's gradient is has
-    to be said:
+    A batch normalisation ties the images of a batch together, so `norms` has to say what one
+    image's gradient means:
 
-    - `norms="running"`: through `forward`, by the running statistics. Images are independent.
-    - `norms="batch"`: as if the statistics of this batch were constants. Independent again, at the
-      operating point of training; their mean is not the gradient of training.
-    - `norms="coupled"`: through `forward_train`, each image's loss through the batch's moments
-      as well. The mean is the gradient that training takes.
+    - `"running"`: the gradient through `forward`, by the running statistics. Images are
+      independent.
+    - `"batch"`: the gradient with the statistics of this batch as constants. Images are independent
+      here too, at the operating point of training. The mean is not the gradient of training.
+    - `"coupled"`: the gradient through `forward_train`, which goes through the batch's moments as
+      well. The mean is the gradient that training takes.
 
     >>> import torch, fresnet
     >>> from torch.nn.functional import cross_entropy
@@ -46,19 +47,19 @@ def per_sample_grads(
     torch.Size([2, 10])
 
     Args:
-      loss_fn: of one image's logits `[k]` and its target, one of y; returns a 0-d tensor. No batch
-        dimension: `torch.nn.functional.cross_entropy` takes logits and target so.
+      loss_fn: a function of one image's logits `[k]` and its target, one of y, that returns a 0-d
+        tensor. It sees no batch dimension; `torch.nn.functional.cross_entropy` is such a function.
       params: the network.
       x: images, float `[b c h w]`.
       y: targets, `[b ...]`.
-      norms: the meaning, one of the three above.
+      norms: one of the three meanings above.
       chunk_size: how many gradients to take at once, by default all. It bounds the memory of the
-        computation, not that of the result, which is a copy of the weights for each image.
+        computation. The result still takes the memory of the weights for each image.
     Returns:
       A tree like `params.weights`, each leaf with a first dimension of b.
     Raises:
       FresnetError: if norms is none of the three, if x and y differ in length, if chunk_size is
-        not a positive integer, or if the loss is not a 0-d tensor; and as `forward_train` does.
+        not a positive integer, if the loss is not a 0-d tensor, or as `forward_train` does.
     """
     loss_fn = check_images("per_sample_grads", loss_fn, params, x, y, norms, MEANINGS)
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
@@ -79,8 +80,10 @@ def check_images(
     norms: str | None,
     meanings: Sequence[str],
 ) -> LossFunction:
-    """Refuse what is no network, images, targets or meaning; the loss function, checked likewise.
+    """Refuse arguments that are not a network, images, targets and one of the meanings.
 
+    Returns:
+      The loss function, which now refuses a loss that is not a 0-d tensor.
     Raises:
       FresnetError: saying what came.
     """
@@ -109,9 +112,9 @@ def check_images(
 
 
 def apart(params: Params, x: Tensor, norms: str | None) -> Params:
-    """The network through whose `forward` images are apart: by its statistics or by this batch's.
+    """The network to run by `forward`, with its own statistics or with those of this batch.
 
-    No derivative goes through the batch's.
+    `forward` treats images independently. No derivative goes through the batch's statistics.
     """
     if norms == "running":
         return params
@@ -123,7 +126,7 @@ def apart(params: Params, x: Tensor, norms: str | None) -> Params:
 def grads_apart(
     loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, chunk_size: int | None = None
 ) -> Weights:
-    """Gradients through `forward`."""
+    """Each image's gradient through `forward`."""
 
     def loss(weights: Weights, image: Tensor, target: Tensor) -> Tensor:
         return loss_fn(forward(Params(weights, params.stats), image[None])[0], target)
@@ -135,7 +138,7 @@ def grads_apart(
 def _coupled(
     loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, chunk_size: int | None
 ) -> Weights:
-    """One pass forward; backward once for each loss."""
+    """Each image's gradient through one pass forward; the pass back runs once for each loss."""
 
     def losses(weights: Weights) -> Tensor:
         logits, _ = forward_moments(params._replace(weights=weights), x)

@@ -1,7 +1,8 @@
 """cuDNN's convolutions with sum and ReLU inside, and a network of them as one CUDA graph.
 
-The only file that calls those operators, which PyTorch has but its compiler does not use: it writes
-what follows a convolution as a kernel that reads and writes the activations once more.
+PyTorch has operators for these convolutions, but its compiler does not use them. What follows a
+convolution it makes into another kernel, which reads and writes the activations once more. No other
+file here calls these operators.
 """
 
 from collections.abc import Callable
@@ -31,13 +32,13 @@ from fresnet.network.nodes import (
 )
 
 ALIGNED = 8
-"""Channels in multiples of which the kernels for tensor cores read."""
+"""The kernels for tensor cores read channels in multiples of this."""
 
 KERNELS = "cudnn_convolution_relu", "cudnn_convolution_add_relu"
-"""What torch has, without documenting it, for a convolution with ReLU, and with sum and ReLU."""
+"""torch's undocumented functions for a convolution with ReLU, and for one with sum and ReLU."""
 
 WARM = 3
-"""Runs before a graph is recorded: libraries prepare themselves, and try their algorithms."""
+"""Runs before a graph is recorded, in which libraries prepare themselves and try algorithms."""
 
 
 def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
@@ -55,12 +56,12 @@ class CuDNN(Fused):
         return convolution(shape, weight, bias, how, relu=relu)
 
     def max_pool(self, x: Tensor) -> Tensor:
-        """PyTorch's own kernel writes indices too, four times as many bytes."""
+        """It is compiled. PyTorch's own kernel also writes indices, four times as many bytes."""
         return _compiled(ops.max_pool)(x)
 
 
 def prepare(params: Params, x: Tensor) -> Inference:
-    """The folded network for images of this shape."""
+    """Prepare the folded network for images of this shape."""
     params = with_biases_in_sums(params)
     images = x.contiguous(memory_format=torch.channels_last)
     do = CuDNN()
@@ -74,9 +75,9 @@ def prepare(params: Params, x: Tensor) -> Inference:
 
 
 def with_biases_in_sums(params: Params) -> Params:
-    """The same folded network, with the bias of each projection in the layer that adds it.
+    """The same folded network, with each projection's bias in the layer that adds the projection.
 
-    For cuDNN adds a bias only where ReLU follows, and no ReLU follows a projection.
+    cuDNN adds a bias only where ReLU follows, and no ReLU follows a projection.
     """
     weights = params.weights
     stages = (with_blocks(s, map(_bias_in_sum, blocks_of(s))) for s in weights.stages)
@@ -98,9 +99,9 @@ def _bias_in_sum(block: Any) -> Any:
 def convolution(
     shape: torch.Size, weight: Tensor, bias: Tensor | None, how: Geometry, *, relu: bool
 ) -> FusedLayer:
-    """As `fused.convolution`, in one kernel where there is one.
+    """`fused.convolution` in one kernel, where cuDNN has one.
 
-    For few channels and stride 2, as images have in a stem, the kernels are slow: see `squares`.
+    The kernels are slow for few channels with stride 2, as in a stem. `squares` avoids that case.
     """
     k = weight.shape[3]
     if how != Geometry(2) or weight.shape[1] >= ALIGNED:
@@ -137,10 +138,11 @@ def _convolution(
 
 
 def squares(x: Tensor, border: tuple[int, ...] = (0, 0, 0, 0)) -> Tensor:
-    """x `[b c h w]` with each square of 2x2 values as channels of one: `[b 4c.. h/2 w/2]`.
+    """x `[b c h w]` with the values of each 2x2 square in one place's channels: `[b 4c.. h/2 w/2]`.
 
-    A convolution of odd size and stride 2 is one of half the size, rounded up, and stride 1 over
-    such squares. Channels of zeros fill up to a multiple of `ALIGNED`.
+    A convolution with an odd kernel and stride 2 equals a convolution of these squares with stride
+    1 and a kernel of half the size, rounded up. Channels of zeros are added up to a multiple of
+    `ALIGNED`.
     """
     x = rearrange(F.pad(x, border), "b c (h i) (w j) -> b (c i j) h w", i=2, j=2)
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % ALIGNED))
@@ -148,9 +150,9 @@ def squares(x: Tensor, border: tuple[int, ...] = (0, 0, 0, 0)) -> Tensor:
 
 
 def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function for tensors such as x as one CUDA graph, its algorithms the fastest of those.
+    """The function as one CUDA graph for tensors such as x, with the fastest algorithms.
 
-    Calls take turns: a graph has one place for what goes in and one for what comes out.
+    Calls take turns, because a graph has one place for its input and one for its output.
     """
     cudnn, search = torch.backends.cudnn, torch.backends.cudnn.benchmark
     cudnn.benchmark = True
@@ -168,13 +170,13 @@ def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], 
             turn, last = Lock(), torch.cuda.Event()
     finally:
         cudnn.benchmark = search
-    # Of weights a graph knows addresses alone: with the function they live as long as it does.
+    # A graph knows only the addresses of weights. Keeping the function keeps the weights alive.
     places = source, result, function
 
     def run(x: Tensor) -> Tensor:
         source, result, _ = places
         with turn, torch.cuda.device(x.device):
-            last.wait()  # for the run before, in whichever stream
+            last.wait()  # for the run before, whichever stream it was in
             source.copy_(x)
             graph.replay()
             y = result.clone()

@@ -1,6 +1,6 @@
-"""Networks of `quantize` by oneDNN's kernels for int8.
+"""Networks of `quantize`, run by oneDNN's kernels for int8.
 
-The only file that touches those operators, which PyTorch has for its compilers alone.
+PyTorch has these operators for its compilers alone. No other file here touches them.
 """
 
 from functools import cache
@@ -37,14 +37,14 @@ OPERATORS = (
 
 
 class Affine(NamedTuple):
-    """What a level of uint8 stands for: scale * (level - zero_point)."""
+    """The values that levels of uint8 stand for: scale * (level - zero_point)."""
 
     scale: float
     zero_point: int
 
 
 def affine(x: Tensor) -> Affine:
-    """The levels for values like these, in equal steps, of which one is zero."""
+    """The levels for values like these, in equal steps, with zero among them."""
     low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
     scale = (high - low) / 255 or 1.0
     return Affine(scale, round(-low / scale))
@@ -64,7 +64,10 @@ def from_levels(x: Tensor, levels: Affine) -> Tensor:
 
 @cache
 def is_supported() -> bool:
-    """Whether sums are exact: on processors without VNNI, pairs of products saturate at 16 bits."""
+    """Whether the kernels are there and their sums are exact.
+
+    On processors without VNNI, pairs of products saturate at 16 bits.
+    """
     if not torch.backends.mkldnn.is_available() or not all(
         hasattr(namespace, name) for namespace, name in OPERATORS
     ):
@@ -97,10 +100,10 @@ def check_quantized(caller: str, network: Quantized) -> None:
 
 
 def prepare(network: Quantized, x: Tensor) -> Inference:
-    """The network for images of this shape.
+    """Prepare the network for images of this shape.
 
-    What levels stand for is told by two images that run in floating point. One has the least value
-    everywhere, and one the greatest: whatever stands between layers hands these on.
+    Two images run in floating point to tell what the levels of each layer stand for. One has the
+    least value everywhere, and the other the greatest. Every step between layers hands these on.
     """
     weights, images = network.weights, affine(network.images)
     ends = _filled(network.images, *x.shape[1:])
@@ -117,7 +120,7 @@ class _Packing(Floating):
     """Packs each unit, and hands on the ends of its range.
 
     Args:
-      images: how many there will be.
+      images: how many images there will be.
     """
 
     def __init__(self, images: int) -> None:
@@ -156,16 +159,16 @@ class _Packing(Floating):
         return _filled(at.beside, *x.shape[1:]), layer
 
     def zero_pad(self, x: Tensor, channels: int) -> Tensor:
-        if x.min() < 0:  # then the level 0 is no zero
+        if x.min() < 0:  # then the level 0 does not stand for zero
             raise FresnetError("int8 pads with zeros activations after ReLU alone")
         return super().zero_pad(x, channels)
 
 
 class _Levels(Floating):
-    """Runs what was packed, on levels of uint8.
+    """Runs the packed units on levels of uint8.
 
     Args:
-      last: what the levels stand for that the head takes.
+      last: what the levels of the head's activations stand for.
     """
 
     def __init__(self, last: Affine) -> None:
@@ -186,7 +189,7 @@ class _Levels(Floating):
         return at.beside(x, None), ()
 
     def max_pool(self, x: Tensor) -> Tensor:
-        """PyTorch's public one refuses uint8."""
+        """PyTorch's public function for this refuses uint8."""
         y: Tensor = torch.ops.quantized.max_pool2d(x, *([side] * 2 for side in (3, 2, 1, 1)), False)
         return y
 
@@ -205,7 +208,7 @@ def _refuse(unit: Unit) -> NoReturn:
 
 
 def _filled(ends: Tensor, c: int, h: int, w: int) -> Tensor:
-    """Two images `[2 c h w]`, of the least and of the greatest value."""
+    """Two images `[2 c h w]`, one with the least value everywhere, one with the greatest."""
     return ends[:, None, None, None].expand(2, c, h, w)
 
 
@@ -231,15 +234,18 @@ def convolution(
     added: Affine | None = None,
     relu: bool = True,
 ) -> FusedLayer:
-    """As `fused.convolution`, from uint8 to uint8: sums are int32, then float32, and rounded once.
+    """`fused.convolution` from uint8 to uint8.
+
+    Sums are taken in int32, go on in float32, and are rounded once.
 
     Args:
-      shape: of the activations, `[b c h w]`.
-      weight: int8 `[o c/groups k k]`, of which a step is worth scale `[o]`.
+      shape: the shape of the activations, `[b c h w]`.
+      weight: int8 `[o c/groups k k]`.
+      scale: what one step of the weight is worth, `[o]`.
       bias: `[o]`.
-      source: what the activations stand for.
-      result: what the results stand for.
-      added: what the levels stand for that are added, if any are.
+      source: what the levels of the activations stand for.
+      result: what the levels of the results stand for.
+      added: what the levels of the summand stand for, if there is one.
     """
     missing = missing_columns(shape[3], weight, how.stride)
     padding = how.padding(weight.shape[-1])

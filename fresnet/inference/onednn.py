@@ -1,6 +1,7 @@
 """oneDNN's own compiler, which takes a stage of a network at once and packs weights beforehand.
 
-The only file that touches TorchScript, which is deprecated, and private functions of it.
+It is reached through TorchScript, which is deprecated, and through private functions. No other file
+here touches them.
 """
 
 import warnings
@@ -16,7 +17,7 @@ from fresnet.network.nodes import Geometry, Head, Params
 from fresnet.network.ops import linear
 
 TRACE, FUNCTION = "_create_graph_by_tracing", "_create_function_from_graph"
-"""What torch._C has to trace a function without keeping its graph as long as the process."""
+"""The functions of torch._C that trace a function without keeping its graph for the process."""
 
 
 def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
@@ -45,7 +46,7 @@ class SideBySide(OneDNN):
     """The last stage, in which narrow maps of several images lie side by side from a stride on.
 
     Args:
-      images: how many there are; activations of fewer lie side by side.
+      images: how many images there are. Activations that seem to be of fewer lie side by side.
     """
 
     def __init__(self, images: int) -> None:
@@ -80,7 +81,7 @@ class SideBySide(OneDNN):
 
 
 def prepare(params: Params, x: Tensor) -> Inference:
-    """The folded network for images of this shape."""
+    """Prepare the folded network for images of this shape."""
     images = x.contiguous(memory_format=torch.channels_last)
     do, last = OneDNN(), SideBySide(len(images))
     ready = params._replace(stats=run_network(params, images, do, last=last).seen)
@@ -93,20 +94,20 @@ def prepare(params: Params, x: Tensor) -> Inference:
 
 
 def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function for tensors such as x, by oneDNN's own compiler.
+    """The function compiled by oneDNN's own compiler for tensors such as x.
 
-    It takes a block of a network, or a stage, at once; packs weights, and keeps what PyTorch's
-    operators prepare anew in each call. TorchScript is the only way to it that PyTorch has. What it
-    refuses, as some networks on images of a single pixel, is run as it is.
+    The compiler takes a block of a network, or a stage, at once. It packs weights, and keeps what
+    PyTorch's operators prepare anew in each call. PyTorch reaches it by TorchScript alone. A
+    function that it refuses is run as it is, such as some networks on images of a single pixel.
     """
     enabled = torch.jit.onednn_fusion_enabled()
     torch.jit.enable_onednn_fusion(True)
     try:
-        with warnings.catch_warnings(action="ignore"):  # that shapes are numbers to it
+        with warnings.catch_warnings(action="ignore"):  # they say that shapes become constants
             # `torch.jit.trace` would keep the graph, and its weights, as long as the process.
             graph, _ = torch._C._create_graph_by_tracing(function, (x,), lambda _: "", True, False)
         fused: Callable[[Tensor], Tensor] = torch._C._create_function_from_graph("fused", graph)
-        for _ in range(2):  # watched, then compiled
+        for _ in range(2):  # the first run is watched, the second is compiled
             fused(x)
     except RuntimeError:
         return function

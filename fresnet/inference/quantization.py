@@ -1,4 +1,4 @@
-"""A network in int8: weights of 255 levels, and activations of 256, chosen after training."""
+"""A network in int8, quantised after training: weights have 255 levels, activations 256."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -32,14 +32,14 @@ from fresnet.network.rewrites import fold, merge_over
 def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
     """The network in int8, for `compile_inference`: post-training static quantisation.
 
-    Norms are folded, and each output channel's weights are rounded to -127, ..., 127 steps of
-    1/127 of the largest. The batches are run in float32 to see what range each layer's results
-    have, of which uint8 will have 256 levels, with zero among them:
+    Norms are folded. Each output channel's weights are rounded to -127, ..., 127 steps of 1/127 of
+    the largest. The batches are run in float32 to find the range of each layer's results. uint8
+    has 256 levels in this range, and zero is one of them:
 
         x = scale * (level - zero_point),  scale = (high - low) / 255
 
-    Ranges are those of all images, whatever their order and batches. Some tens of images like those
-    to come, and of their size, will do; what lies outside is clipped.
+    A range is that of all images, whatever their order and batches. Some tens of images suffice, if
+    they are like those to come and of the same size. Values outside the range are clipped.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -50,11 +50,13 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
 
     Args:
       params: the network, in float32.
-      batches: images, each float32 `[b c h w]`, at least one batch; read once, one at a time.
+      batches: at least one batch of images, each float32 `[b c h w]`. They are read once, one at a
+        time.
     Returns:
-      `Quantized(weights, ranges, images)`: weights with each convolution in int8, folded, beside
-      a `Rescale(scale [o], bias [o])`, the head as it was; ranges `[2]`, of low and high, of each
-      layer's results where `params.stats` has its norm's statistics; the range of the images.
+      `Quantized(weights, ranges, images)`. weights: the folded network, each convolution in int8
+      beside a `Rescale(scale [o], bias [o])`, and the head as it was. ranges: the lowest and the
+      highest `[2]` of each layer's results, where `params.stats` has its norm's statistics. images:
+      the range `[2]` of the images.
     Raises:
       FresnetError: if params is not a network in float32, if batches is a tensor or holds none,
         if blocks have attention, if activations are not finite, or as `forward` does.
@@ -75,7 +77,7 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
 
 
 Ranges: TypeAlias = tuple[Stats, Tensor]
-"""Of each layer's results, and of the images."""
+"""The ranges of each layer's results, and the range of the images."""
 
 
 class _Watching(Composed):
@@ -118,7 +120,7 @@ def _range(x: Tensor) -> Tensor:
 
 
 def _narrowed(unit: Unit) -> Unit:
-    """A folded layer with its convolution in int8."""
+    """The folded layer with its convolution in int8."""
     match unit:
         case Layer(conv, Bias(bias)):
             largest = conv.abs().amax((1, 2, 3))

@@ -1,12 +1,13 @@
 """Narrow maps of several images side by side, for matrix units.
 
-AMX takes sixteen places of a line at once, so on a map seven wide more than half of it idles. Of n
-images laid out as one, column by column in turn,
+AMX takes sixteen places of a line at once, so on a map seven wide more than half of it idles. Here
+n images are laid out as one, with their columns in turn:
 
-    [n*b c h w] -> [b c h w*n],
+    [n*b c h w] -> [b c h w*n]
 
-what was beside a place is n places off: a dilated convolution, of as many products as before. It
-takes 0.65 of the time for 3x3 kernels on 7x7 maps, and 0.7 for 1x1; by a stride of 2, 0.6 and 0.8.
+Neighbouring columns of an image are then n places apart, so a convolution becomes a dilated one,
+with as many products as before. On 7x7 maps it takes 0.65 of the time with 3x3 kernels, and 0.7
+with 1x1 kernels. With a stride of 2 these are 0.6 and 0.8.
 """
 
 from collections.abc import Callable
@@ -22,14 +23,14 @@ from fresnet.inference.fused import FusedLayer
 from fresnet.network.nodes import Geometry
 
 IMAGES = 4
-"""Eight are no faster than four."""
+"""The most images that lie side by side. Eight are no faster than four."""
 
 NARROW = 8
-"""Columns up to which it pays; of 14, nothing."""
+"""The most columns of a map for which it pays. With 14 columns nothing is gained."""
 
 
 def images_together(shape: torch.Size, dtype: torch.dtype, stride: int) -> int:
-    """How many images' results had best lie side by side, for such activations; 1 if apart."""
+    """How many images' results should lie side by side for such activations; 1 if none should."""
     n, _, _, w = shape
     narrow = dtype is torch.bfloat16 and -(-w // stride) <= NARROW
     return gcd(n, IMAGES) if narrow and _has_tiles() else 1
@@ -43,9 +44,9 @@ def _has_tiles() -> bool:
 def convolution(
     n: int, shape: torch.Size, weight: Tensor, bias: Tensor | None, how: Geometry, *, relu: bool
 ) -> FusedLayer:
-    """As `fused.convolution`, with the results of n images side by side.
+    """`fused.convolution` with the results of n images side by side.
 
-    Activations of this shape lie side by side too, unless there is a stride. What is added may lie
+    Activations of this shape lie side by side too, unless there is a stride. The summand may lie
     either way.
     """
     convolve = _convolution(n, shape, weight, bias, how)
@@ -92,7 +93,7 @@ def side_by_side(x: Tensor, n: int) -> Tensor:
 
 
 def average(x: Tensor, n: int) -> Tensor:
-    """The mean of each map of x `[b c h w*n]`: `[n*b c]`. PyTorch's takes thrice as long."""
+    """The mean of each map of x `[b c h w*n]`: `[n*b c]`. PyTorch's takes three times as long."""
     maps = torch.unflatten(x.movedim(1, 3), 2, (-1, n))  # b h w n c
     return maps.sum((1, 2)).flatten(0, 1) / maps.shape[1:3].numel()
 

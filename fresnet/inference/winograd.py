@@ -1,12 +1,14 @@
 """3x3 convolutions of stride 1 with a quarter of the multiplications: Winograd's F(4x4, 3x3).
 
-A tile of 4x4 outputs is a function of a window of 6x6 inputs. Written by its values at six points,
-0, 1, -1, 2, -2 and infinity, along each side, it is a product for each of 36 pairs of points,
+A tile of 4x4 outputs depends on a window of 6x6 inputs. Kernel and window are evaluated at six
+points along each side: 0, 1, -1, 2, -2 and infinity. A tile then takes one multiplication for each
+of the 36 pairs of points,
 
     y = A [(G w G') * (B x B')] A'
 
-and summed over channels, 36 products of matrices. What makes windows into values and products into
-tiles is compiled by PyTorch; the products are one grouped 1x1 convolution of oneDNN.
+With the sum over channels these are 36 products of matrices, which run as one grouped 1x1
+convolution of oneDNN. PyTorch compiles the transforms from windows to values, and from products to
+tiles.
 
 Source: Lavin & Gray 2015, arXiv:1509.09308, Sec. 4.3.
 """
@@ -53,17 +55,17 @@ G: Matrix = (
 )
 
 NARROW = 128
-"""Channels below which the transforms take as long as the multiplications that they save."""
+"""With fewer channels the transforms take as long as the multiplications that they save."""
 
 FEW = 2**14
-"""Values at a point below which more calls, and kernels four times as large, outweigh the rest."""
+"""With fewer values at a point, more calls and kernels four times as large outweigh the gain."""
 
 CACHED = 2**21
-"""Bytes of values made at once, where kernels are smaller: they are read again from the cache."""
+"""Bytes of values that are made at once, unless kernels are larger. A cache still holds them."""
 
 
 def is_faster(shape: torch.Size, weight: Tensor, how: Geometry) -> bool:
-    """Whether to take this algorithm for a convolution of activations of this shape, in float32."""
+    """Whether this is the faster algorithm for a convolution of such activations in float32."""
     b, c, h, w = shape
     return (
         weight.shape[2:] == (3, 3)
@@ -77,7 +79,7 @@ def is_faster(shape: torch.Size, weight: Tensor, how: Geometry) -> bool:
 
 
 def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, *, relu: bool) -> FusedLayer:
-    """As `fused.convolution` of a 3x3 weight, padded by 1, to rounding several times as large."""
+    """`fused.convolution` of a 3x3 weight, padded by 1, with several times its rounding error."""
     b, c, h, w = shape
     o, rows, columns = len(bias), _tiles(h), _tiles(w)
     kernel = _kernel(weight)
@@ -128,7 +130,7 @@ def _values(x: Tensor) -> Tensor:
 def _tiles_of(
     out: Tensor, products: Tensor, bias: Tensor, added: Tensor | None = None, *, relu: bool
 ) -> None:
-    """A products A', and the rest of the layer, into out `[b h w o]`."""
+    """Write A products A', with bias, sum and ReLU, into out `[b h w o]`."""
     _, h, w, _ = out.shape
     rows, columns = _tiles(h), _tiles(w)
     tiles = {"r": rows, "c": columns, "i": WINDOW, "j": WINDOW}
@@ -174,7 +176,7 @@ def _run_tiles(
 
 
 _OPERATORS = torch.library.Library("fresnet", "DEF")
-"""The transforms as `onednn.fuse` can call them."""
+"""The transforms as operators, which `onednn.fuse` can call."""
 
 _OPERATORS.define("winograd_values(Tensor x) -> Tensor")
 _OPERATORS.define(
@@ -189,9 +191,10 @@ def _empty(*shape: int) -> Tensor:
 
 
 def _compiled(function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
-    """Compiled for arguments of these shapes alone, which are not checked again.
+    """The function compiled for arguments of these shapes alone, without a check of later shapes.
 
-    Each is a function of its own: `torch.compile` gives up on one that it meets in many shapes.
+    Each shape has a compiled function of its own, because `torch.compile` gives up on a function
+    that it meets in many shapes.
     """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     whole: Any = torch.compile(function, fullgraph=True, dynamic=False, options=options)
@@ -201,7 +204,7 @@ def _compiled(function: Callable[..., Any], *arguments: Tensor) -> Callable[...,
 
 @cache
 def _has_compiler() -> bool:
-    """Whether there is a C++ compiler, and PyTorch has what `_compiled` needs of it."""
+    """Whether there is a C++ compiler, and PyTorch has all that `_compiled` needs."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler

@@ -1,8 +1,8 @@
 """What the public functions refuse before they compute anything.
 
-One walk down both trees. Only types, dtypes and devices are read, never values: nothing here
-synchronises with a device or leaves a trace in a compiled graph. Whether channels fit from one
-operation to the next is checked by the operations themselves.
+One walk goes down both trees. It reads types, dtypes and devices, and never values, so it does not
+synchronise with a device and leaves no trace in a compiled graph. The operations themselves check
+that channels fit from one to the next.
 """
 
 from typing import Any, NamedTuple, NoReturn
@@ -31,7 +31,7 @@ from fresnet.network.nodes import (
 from fresnet.pytorch.collectives import Group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Of weights."""
+"""The dtypes that weights may have."""
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,7 +76,7 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor) -> None:
 
 
 def first_conv(weights: Weights) -> Any:
-    """The weight that meets the images, or whatever stands in its place."""
+    """The convolution that meets the images, or whatever stands in its place."""
     stem = weights.stem
     first = stem[0] if isinstance(stem, tuple) and stem else None
     return first[0] if isinstance(first, tuple) and first else None
@@ -100,7 +100,7 @@ def check_momentum(caller: str, momentum: float | Tensor) -> None:
 
 
 def check_group(caller: str, group: Group | None) -> None:
-    """Refuse a group that is no process group.
+    """Refuse a group that is neither None nor a process group.
 
     Raises:
       FresnetError: saying what came.
@@ -113,7 +113,7 @@ def check_group(caller: str, group: Group | None) -> None:
 
 
 def check_image_size(caller: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width, given as such or as the side of a square.
+    """The height and width of an image size, which may be given as the side of a square.
 
     Raises:
       FresnetError: if they are not integers from 1 to 2**20.
@@ -129,7 +129,7 @@ def check_image_size(caller: str, image_size: int | tuple[int, int]) -> tuple[in
 
 
 def check_params(caller: str, params: Params) -> None:
-    """Refuse a tree that is no network, or not of one dtype on one device.
+    """Refuse a tree that is no network, or that is not of one dtype on one device.
 
     Raises:
       FresnetError: naming the node, what was expected there and what came.
@@ -168,7 +168,10 @@ def check_params(caller: str, params: Params) -> None:
 
 
 class _Walk(NamedTuple):
-    """Down both trees at once: every node of a type that its place takes, every leaf a tensor."""
+    """A walk down both trees at once.
+
+    Every node must be of a type that its place takes, and every leaf must be a tensor.
+    """
 
     caller: str
     dtype: torch.dtype

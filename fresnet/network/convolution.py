@@ -1,13 +1,14 @@
 """Convolution, with kernels of its own under `vmap`.
 
 PyTorch maps the weight gradient over images, and the convolution over networks, by one grouped
-convolution; on CPU much else that computes the same is several times as fast. A 1x1 convolution is
-a product of matrices, which PyTorch maps well. For others there are two functions,
+convolution. On a CPU other ways to compute the same are several times as fast. A 1x1 convolution is
+a product of matrices, which PyTorch maps well. For other convolutions there are two functions, each
+with a rule for `vmap`:
 
     y = convolve(x, w)                        (x', w') = pull_back(g, x, w)
 
-each with a rule for `vmap`. Both come from one form <g, convolve(x, w)>, linear in each of the
-three, so the derivatives of the two are the two again.
+Both come from the form <g, convolve(x, w)>, which is linear in each of g, x and w. Their derivatives
+are therefore made of the same two functions.
 """
 
 from collections.abc import Sequence
@@ -26,13 +27,13 @@ from fresnet.network.nodes import Geometry
 from fresnet.pytorch import transform_stack
 
 SMALL = 16 * 16
-"""Positions of a map up to which one product of matrices beats a convolution for each image."""
+"""The most positions of a map at which one product of matrices beats a convolution per image."""
 
 Gradients = tuple[Tensor | None, Tensor | None]
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """x `[b c h w]` by weight `[o c/groups k k]`."""
+    """Convolve x `[b c h w]` with weight `[o c/groups k k]`."""
     stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
     if missing := faults.missing_columns(x.shape[3], weight, stride):
         return convolve(F.pad(x, (0, missing)), weight, geometry)[..., :1]
@@ -56,7 +57,7 @@ def pull_back(
     """The cotangents of x and of the weight, given that of `convolve(x, weight, geometry)`.
 
     Args:
-      needed: whether each of the two is; None comes instead.
+      needed: whether each of the two cotangents is needed. One that is not needed is None.
     """
     if transform_stack.mapped() and not transform_stack.forward_mode(cotangent, x, weight):
         grads: Gradients = _PullBack.apply(cotangent, x, weight, geometry, *needed)
@@ -70,7 +71,7 @@ def pull_back(
         x, geometry = x[:, :, :: geometry.stride, :: geometry.stride], replace(geometry, stride=1)
         return x_grad, weight_gradient(cotangent, x, weight, geometry)
     x, weight = faults.with_usual_stride(x), faults.with_usual_stride(weight)
-    if not hasattr(torch.ops.aten, "convolution_backward"):  # it is not documented
+    if not hasattr(torch.ops.aten, "convolution_backward"):  # it is undocumented
         _, pull, *_ = vjp(partial(convolve, geometry=geometry), x, weight)
         both = zip(pull(cotangent), needed, strict=True)
         x_grad, weight_grad = (grad if need else None for grad, need in both)
@@ -92,7 +93,10 @@ def pull_back(
 
 
 class _Convolve(torch.autograd.Function):
-    """Without a jvp: the jvp of such a one's jvp is wrong without an error (PyTorch 2.13)."""
+    """`convolve` with a rule for vmap, but without a jvp.
+
+    The jvp of the jvp of an `autograd.Function` is wrong without an error (PyTorch 2.13).
+    """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -135,7 +139,7 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Of <g, convolve(u, w)> + <g, convolve(x, v)>."""
+        """The derivatives of <g, convolve(u, w)> + <g, convolve(x, v)>."""
         cotangent, x, weight = ctx.saved_tensors
         need_cotangent, need_x, need_weight, *_ = ctx.needs_input_grad
         terms = []
@@ -185,12 +189,12 @@ class _PullBack(torch.autograd.Function):
 
 
 def weight_gradient(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of the weight alone, of cotangent `[b o h w]` and x `[b c h w]`."""
+    """The gradient of the weight alone, from cotangent `[b o h w]` and x `[b c h w]`."""
     return _whole(pull_back(cotangent, x, weight, geometry, False, True)[1])
 
 
 def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of one weight for each of cotangent `[n b o h w]` and x `[n b c h w]`."""
+    """The n gradients of one weight, from cotangent `[n b o h w]` and x `[n b c h w]`."""
     k = weight.shape[3]
     if k > 1 and cotangent.shape[3:].numel() > SMALL:
         pairs = zip(cotangent, x, strict=True)
@@ -202,8 +206,8 @@ def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geo
 def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The squared norm `[n]` of each of `weight_gradients`, in float32 at least.
 
-    A gradient A'B, with a row of A and of B for each position, has the squared norm <AA', BB'>:
-    the cheaper way where there are few positions.
+    A gradient A'B, with a row of A and of B for each position, has the squared norm <AA', BB'>.
+    This is the cheaper way where there are few positions.
 
     Source: Rochette et al. 2019, arXiv:1912.06015; Li et al. 2021, arXiv:2110.05679, Sec. 4.
     """
@@ -224,7 +228,10 @@ def _rows(cotangent: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _patches(x: Tensor, k: int, geometry: Geometry) -> Tensor:
-    """What the kernel sees of x `[n b c h w]` in each place: `[n groups b*h*w k*k*c/groups]`."""
+    """The values of x `[n b c h w]` below the kernel in each place.
+
+    They are matrices `[n groups b*h*w k*k*c/groups]`.
+    """
     stride, dilation = geometry.stride, geometry.dilation
     x = F.pad(x, [geometry.padding(k)] * 4)
     for dim in (3, 4):
@@ -239,10 +246,10 @@ def _whole(grad: Tensor | None) -> Tensor:
 
 
 def _first(tensor: Tensor, dim: int | None, n: int) -> Tensor:
-    """With the mapped dimension first."""
+    """The tensor with the mapped dimension first."""
     return tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _members(tensor: Tensor, dim: int | None, n: int) -> Sequence[Tensor]:
-    """Each of what is mapped over."""
+    """The tensors that are mapped over."""
     return [tensor] * n if dim is None else tensor.movedim(dim, 0).unbind()

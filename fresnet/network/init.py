@@ -36,12 +36,12 @@ def init(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Params:
-    """A new network, distributed as torchvision's are.
+    """A new network, with the distribution of torchvision's.
 
-    Convolutions are normal with variance 2 / fan_out, norms start as the identity (scale 1,
-    bias 0, mean 0, var 1), the head is uniform within 1 / sqrt(c). Everything is drawn on the
-    generator's device and then moved, so the same seed gives the same bits wherever the network
-    will live. Convolution weights lie in memory channels last, which activations follow.
+    Convolutions are normal with variance 2 / fan_out. Norms start as the identity (scale 1, bias 0,
+    mean 0, var 1). The head is uniform within 1 / sqrt(c). Everything is drawn on the generator's
+    device and then moved, so the same seed gives the same bits on every device. Convolution weights
+    lie in memory channels last, and activations follow them.
 
     >>> import fresnet
     >>> params = fresnet.init(0, fresnet.RESNET50, num_classes=10)
@@ -49,19 +49,18 @@ def init(
     23528522
 
     Args:
-      generator: where the randomness comes from, advanced by the call; an int seeds a new one.
+      generator: the source of randomness, which the call advances; an int seeds a new one.
       spec: the architecture, one of `SPECS` or your own `Spec`.
       num_classes: the number of logits, k.
       in_channels: the channels of the images.
       zero_init_residual: start the last scale of every block at 0, so that each block starts
         as its shortcut (Goyal et al. 2017, arXiv:1706.02677).
-      dtype: of the weights; the statistics are never narrower than float32.
-      device: where the tensors go, by default the generator's; on "meta" nothing is drawn.
+      dtype: the dtype of the weights; the statistics are never narrower than float32.
+      device: the device of the tensors, by default the generator's; on "meta" nothing is drawn.
     Returns:
       `Params(weights, stats)`.
     Raises:
-      FresnetError: if generator, spec, num_classes, in_channels, dtype or device is not of this
-        kind.
+      FresnetError: if generator, spec, num_classes, in_channels, dtype or device is not as above.
     Source: He et al. 2015, arXiv:1502.01852, Eq. 14, in the backward direction.
     """
     if type(generator) is int and -(2**63) <= generator < 2**64:
@@ -93,7 +92,7 @@ def fresh_head(seed: int, channels: int, classes: int) -> Head:
 
 
 def fresh_stats(weights: Weights) -> Stats:
-    """The statistics beside these weights, every mean 0 and every var 1."""
+    """The statistics beside these weights, with every mean 0 and every var 1."""
     return beside(_fresh, weights)
 
 
@@ -112,7 +111,7 @@ def _fresh(unit: Layer | Normed) -> NormStats | tuple[()]:
 
 @dataclass(frozen=True)
 class _Values:
-    """Draws the leaves."""
+    """Draws the leaves of nodes."""
 
     generator: torch.Generator
     dtype: torch.dtype

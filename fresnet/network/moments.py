@@ -1,6 +1,6 @@
-"""Batch statistics as a value: moments that merge, and what becomes of them.
+"""Batch statistics as a value: moments that merge, and the statistics that they make.
 
-Each function takes trees as `forward_moments` returns them, or single nodes.
+Each function takes trees such as `forward_moments` returns, or single nodes.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ Tree = TypeVar("Tree")
 
 
 def merge(first: Tree, *rest: Tree) -> Tree:
-    """The moments of several sets of values together.
+    """The moments of several sets of values, taken together.
 
         mean = mean_a + d n_b / n,   m2 = m2_a + m2_b + d^2 n_a n_b / n,   d = mean_b - mean_a
 
-    Associative and commutative to rounding; moments of no values are the identity, exactly.
+    Merging is associative and commutative to rounding. Moments of no values are its exact identity.
 
     >>> import torch, fresnet
     >>> one = fresnet.nodes.Moments(torch.tensor(1.0), torch.tensor([3.0]), torch.tensor([0.0]))
@@ -52,14 +52,15 @@ def _merge(a: Moments, b: Moments) -> Moments:
 
 
 def merge_across(moments: Tree, group: Group) -> Tree:
-    """The moments of the group's processes together, on each of them the same.
+    """The moments of all the group's processes, taken together. Each process gets the same.
 
         mean = sum n_i mean_i / n,   m2 = sum m2_i + n_i (mean_i - mean)^2,   n = sum n_i
 
-    Differentiable in every process's moments. Each process must call it, in the same order.
+    They are differentiable in every process's moments. Each process must call this function, in the
+    same order.
 
     Raises:
-      FresnetError: if the tree holds anything but moments, or as `forward_train` does of a group.
+      FresnetError: if the tree holds anything but moments, or as `forward_train` does for a group.
     """
     check_group("merge_across", group)
     own: list[Moments] = []
@@ -68,7 +69,7 @@ def merge_across(moments: Tree, group: Group) -> Tree:
         return moments
     sizes = [len(node.mean) for node in own]
     n, mean, m2 = _joined(own)
-    # All norms in two messages: what a message costs hardly depends on its length.
+    # All norms go in two messages, because a message's cost hardly depends on its length.
     total, moment = all_sum(torch.stack([n, n * mean]), group)
     middle = moment / total.clamp(min=1)
     m2 = all_sum(m2 + n * (mean - middle).square(), group)
@@ -79,7 +80,7 @@ def merge_across(moments: Tree, group: Group) -> Tree:
 
 
 def _joined(nodes: Sequence[Moments]) -> Moments:
-    """Of all channels of all nodes, end to end: n, mean and m2, each `[c]`."""
+    """n, mean and m2 of all channels of all nodes, end to end; each `[c]`."""
     n, mean, m2 = zip(*nodes, strict=True)
     sizes = [len(values) for values in mean]
     counts = [count.expand(size) for count, size in zip(n, sizes, strict=True)]
@@ -92,7 +93,7 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
         mean <- (1 - momentum) mean + momentum E[x]
         var  <- (1 - momentum) var  + momentum Var[x] n / (n - 1)
 
-    Where there were no values, as at a frozen norm, statistics stay as they are.
+    Statistics stay as they are where there were no values, as at a frozen norm.
 
     Args:
       stats: a tree of `NormStats`, such as `params.stats`.
@@ -108,7 +109,7 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
     _map("update", lambda *pair: pairs.append(pair), stats, moments, first=NormStats)
     if not pairs:
         return stats
-    # All norms at once: for each its own, calls would take longer than what they compute.
+    # All norms go at once. With calls for each norm, calling would take longer than computing.
     old, seen = zip(*pairs, strict=True)
     sizes = [len(node.mean) for node in old]
     n, mean, m2 = _joined(seen)
@@ -126,16 +127,16 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
 
 
 def statistics(stats: Tree, moments: Any, *, correction: int = 0) -> Tree:
-    """Statistics that are these moments: by default those by which training normalised.
+    """Statistics made of these moments; by default those that training normalised by.
 
         mean = E[x],   var = Var[x] n / (n - correction)
 
-    `forward` with these in place of the running ones gives the logits of `forward_train` on the
-    same batch, with the batch's statistics held constant.
+    With these in place of the running statistics, `forward` gives the logits of `forward_train` on
+    the same batch, and the batch's statistics are constants.
 
     Args:
-      stats: a tree of `NormStats`, such as `params.stats`: kept where there were no values, as at a
-        frozen norm.
+      stats: a tree of `NormStats`, such as `params.stats`. They are kept where there were no
+        values, as at a frozen norm.
       moments: a tree of `Moments` like it.
       correction: 1 for the unbiased variance that running statistics hold.
     Returns:
@@ -153,7 +154,7 @@ def statistics(stats: Tree, moments: Any, *, correction: int = 0) -> Tree:
 
 
 def _map(caller: str, function: Callable[..., Any], *nodes: Any, first: type = Moments) -> Any:
-    """What the function makes of the `Moments`, or `NormStats`, in each place."""
+    """The tree with the `Moments` or `NormStats` in each place replaced by the function of them."""
     _check_nodes(caller, [first, *[Moments] * (len(nodes) - 1)], *nodes)
     return over(function, *nodes, units=(NormStats, Moments))
 

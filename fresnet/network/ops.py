@@ -1,7 +1,8 @@
 """The operations without statistics. Each refuses shapes that do not fit, so none broadcasts.
 
-`relu` and `add` write to their first argument, which in a network is always a norm's or a sum's own
-result that nothing else reads: over a quarter less memory forward, and no caller's tensor.
+`relu` and `add` write to their first argument, which saves over a quarter of the memory of a pass
+forward. In a network that argument is always the result of a norm or a sum that nothing else reads,
+and never a caller's tensor.
 """
 
 import torch
@@ -46,8 +47,8 @@ def average_pool(x: Tensor) -> Tensor:
 def subsample(x: Tensor, stride: int) -> Tensor:
     """x `[b c h w]` at every `stride`-th place: `[b c ceil(h/stride) ceil(w/stride)]`.
 
-    As a pooling of single values, whose sizes follow a convolution's formula: of a slice's,
-    exporters cannot tell that they are the same.
+    This is a pooling of single values, because its sizes follow a convolution's formula. Exporters
+    cannot tell that the sizes of a slice are the same.
     """
     return x if stride == 1 else F.avg_pool2d(x, kernel_size=1, stride=stride)
 
@@ -69,7 +70,7 @@ def relu(x: Tensor) -> Tensor:
 
 
 def add(y: Tensor, shortcut: Tensor) -> Tensor:
-    """y + shortcut, each `[b c h w]`, written over y: what makes a block residual.
+    """y + shortcut, each `[b c h w]`, written over y. This sum makes a block residual.
 
     Raises:
       FresnetError: if the shapes differ.
@@ -80,7 +81,7 @@ def add(y: Tensor, shortcut: Tensor) -> Tensor:
             f"got {tuple(shortcut.shape)}"
         )
     if torch.compiler.is_compiling() or transform_stack.active():
-        return y + shortcut  # vmap refuses to write what it maps over what it does not
+        return y + shortcut  # vmap refuses to write a mapped tensor over one that is not mapped
     return y.add_(shortcut)
 
 
@@ -99,7 +100,7 @@ def gate(x: Tensor, gates: Tensor) -> Tensor:
 
 
 def global_average_pool(x: Tensor) -> Tensor:
-    """`[b c h w]` -> `[b c]`."""
+    """The mean of each map: `[b c h w]` -> `[b c]`."""
     return reduce(x, "b c h w -> b c", "mean")
 
 

@@ -1,4 +1,4 @@
-"""Activations computed twice instead of kept: less memory, one more pass forward.
+"""Activations computed twice instead of kept, for less memory and one more pass forward.
 
 PyTorch's own checkpointing rests on hooks that `torch.func` refuses.
 """
@@ -17,18 +17,19 @@ Function = Callable[..., tuple[Tensor, Any]]
 
 
 def recomputed(function: Function, *trees: Any) -> tuple[Tensor, Any]:
-    """What the function makes of these trees, none of it kept until its derivative is taken.
+    """The function's result for these trees, without activations kept for the derivative.
 
-    Compiled, it is left to the compiler what to keep; in forward mode nothing is kept anyway.
+    The derivative calls the function again. In compiled code the compiler decides what to keep. In
+    forward mode nothing is kept anyway.
 
     Args:
-      function: from trees of tensors to `(y, seen)`: a tensor, and a tree that is constant with
-        respect to all of them. It must be pure, for it is called again.
+      function: a pure function from trees of tensors to `(y, seen)`. y is a tensor, and seen is a
+        tree that is constant with respect to the trees.
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
     if torch.compiler.is_compiling() or transform_stack.forward_mode(*tree.leaves(trees)):
         return function(*trees)
-    like = tree.map(lambda _: 0, trees)  # not the trees: nothing must keep x once it is used
+    like = tree.map(lambda _: 0, trees)  # not the trees, which would keep x after its use
     structure: list[Any] = []
 
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +57,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # to be differentiated again
+        if torch.is_grad_enabled():  # the result will be differentiated again
             pull = vjp(lambda *inputs: ctx.function(*inputs)[0], *ctx.saved_tensors)[1]
             return None, *pull(cotangent)
         _, *needed = ctx.needs_input_grad

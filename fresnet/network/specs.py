@@ -1,4 +1,4 @@
-"""What `init` builds: the family's members, one line each."""
+"""The networks that `init` builds, with one line for each member of the family."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,17 +46,17 @@ class Spec:
       depths: the number of blocks in each stage.
       width: the channels that the stem puts out; each stage after the first doubles them.
       stem: the type of the stem.
-      shortcut: the type of the shortcuts that change channels or size, where the others are
-        `Identity`; or `NoShortcut` for all, a plain network.
-      last: the type of what stands before the head: `LastNorm` in ResNet V2.
-      attention: the type of what a block does to its last layer's result before the sum.
-      groups: of the 3x3 convolution of a bottleneck: ResNeXt's cardinality
+      shortcut: the type of the shortcuts that change channels or size. The others are `Identity`.
+        `NoShortcut` replaces all of them, which makes a plain network.
+      last: the type of the node before the head, such as `LastNorm` in ResNet V2.
+      attention: the type of the node that changes a block's last result before the sum.
+      groups: the groups of a bottleneck's 3x3 convolution, which is ResNeXt's cardinality
         (Xie et al. 2017, arXiv:1611.05431).
-      group_width: the channels of a group for each 64 of the stage's.
+      group_width: the channels of a group for each 64 channels of the stage.
     Raises:
       FresnetError: if a type is none of `fresnet.nodes` or does not go with the block's, if a
-        number is not positive, if a basic block is to be grouped or widened, or if that leaves a
-        convolution without channels.
+        number is not positive, if a basic block is to be grouped or widened, or if a convolution
+        would have no channels.
     """
 
     block: type[Block] = Bottleneck
@@ -117,7 +117,7 @@ class Spec:
         return self.block.expansion() * (self.width << stage)
 
     def plan(self, stage: int, channels: int, *, strides: bool) -> Plan:
-        """A block in this stage, for so many channels."""
+        """What a node needs to draw a block in this stage, for an input of so many channels."""
         out, shortcut = self.out_channels(stage), self.shortcut
         if channels == out and not strides and shortcut is not NoShortcut:
             shortcut = Identity
@@ -126,12 +126,12 @@ class Spec:
 
 
 def _cifar(n: int, shortcut: type) -> Spec:
-    """The paper's 6n+2 layers for CIFAR, its Sec. 4.2."""
+    """A network of the paper with 6n+2 layers for CIFAR, from its Sec. 4.2."""
     return Spec(BasicBlock, (n, n, n), width=16, stem=Stem3x3, shortcut=shortcut)
 
 
 def _v2(*depths: int) -> Spec:
-    """He et al. 2016, arXiv:1603.05027, with timm's stride in the 3x3 convolution."""
+    """ResNet V2 (He et al. 2016, arXiv:1603.05027), with the stride in the 3x3 as in timm."""
     return Spec(PreActivation, depths, stem=BareStem7x7, last=LastNorm)
 
 
@@ -171,6 +171,8 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
         **{f"plain{6 * n + 2}": _cifar(n, NoShortcut) for n in (3, 5, 7, 9, 18)},
     }
 )
-"""Every member by name: torchvision's and timm's names where they have it; `_v1` strides in the
-first 1x1; resnet20 to resnet1202 are the paper's for CIFAR, with option A shortcuts or, `b`, B.
+"""Every member by name. Where torchvision or timm has the member, the name is theirs.
+
+Names with `_v1` stride in the first 1x1 convolution. resnet20 to resnet1202 are the paper's for
+CIFAR, with shortcuts of option A, or of option B where the name ends in `b`.
 """

@@ -18,14 +18,14 @@ from fresnet.network.regimes import INFERENCE
 
 
 class Row(NamedTuple):
-    """A layer, or several blocks in a row that are alike.
+    """A layer, or several consecutive blocks that are alike.
 
-    `parameters` are those of one block, `multiply_adds` those of its convolutions, or of the head,
-    for one image.
+    `parameters` is the number in one block. `multiply_adds` is the number in its convolutions, or
+    in the head, for one image.
     """
 
     layer: str
-    output: tuple[int, ...]  # [c h w]; the head's [k]
+    output: tuple[int, ...]  # [c h w], or [k] for the head
     blocks: int
     parameters: int
     multiply_adds: int
@@ -60,7 +60,7 @@ class Summary(NamedTuple):
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
     def markdown(self) -> str:
-        """The table in Markdown, multiply-adds to the last one."""
+        """The table in Markdown, with every digit of the multiply-adds."""
         header, *rows = (
             f"| {' | '.join(cells)} |" for cells in self._cells("multiply-adds", str, "{:,}".format)
         )
@@ -86,9 +86,9 @@ class Summary(NamedTuple):
 
 
 def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
-    """What a network consists of, and what it makes of one image.
+    """The layers of a network, and their outputs and multiply-adds for one image.
 
-    Blocks of a stage that are alike share a row; parameters and multiply-adds are of each.
+    Blocks of a stage that are alike share a row, with the parameters and multiply-adds of each.
 
     >>> import fresnet
     >>> params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=10, device="meta")
@@ -111,8 +111,8 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
       params: the network, on any device.
       image_size: the side of a square, or height and width, in pixels.
     Returns:
-      A `Summary`: its `rows`, and in all its `parameters` and `multiply_adds`; `markdown()` is the
-      table in Markdown.
+      A `Summary` with its `rows`, and with `parameters` and `multiply_adds` in total. `markdown()`
+      is the table in Markdown.
     Raises:
       FresnetError: if params is not a network, or if image_size is not such a size.
     """
@@ -150,7 +150,7 @@ def _run_head(head: Head, x: Tensor) -> tuple[Tensor, tuple[()]]:
 def _measure(
     node: Any, run: Callable[[], tuple[Tensor, Any]], description: str
 ) -> tuple[Tensor, Row]:
-    """The node's output and its row."""
+    """The node's output and its row in the table."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         y, _ = run()
     parameters = sum(leaf.numel() for leaf in tree.leaves(node))
@@ -182,6 +182,6 @@ def _convolutions(node: Any) -> str:
 
 
 def _wrap(description: str, width: int) -> list[str]:
-    """In lines, none of which ends between a kernel and its channels."""
+    """The description in lines. No line ends between a kernel and its channels."""
     parts = re.sub(r"(\dx\d) ", r"\1_", description).split("; ")
     return [line.replace("_", " ") for part in parts for line in wrap(part, width) or [""]]

@@ -1,4 +1,4 @@
-"""One setting of the C library's allocator, without which PyTorch on a CPU waits for the kernel."""
+"""A setting of the C library's allocator that spares PyTorch on a CPU from waiting for pages."""
 
 import ctypes
 import platform
@@ -10,16 +10,16 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 def keep_pages() -> bool:
     """Let this process keep the memory that it frees, for its next tensors.
 
-    glibc gives every large block back to the system, and for the next one the system makes fresh
-    pages of zeros, one fault for each 4 KiB: up to half of the time of a ResNet on a CPU. After
-    this call freed blocks are used again, and the process keeps the memory of its peak. Results do
-    not change. Call it once, first thing.
+    glibc gives every large block back to the system. For the next block the system makes fresh
+    pages of zeros, with a fault for each 4 KiB. That takes up to half of the time of a ResNet on a
+    CPU. After this call freed blocks are used again, and the process keeps the memory of its peak.
+    Results do not change. Call it once, before anything else.
 
     >>> import fresnet
     >>> kept = fresnet.keep_pages()
 
     Returns:
-      Whether the C library took it: False elsewhere than on glibc, where nothing is done.
+      Whether the C library accepted the setting. Without glibc nothing is done, and this is False.
     Source: mallopt(3).
     """
     if platform.libc_ver()[0] != "glibc":

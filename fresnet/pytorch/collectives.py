@@ -1,4 +1,4 @@
-"""What processes do together, as a function that `torch.func` can differentiate.
+"""The sum over processes, as a function that `torch.func` can differentiate.
 
 PyTorch's own collectives raise under `torch.func.grad`.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from fresnet.errors import FresnetError, reason
 
-try:  # which unlike `torch.compiler.disable` waits with importing the compiler
+try:  # unlike `torch.compiler.disable`, it imports the compiler only when it is needed
     from torch._compile import _disable_dynamo as not_compiled
 except ImportError:
     not_compiled = torch.compiler.disable
@@ -23,9 +23,9 @@ Group = distributed.ProcessGroup
 
 @not_compiled
 def all_sum(x: Tensor, group: Group) -> Tensor:
-    """The sum of x over the group's processes, on each of them the same.
+    """The sum of x over the group's processes; each process gets the same.
 
-    Its derivative is the sum over processes as well: a gradient is of the sum of their losses.
+    Its derivative is a sum over processes too, so a gradient is that of the sum of their losses.
     Every process must take every derivative that one of them takes, in the same order.
 
     Raises:
@@ -35,7 +35,7 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
     return total
 
 
-# What the compiler says where it meets this function and may not leave the graph.
+# The compiler says this where it meets the function and may not leave the graph.
 for name, value in {
     "_torchdynamo_disable": True,
     "_torchdynamo_disable_msg": "compiled, its derivatives would leave other processes out",
@@ -71,10 +71,12 @@ class _AllSum(torch.autograd.Function):
 
 
 def start_sum(buffer: Tensor, group: Group) -> Callable[[], None]:
-    """Start to replace what is in a buffer by its sum over processes; the result waits for it.
+    """Start to replace a buffer's content by its sum over processes.
 
+    Returns:
+      A function that waits until the sum is in the buffer.
     Raises:
-      FresnetError: now or in the waiting, if another process ends or does not answer in time.
+      FresnetError: at once or while waiting, if another process ends or does not answer in time.
     """
     with answered(group.rank(), group.size()):
         work = distributed.all_reduce(buffer, group=group, async_op=True)
@@ -88,16 +90,16 @@ def start_sum(buffer: Tensor, group: Group) -> Callable[[], None]:
 
 @contextmanager
 def answered(rank: int, size: int) -> Iterator[None]:
-    """Say in one line what it means when processes do not hear from one another.
+    """Turn PyTorch's error about another process into one line that says what it means.
 
     Raises:
-      FresnetError: for PyTorch's errors, which depend on the backend, or on where it happens.
+      FresnetError: in place of PyTorch's errors, which differ by backend and by place.
     """
     began = monotonic()
     try:
         yield
     except RuntimeError as error:
-        said = reason(error).split("] ", 1)[-1].split(". ")[0]  # not where in gloo, nor advice
+        said = reason(error).split("] ", 1)[-1].split(". ")[0]  # no place in gloo, no advice
         raise FresnetError(
             f"process {rank} of {size} waited {monotonic() - began:.0f} s for another, which has "
             "ended or does not answer; start the same command again to go on from the last "

@@ -1,8 +1,8 @@
-"""Which transforms of `torch.func` are at work, read off the stack that PyTorch keeps of them.
+"""Which transforms of `torch.func` are active, as PyTorch's own stack of them tells.
 
-This is the only file that reads that stack, which is private. Where a PyTorch has it no more, every
-question gets the answer that is safe: what asks takes a slower way, which is right under every
-transform. Compiled code never comes here.
+The stack is private, and no other file reads it. If a PyTorch does not have it, every function here
+gives the safe answer: the caller then takes a slower way that is right under every transform.
+Compiled code never comes here.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ NAMES = (
     "get_unwrapped",
     "is_functorch_wrapped_tensor",
 )
-"""What is read of `torch._C._functorch`."""
+"""The names that this file reads from `torch._C._functorch`."""
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
 
@@ -36,7 +36,7 @@ def mapped() -> bool:
 
 
 def differentiated(*inputs: Tensor) -> bool:
-    """Whether what is computed here of these tensors may be differentiated or mapped outside."""
+    """Whether code outside may differentiate or map what is computed here from these tensors."""
     return active() or any(
         unpack_dual(tensor).tangent is not None
         or (torch.is_grad_enabled() and tensor.requires_grad)
@@ -45,7 +45,7 @@ def differentiated(*inputs: Tensor) -> bool:
 
 
 def forward_mode(*inputs: Tensor) -> bool:
-    """Whether what is computed here of these tensors may be differentiated in forward mode."""
+    """Whether what is computed here from these tensors may be differentiated in forward mode."""
     if not READABLE or _functorch.TransformType.Jvp in _stack():
         return True
     return any(unpack_dual(_unwrapped(tensor)).tangent is not None for tensor in inputs)
@@ -54,9 +54,10 @@ def forward_mode(*inputs: Tensor) -> bool:
 def fused_norm_is_exact(*inputs: Tensor) -> bool:
     """Whether PyTorch's fused batch normalisation is right in every derivative to be taken here.
 
-    It is for one derivative, in reverse mode. What would differentiate that again, under a vmap at
-    least, or its forward-mode derivative in any way, takes the saved moments for constants and
-    comes out wrong without an error; and a vmap may come only once this call is over.
+    It is right for one derivative in reverse mode. Its derivatives take the saved moments for
+    constants, so others can be wrong without an error: a second derivative, under a vmap at least,
+    and every derivative of its forward-mode derivative. A vmap may begin only after this call, so
+    it cannot be ruled out here.
     """
     if not READABLE:
         return False
@@ -64,7 +65,7 @@ def fused_norm_is_exact(*inputs: Tensor) -> bool:
     if any(unpack_dual(tensor).tangent is not None for tensor in inputs):
         return False
     if stack and any(tensor.requires_grad for tensor in inputs):
-        return False  # by torch.autograd, later; where it is alone, the operation can ask how often
+        return False  # autograd comes later; without transforms the operation asks how often
     kinds = _functorch.TransformType
     return [kind for kind in stack if kind in (kinds.Grad, kinds.Jvp)] in ([], [kinds.Grad])
 
@@ -76,5 +77,5 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 
 
 def _stack() -> list[Any]:
-    """The transforms at work, the outermost first."""
+    """The active transforms, the outermost first."""
     return [transform.key() for transform in _functorch.get_interpreter_stack() or ()]

@@ -24,9 +24,9 @@ SUFFIXES = (".onnx", ".pt2")
 THIRD_PARTY_WARNINGS = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
     (DeprecationWarning, r"`torch\.jit\.script_method` is deprecated"),
-    (UserWarning, "No complete tensor found in the group"),  # said of channels-last weights
+    (UserWarning, "No complete tensor found in the group"),  # for channels-last weights
 )
-"""What PyTorch says of itself while it exports; nothing a user could do about it."""
+"""Warnings that PyTorch gives about itself while it exports. A user cannot act on them."""
 
 
 def export(
@@ -36,11 +36,11 @@ def export(
     image_size: int | tuple[int, int] | None = None,
     compiled: bool = False,
 ) -> None:
-    """Write what `forward` does with a network to a file that runs without fresnet.
+    """Write a network's `forward` to a file that runs without fresnet.
 
-    The path's ending says what is written: `.onnx`, ONNX; `.pt2`, a program for
-    `torch.export.load`, or if compiled, machine code for `torch._inductor.aoti_load_package`.
-    Each takes x `[b c h w]` in the dtype of the weights, of any b, and gives logits `[b k]`.
+    The path's ending says what is written. `.onnx` is ONNX. `.pt2` is a program for
+    `torch.export.load` or, with `compiled`, machine code for `torch._inductor.aoti_load_package`.
+    Each takes x `[b c h w]` with any b, in the dtype of the weights, and gives logits `[b k]`.
     `docs/deployment.md` shows how to run them. The file is written whole or not at all.
 
     >>> import fresnet, tempfile, torch
@@ -53,14 +53,14 @@ def export(
 
     Args:
       params: the network.
-      path: where to, ending in `.onnx` or `.pt2`; what is there is replaced.
-      image_size: the one size of image that the file will take, the side of a square or height
-        and width. By default a `.pt2` takes every size beyond the network's stride (33 on for a
-        ResNet-50), an `.onnx` every size.
-      compiled: compile ahead of time, for this machine's kind of processor. Takes a C++ compiler.
+      path: the file to write, ending in `.onnx` or `.pt2`. An existing file is replaced.
+      image_size: the one size of images that the file takes, as the side of a square or as height
+        and width. By default a `.pt2` takes every size beyond the network's stride (from 33 on for
+        a ResNet-50), and an `.onnx` takes every size.
+      compiled: compile ahead of time for this machine's kind of processor. It takes a C++ compiler.
     Raises:
-      FresnetError: if params is not a network with values, if path or image_size are not such, or
-        if the file cannot be written.
+      FresnetError: if params is not a network with values, if path or image_size is not as above,
+        or if the file cannot be written.
     """
     check_params("export", params)
     if first_conv(params.weights).is_meta:
@@ -81,7 +81,7 @@ def export(
 
 
 class _Network(nn.Module):
-    """`forward` as exporters take it: a module, whose entries have the names of state dicts."""
+    """`forward` as a module, which exporters take. Its entries have the names of state dicts."""
 
     def __init__(self, params: Params) -> None:
         super().__init__()
@@ -102,24 +102,25 @@ class _Network(nn.Module):
 
 
 def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
-    """The network's graph, its sizes symbols where they are not fixed."""
+    """The network's graph, with symbols for the sizes that are not fixed."""
     conv = first_conv(params.weights)
-    # Odd in every stage, and several pixels in the last: a program compiled for even sizes pools
-    # wrongly at odd ones, while those for odd sizes are right for all.
+    # The example is odd in every stage, with several pixels in the last. A program compiled for an
+    # even size pools wrongly at odd ones; a program compiled for an odd size is right at all.
     side = (8 << len(params.weights.stages)) + 1
-    # Channels last, as the first convolution takes them: nothing but its kernel, which looks at
-    # strides, reads x then. Else compiled code would turn x, taking it for contiguous.
+    # The first convolution takes channels last. If the example is laid out so, only the kernel of
+    # that convolution reads x, and it looks at strides. Otherwise compiled code would rearrange x
+    # as if it were contiguous.
     x = conv.new_zeros(2, conv.shape[1], *(size or (side, side)))
     x = x.contiguous(memory_format=torch.channels_last)
     dynamic = dict.fromkeys(_dynamic(size), Dim.DYNAMIC)
     program = torch.export.export(_Network(params), (x,), dynamic_shapes=(dynamic,))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # where fresnet lies on this machine
+        node.meta.pop("stack_trace", None)  # it tells where fresnet lies on this machine
     return program
 
 
 def _dynamic(size: tuple[int, int] | None) -> dict[int, str]:
-    """Which dimensions of x are not fixed, and what they are called."""
+    """The dimensions of x that are not fixed, and their names."""
     return {0: "batch", 2: "height", 3: "width"} if size is None else {0: "batch"}
 
 
@@ -153,7 +154,7 @@ def _write_onnx(params: Params, size: tuple[int, int] | None, path: Path) -> Non
         verbose=False,
     )
     assert exported is not None
-    ClearMetadataAndDocStringPass()(exported.model)  # what each operation was in PyTorch
+    ClearMetadataAndDocStringPass()(exported.model)  # they tell what each operation was in PyTorch
     exported.save(path, external_data=False)
     onnx.checker.check_model(path, full_check=True)
 

@@ -1,4 +1,4 @@
-"""Parameters to and from files: safetensors that other libraries read too, and theirs."""
+"""Networks in files: safetensors that other libraries read too, and other libraries' own files."""
 
 import json
 import os
@@ -32,30 +32,29 @@ from fresnet.weights.state_dicts import from_state_dict, named_leaves
 from fresnet.weights.storage import as_path, read_safetensors, write_safetensors
 
 TYPES = {kind.__name__: kind for kind in (*NODES, *UNITS, *NORMS, DilatedStage, Head, Weights)}
-"""What the metadata of a file may name."""
-
+"""The types that the metadata of a file may name."""
 
 NETWORK = "fresnet"
-"""The metadata with a network's types."""
+"""The name of the metadata that hold a network's types."""
 
 BESIDES = "state."
-"""How entries begin that stand in a file beside a network: a training state's others."""
+"""The prefix of the entries of a training state that stand beside its network in a file."""
 
 
 def save(params: Params, path: str | os.PathLike[str]) -> None:
     """Write a network to a safetensors file under torchvision's names.
 
-    torchvision and timm read it, if the network is one of theirs. The types of the nodes stand in
-    the file's metadata, so that `load` gives back every network as it was, to the bit: frozen
-    norms, dilated stages and all; so does a checksum. The file is written under another name
-    and then renamed: a failure leaves what was there before.
+    torchvision and timm read the file, if the network is one of theirs. The file's metadata hold
+    the types of the nodes, so `load` gives back every network to the bit, with its frozen norms and
+    dilated stages. They also hold a checksum. The file is written under another name and then
+    renamed, so a failure leaves what was there before.
 
     Args:
       params: the network.
-      path: where to; what is there is replaced.
+      path: the file to write. An existing file is replaced.
     Raises:
-      FresnetError: if params is not a network, if values are such as `load` refuses, if the path
-        ends as those of `torch.save` do, or if the file cannot be written.
+      FresnetError: if params is not a network, if `load` would refuse its values, if the path ends
+        like those of `torch.save`, or if the file cannot be written.
     """
     check_params("save", params)
     if str(path).endswith((".pth", ".pt", ".bin")):
@@ -75,22 +74,22 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params:
     """The network in a file, on the CPU.
 
-    The file may be one of `save`, or any safetensors or `torch.save` file whose state dict
-    `from_state_dict` takes, or a folder of Hugging Face's `save_pretrained`. "owner/name" where
-    there is no such folder is a repository of Hugging Face, such as "timm/resnet50.a1_in1k": its
-    weights are taken from the cache or downloaded.
-    No code in a file is ever run.
+    It reads the files of `save`, all safetensors and `torch.save` files with a state dict that
+    `from_state_dict` takes, and the folders of Hugging Face's `save_pretrained`. If there is no
+    folder "owner", then "owner/name" is a repository of Hugging Face, such as
+    "timm/resnet50.a1_in1k". Its weights are taken from the cache or downloaded. No code in a file
+    is ever run.
 
     Args:
       path: a file, a folder, or "owner/name".
-      stride_in_1x1: as in `from_state_dict`. Files of `save`, and the configuration in a
-        repository, say it themselves.
+      stride_in_1x1: as in `from_state_dict`. A file of `save` and the configuration in a repository
+        tell it themselves.
     Returns:
       `Params(weights, stats)`.
     Raises:
-      FresnetError: naming the file and the reason: it cannot be read, holds no network, or one
-        with values that are not finite or variances that are negative; or a repository's
-        configuration asks for what a network here does not do.
+      FresnetError: naming the file and the reason. Either the file cannot be read or holds no
+        network, or a value is not finite, or a variance is negative, or a repository's
+        configuration asks for something that no network here does.
     """
     try:
         if is_repository(path):
@@ -125,15 +124,15 @@ def _read(path: Path, stride_in_1x1: bool) -> Params:
 
 def _unpickled(path: Path) -> Any:
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums that it wrote
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums of torch.save
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise FresnetError(f"the checksum of {damaged} in it is wrong")
-        with torch.serialization.safe_globals([Namespace]):  # args, as training scripts keep them
+        with torch.serialization.safe_globals([Namespace]):  # training scripts keep their args so
             return torch.load(path, map_location="cpu", weights_only=True)
     except FresnetError:
         raise
-    except Exception as error:  # whatever a damaged file leads to, it is the file's fault
+    except Exception as error:  # a damaged file may fail in any way
         code = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         why = f"it asks for {code[1]}, which is not run" if code else reason(error)
         raise FresnetError(
@@ -142,7 +141,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def structure_of(params: Params) -> str:
-    """The types of a network's nodes, as JSON has it: ["Norm", 0, 0], with a 0 for each leaf."""
+    """The types of a network's nodes in JSON, such as ["Norm", 0, 0], with a 0 for each leaf."""
     return json.dumps(_structure(params.weights))
 
 
@@ -154,7 +153,7 @@ def _nodes(structure: str) -> Params:
     """A network of these types, with blanks for leaves.
 
     Raises:
-      FresnetError: if they are no network's.
+      FresnetError: if they are not the types of a network.
     """
     try:
         weights = _node(with_layers(json.loads(structure)))

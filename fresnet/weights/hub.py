@@ -1,4 +1,4 @@
-"""Weights in repositories of Hugging Face, and in folders laid out as those."""
+"""Weights in repositories of Hugging Face, and in folders of the same layout."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from fresnet.errors import FresnetError, reason
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 ARCHITECTURE = r"((wide_|se)?res(net|next)\d+[cdst]?(_\d+x\d+d|_2)?|resnetv2_(50|101|152))"
-"""timm's names of what networks here compute. Others share their entries, not their numbers."""
+"""timm's names of the networks that fresnet computes. Others share entries, but not results."""
 
 
 def is_repository(path: str | os.PathLike[str]) -> bool:
-    """Whether this can only be "owner/name": there is no such file, and no folder for one."""
+    """Whether this can only be "owner/name" at Hugging Face, since no path here is "owner"."""
     owner, *rest = str(path).split("/")
     return (
         isinstance(path, str)
@@ -30,8 +30,8 @@ def download(repository: str) -> tuple[Path, bool]:
     """The weights of a repository, and whether its bottlenecks stride in their first convolution.
 
     Raises:
-      FresnetError: if they cannot be had, or if the configuration beside them asks for what a
-        network here does not do.
+      FresnetError: if the weights cannot be had, or if the configuration beside them asks for
+        something that no network here does.
     """
     try:
         from huggingface_hub import hf_hub_download
@@ -63,12 +63,12 @@ def download(repository: str) -> tuple[Path, bool]:
 
 
 def local(path: Path) -> tuple[Path, bool]:
-    """The same of a file, or of a folder as `save_pretrained` leaves it.
+    """The same for a file, or for a folder that `save_pretrained` wrote.
 
-    A configuration beside a file is read where the file's name is Hugging Face's.
+    A configuration beside a file is read if the file has a name that Hugging Face gives.
 
     Raises:
-      FresnetError: if the configuration asks for what a network here does not do.
+      FresnetError: if the configuration asks for something that no network here does.
     """
     try:
         if path.is_dir():
@@ -85,7 +85,7 @@ def _strides_in_1x1(config: Any) -> bool:
     """Whether bottlenecks stride in their first convolution.
 
     Raises:
-      FresnetError: if a network here does not compute what this configuration says.
+      FresnetError: if no network here computes what this configuration says.
     """
     if not isinstance(config, dict):
         raise FresnetError("its config.json is no object")

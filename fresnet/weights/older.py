@@ -1,4 +1,4 @@
-"""Files of `save` from before trees held layers: the types of their nodes in today's words."""
+"""Files that `save` wrote before trees held layers: their nodes' types in today's form."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ _BLOCKS = {block.__name__ for block in BLOCKS}
 
 
 def with_layers(structure: Any) -> Any:
-    """A structure in which convolution and norm stood side by side, with a layer around each pair.
+    """Put a layer around each convolution and norm that stand side by side in a structure.
 
-    A structure of today comes back as it is.
+    A structure in today's form comes back as it is.
     """
     if not isinstance(structure, list) or structure[0] in ("Layer", *_NORMS):
         return structure

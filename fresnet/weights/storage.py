@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and read back checked."""
+"""Files that are written whole or not at all, and checked when they are read."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ from torch import Tensor
 from fresnet.errors import FresnetError, reason
 
 TEMPORARY = ".fresnet-"
-"""How the names of folders begin in which files are being written, before 16 hexadecimal digits."""
+"""The prefix of a folder in which a file is being written. 16 hexadecimal digits follow it."""
 
 
 def write_safetensors(
@@ -26,7 +26,7 @@ def write_safetensors(
     """Write a state dict whole or not at all.
 
     Args:
-      texts: what its metadata are to hold; with a checksum over them and the entries.
+      texts: what the metadata hold, beside a checksum over these texts and the entries.
     Raises:
       FresnetError: naming the file and the reason.
     """
@@ -42,7 +42,7 @@ def write_safetensors(
 
 
 def write_pickle(caller: str, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """The same by `torch.save`."""
+    """Write a state dict by `torch.save`, whole or not at all."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -52,17 +52,17 @@ def write_pickle(caller: str, state: Mapping[str, Tensor], path: str | os.PathLi
 
 
 def write_file(caller: str, path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Let a file be written in a folder of its own beside this one, and then take its place.
+    """Write a file in a new folder beside its path, and then move it to its path.
 
-    In a folder, since safetensors writes beside its target too: whatever is left when the process
-    is killed can be told to be ours.
+    safetensors writes files beside its target too. In a folder of our own, everything that a killed
+    process leaves behind can be recognised.
 
     Raises:
-      FresnetError: naming the file and the reason, whatever it is.
+      FresnetError: naming the file and the reason, whatever the failure was.
     """
     temporary = None
     try:
-        target = Path(os.path.realpath(as_path(path)))  # a link is kept
+        target = Path(os.path.realpath(as_path(path)))  # a link stays a link
         if target.exists() and not target.is_file():
             raise FresnetError("it is no regular file")
         unused = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
@@ -72,7 +72,7 @@ def write_file(caller: str, path: str | os.PathLike[str], write: Callable[[Path]
         written.touch()
         mode = (target if target.exists() else written).stat().st_mode
         write(written)
-        written.chmod(mode)  # safetensors narrows it
+        written.chmod(mode)  # safetensors narrows the mode
         with written.open("rb") as file:
             os.fsync(file.fileno())
         written.replace(target)
@@ -85,7 +85,7 @@ def write_file(caller: str, path: str | os.PathLike[str], write: Callable[[Path]
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What processes were writing to this folder when they were killed."""
+    """Remove what processes were writing to this folder when they were killed."""
     for temporary in folder.glob(TEMPORARY + "[0-9a-f]" * 16):
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -110,18 +110,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A file's entries, and the texts that `write_safetensors` put into its metadata.
 
     Raises:
-      FresnetError: if it is no such file, or if texts and entries are not those that were written.
+      FresnetError: if this is no safetensors file, or if its content is not what was written.
     """
     safe_open = _safetensors("safe_open")
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()  # it is no mapping
+            names = file.keys()  # the file is no mapping
             state = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
-    except Exception as error:  # whatever a damaged file leads to, it is the file's fault
+    except Exception as error:  # a damaged file may fail in any way
         raise FresnetError(f"not a safetensors file: {reason(error)}") from error
     texts = {name: text for name, text in metadata.items() if name.startswith("fresnet")}
-    ours = texts or "crc32" in metadata  # the names of texts may be what is damaged
+    ours = texts or "crc32" in metadata  # the damage may be in the names of the texts
     if ours and metadata.get("crc32") != _checksum(texts, state):
         raise FresnetError("its checksum is not that of its content: the file is damaged")
     return state, texts
@@ -142,6 +142,6 @@ def _checksum(texts: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         value = state[name].detach().cpu()
         crc = crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
-        column = value.reshape(-1)[:, None]  # whose last stride is 1, also if its only one is not
+        column = value.reshape(-1)[:, None]  # the last stride is 1, even if the vector's is not
         crc = crc32(column.view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
