@@ -35,7 +35,11 @@ TORCHVISION = (*PAPERS, *GROUPED, *WIDE)
 every_member = pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("resnet18", "resnet50") else [pytest.mark.slow])
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] * (name not in ("resnet18", "resnet50"))
+            + [pytest.mark.long] * (name in ("resnet101", "resnet152")),
+        )
         for name in PAPERS
     ],
 )

@@ -217,7 +217,7 @@ def test_compiled_packages_in_bfloat16_for_one_size(tmp_path: Path) -> None:
         assert_close(y, fresnet.forward(params, x), 1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_resnet50(tmp_path: Path) -> None:
     params = reference.params(reference.module(fresnet.RESNET50, 0, dtype=torch.float32))
     for suffix in (".onnx", ".pt2"):

@@ -120,13 +120,7 @@ def test_ten_steps_of_sgd_equal_torch_optim(x: Tensor, seed: int, spec: fresnet.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] * (name in ("resnet101", "resnet152")))
-        for name in reference.PAPERS
-    ],
-)
+@reference.every_member
 @examples(1)
 @given(x=training_images(), seed=seeds)
 def test_ten_steps_of_sgd_of_the_family_equal_torch_optim(name: str, x: Tensor, seed: int) -> None:
