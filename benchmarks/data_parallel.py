@@ -2,14 +2,16 @@
 
     python benchmarks/data_parallel.py           # five minutes; --quick for one round
 
-ResNet-50, SGD with momentum and weight decay (torch's with foreach=True), float32, channels last,
-two gloo processes of one thread each, the same images on both sides. After one step from the same
-weights losses must agree to 1e-4, updates and running statistics to 2%, by which two correct
-implementations may differ in float32. Then both take turns in the same processes, A B A B, four
-rounds to fill their heaps and eleven that count. A row gives the median step with its quartiles,
-the processor time of a step likewise, which hardly feels what else the machine does, and the ratio
-of each to the first row's in the same round. First glibc gives pages back after large tensors,
-then, in processes started anew, it keeps them. `docs/scaling.md` has the results.
+Both train a ResNet-50 by SGD with momentum and weight decay (torch's with foreach=True) in float32
+and channels last. There are two gloo processes of one thread each, and both sides see the same
+images. After one step from the same weights, losses must agree to 1e-4. Updates and running
+statistics must agree to 2%, because two correct implementations may differ so much in float32.
+
+Then both take turns in the same processes, A B A B, for four rounds that fill their heaps and
+eleven that count. A row gives the median time of a step with its quartiles, and the processor time
+likewise, on which other work of the machine has little effect. Beside each is its ratio to the
+first row's in the same round. At first glibc gives pages back after large tensors. Then new
+processes start in which it keeps them. `docs/scaling.md` has the results.
 """
 
 import argparse
@@ -87,7 +89,7 @@ def work(rank: int, folder: str, rounds: int, batch: int, side: int) -> None:
     distributed.init_process_group(
         "gloo", f"file://{folder}/store", rank=rank, world_size=PROCESSES
     )
-    # The same images to both processes: DistributedDataParallel keeps the first one's statistics.
+    # Both processes get the same images: DistributedDataParallel keeps the first one's statistics.
     x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.arange(batch) % 10
@@ -108,7 +110,7 @@ def work(rank: int, folder: str, rounds: int, batch: int, side: int) -> None:
 
 
 def check_agreement(a: Contender, b: Contender) -> None:
-    """One step from the same weights."""
+    """Take one step with each from the same weights, and compare what they do."""
     before = {name: value.clone() for name, value in a.look().items()}
     losses = [contender.step() for contender in (a, b)]
     assert abs(losses[1] / losses[0] - 1) < 1e-4, losses
@@ -131,7 +133,7 @@ def report(times: Mapping[str, list[tuple[float, float]]]) -> None:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median and the quartiles."""
+    """The median and the quartiles, as text."""
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 

@@ -3,10 +3,10 @@
     python benchmarks/gpu.py                     # prints tables; --full for all batch sizes
     make bench-gpu                               # all of them, and into docs/performance.md
 
-In bfloat16 and channels last, with cuDNN's search for the fastest algorithms; for inference both
-record CUDA graphs. "Of peak" is the share of the roofline: a layer needs at least as long as its
-operations take at the peak, of a matrix product or a convolution, and as what it reads and writes
-takes at the rate of a copy.
+Both run in bfloat16, channels last, with cuDNN's search for the fastest algorithms. For inference
+both record CUDA graphs. "Of peak" is the share of the roofline, where a layer needs the longer of
+two times: that of its operations at the peak of a matrix product or a convolution, and that of what
+it reads and writes at the rate of a copy.
 """
 
 import sys
@@ -105,11 +105,11 @@ def bandwidth() -> float:
 
 
 def roofline(x: Tensor, *, training: bool = False) -> float:
-    """Seconds that a ResNet-50 needs at least.
+    """The least seconds that a ResNet-50 needs.
 
-    A training step has three convolutions for one, and a norm, which must have seen all values of
-    the batch before it changes the first, reads or writes each value seven times more: forward it
-    reads one and writes one, and its derivative reads two twice and writes one.
+    A training step has three convolutions where inference has one. In addition, a norm reads or
+    writes each value seven times, because it must see all values of the batch before it changes the
+    first. Forward it reads one and writes one. Its derivative reads two twice and writes one.
     """
     params = fresnet.fold(fresnet.init(0, device="meta", dtype=x.dtype))
     count = _Counting(peak(x.dtype, DEVICE), bandwidth(), training=training)
@@ -118,7 +118,7 @@ def roofline(x: Tensor, *, training: bool = False) -> float:
 
 
 class _Counting(Composed):
-    """Inference that adds up the seconds that each layer needs at least."""
+    """Inference that adds up the least seconds that each layer needs."""
 
     def __init__(self, operations: float, speed: float, *, training: bool) -> None:
         super().__init__(inference_norm)

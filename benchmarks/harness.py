@@ -1,8 +1,8 @@
-"""Contenders measured side by side: what they agree on, time, memory, share of the machine's peak.
+"""Contenders measured side by side: agreement, time, memory and share of the machine's peak.
 
-All take turns in one process, A B A B. A turn is a run that is not timed, which lets caches and
-threads settle after whoever came before, and one that is. Ratios are taken within a round and their
-median and quartiles given, so that a machine that slows down slows all of them down.
+All take turns in one process, A B A B. A turn is two runs, and only the second is timed. The first
+lets caches and threads settle after the contender before. Ratios are taken within a round, and
+reported as median and quartiles. A machine that slows down therefore slows all contenders down.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
-"""What `fresnet.keep_pages` sets, for a process from its start: contenders' libraries too."""
+"""The settings of `fresnet.keep_pages`, for all libraries of a process from its start."""
 
 Run = Callable[[], Any]
 
@@ -33,15 +33,18 @@ class Comparison(NamedTuple):
     """Contenders for one job.
 
     Args:
-      title: of the job.
-      contenders: names to what prepares them, the first being whom the others are compared with.
-      images: that one run takes.
-      least: seconds that one run would need at the peak that was measured, if that is known.
+      title: the name of the job.
+      contenders: for each name, what prepares the contender. The others are compared with the
+        first.
+      images: how many images one run takes.
+      least: the seconds that one run would need at the measured peak, if that is known.
       agree: the largest error allowed, relative to the first one's result.
-      bounds: of those who have a bound of their own; those with an infinite one are not compared.
-      view: of a result, what is compared: a tensor, or tensors by name.
+      bounds: the errors allowed to contenders with a bound of their own. Those with an infinite
+        bound are not compared.
+      view: from a result to what is compared: a tensor, or tensors by name.
       rounds: how many turns each contender takes.
-      device: where runs are, which end when it has finished; memory is the device's.
+      device: the device of the runs. A run ends when the device has finished, and memory is the
+        device's.
     """
 
     title: str
@@ -56,7 +59,13 @@ class Comparison(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of one contender: seconds to prepare, of each timed run, and MiB above what was resident."""
+    """What was measured of one contender.
+
+    prepare: the seconds that it took to prepare.
+    seconds: those of each timed run.
+    peak: the most memory of a run, in MiB above what there was before.
+    error: the error relative to the first contender's result.
+    """
 
     name: str
     prepare: float
@@ -66,7 +75,7 @@ class Measured(NamedTuple):
 
 
 def measure(comparison: Comparison) -> list[Measured]:
-    """Prepare all, check that they agree, and let them take turns."""
+    """Prepare all contenders, check that they agree, and let them take turns."""
     runs, prepare = {}, {}
     for name, build in comparison.contenders.items():
         start = time.perf_counter()
@@ -128,7 +137,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 @cache
 def peak(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Operations per second at most: of a product of matrices, or of a convolution."""
+    """The most operations per second, in a product of matrices or in a convolution."""
     n, b = (8192, 256) if device == "cuda" else (2048, 8)
     a = torch.randn(n, n, device=device).to(dtype)
     x, w = torch.randn(b, 256, 28, 28, device=device), torch.randn(256, 256, 3, 3, device=device)
@@ -141,7 +150,7 @@ def peak(dtype: torch.dtype, device: str = "cpu") -> float:
 
 
 def timed(run: Run, device: str) -> float:
-    """Seconds of the fastest of several."""
+    """The seconds of the fastest of several runs."""
     seconds = []
     for _ in range(7):
         start = time.perf_counter()
@@ -153,7 +162,7 @@ def timed(run: Run, device: str) -> float:
 
 
 def table(entry: Mapping[str, Any]) -> str:
-    """What was recorded of a comparison, in Markdown."""
+    """The table of a recorded comparison, in Markdown."""
     rows = [Measured(**row) for row in entry["rows"]]
     first = rows[0].name
     lines = [
@@ -175,7 +184,7 @@ def table(entry: Mapping[str, Any]) -> str:
 
 
 def peak_memory(run: Run) -> float:
-    """MiB of resident memory at most while this runs, above what is resident before."""
+    """The most resident memory while this runs, in MiB above what is resident before."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
@@ -185,7 +194,7 @@ def peak_memory(run: Run) -> float:
 
 
 def device_memory(run: Run) -> float:
-    """MiB allocated on the GPU at most while this runs, above what is allocated before."""
+    """The most memory on the GPU while this runs, in MiB above what is allocated before."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -204,7 +213,7 @@ def setting(device: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What the figures depend on."""
+    """What the figures depend on: the date, the machine and the versions."""
     cpu = Path("/proc/cpuinfo").read_text()
     model = next((line.split(": ")[1] for line in cpu.splitlines() if "model name" in line), "")
     packages = ["torch", "torchvision"]
@@ -219,7 +228,7 @@ def environment() -> dict[str, str]:
 
 
 def entry_of(comparison: Comparison, rows: list[Measured]) -> dict[str, Any]:
-    """All of a comparison that a table or a judge of it needs, as JSON takes it."""
+    """All that `table`, and the judge in run.py, need of a comparison, as JSON takes it."""
     return {
         "title": comparison.title,
         "setting": setting(comparison.device),
@@ -231,7 +240,7 @@ def entry_of(comparison: Comparison, rows: list[Measured]) -> dict[str, Any]:
 
 
 def main(description: str | None, comparisons: Callable[[bool], Iterable[Comparison]]) -> None:
-    """Measure what a benchmark has to compare, and print its tables."""
+    """Measure the comparisons of a benchmark, and print their tables."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

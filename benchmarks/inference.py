@@ -1,8 +1,8 @@
-"""Inference of a ResNet-50 at 224 px: fresnet beside what else runs one on a CPU.
+"""Inference of a ResNet-50 at 224 px: fresnet beside others that run one on a CPU.
 
     python benchmarks/inference.py               # prints tables; --full for all batch sizes
 
-Run by `make bench`, which does so in both settings of the allocator.
+`make bench-full` runs it in both settings of the allocator.
 """
 
 import sys
@@ -62,7 +62,7 @@ def torchvision(x: Tensor, *, compiled: bool = False, freezing: bool = False) ->
     module: Callable[[Tensor], Tensor] = model() if x.dtype is torch.float32 else narrow_model()
     if compiled:
         torch.compiler.reset()
-        with inductor.patch(freezing=freezing):  # as an option to compile it is half heeded
+        with inductor.patch(freezing=freezing):  # compile only half heeds it as an option
             module = torch.compile(module, dynamic=False)
             module(x)
     return lambda: module(x).float()
@@ -77,7 +77,7 @@ def narrow_model() -> Any:
 def onnx_runtime(x: Tensor) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads would go on spinning into the next contender's turn.
+    # Without this, its threads would go on spinning in the next contender's turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(onnx_file(), options)
     feed = {"x": x.contiguous().numpy()}
@@ -145,7 +145,7 @@ def comparisons(full: bool) -> Iterator[Comparison]:
         title = f"Inference, {batch} image{'s' * (batch > 1)}"
         yield Comparison(f"{title}, float32", wide, batch, least, rounds=rounds)
         narrow_least = flops / peak(torch.bfloat16)
-        more = 5 * rounds  # so much shorter is each
+        more = 5 * rounds  # each run is much shorter
         yield Comparison(f"{title}, bfloat16", narrow, batch, narrow_least, 2e-2, rounds=more)
         levels = {"fresnet in float32": partial(ours, x), "fresnet": partial(int8, x)}
         yield Comparison(f"{title}, int8", levels, batch, least, 0.1, rounds=rounds)

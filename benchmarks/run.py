@@ -3,11 +3,12 @@
     make bench                # a few sizes with pages kept, printed: python benchmarks/run.py
     make bench-full           # an hour: all sizes, both settings of the allocator
 
-Each benchmark runs in a process of its own for each setting; with the default allocator only
-inference in all sizes. A full run leaves `docs/performance.json`, every time of it, and from that
-writes the measured part of `docs/performance.md` and its picture; --report does so without
-measuring. Of a GPU, it writes what `make bench-gpu` left in `docs/performance_gpu.json`. The rest
-of the document is written by hand and quotes the tables.
+Each benchmark runs in a process of its own for each setting. With the default allocator only
+inference runs in all sizes. A full run leaves every time that it measured in
+`docs/performance.json`. From that it writes the measured part of `docs/performance.md` and its
+picture, and --report does the same without measuring. The figures for a GPU are those that
+`make bench-gpu` left in `docs/performance_gpu.json`. The rest of the document is written by hand
+and quotes the tables.
 """
 
 import argparse
@@ -38,7 +39,7 @@ HEADINGS = {PAGES_KEPT: "With pages kept", DEFAULT: "Default allocator", GPU: "O
 
 
 class Target(NamedTuple):
-    """One contender at least so many times as good as the best of others."""
+    """A goal: one contender is at least `at_least` times as good as the best of the others."""
 
     title: str
     name: str
@@ -104,7 +105,7 @@ def best(rows: Sequence[Measured], names: Sequence[str]) -> str:
 
 
 def judge(results: Results) -> str:
-    """The targets in Markdown: what was asked for, what was measured, whether it is met."""
+    """The targets in Markdown: what is asked, what was measured, and whether the target is met."""
     lines = [
         "| | of | against | asked | measured (quartiles) | met |",
         "| --- | --- | --- | ---: | --- | --- |",
@@ -145,7 +146,7 @@ def report(results: Results) -> str:
 
 
 def _measured(entries: Sequence[Mapping[str, Any]]) -> str:
-    """When, on what and with which versions."""
+    """A line that says when, on which machine and with which versions it was measured."""
     environments = [entry["environment"] for entry in entries]
     dates = sorted({environment["date"] for environment in environments})
     environment = {**environments[0], "date": " and ".join(dates)}
@@ -163,7 +164,7 @@ GROUPS = {
     "Inference on a GPU, bfloat16": r"Inference on a GPU, (.*)",
     "Training step on a GPU, bfloat16": r"Training step on a GPU, (.*)",
 }
-"""Each heading of the picture, and the titles below it; a label keeps what is in parentheses."""
+"""Each heading of the picture, and the titles below it. A label keeps what is in parentheses."""
 
 OURS = {
     "fresnet in bfloat16": "bfloat16",
@@ -171,21 +172,21 @@ OURS = {
     "per_sample_norms": "norms",
     "clipped_grads": "clipped sum",
 }
-"""What a label calls one of our contenders, where the heading does not say it."""
+"""The label for one of our contenders, if the heading does not say which it is."""
 
 THEIRS = {
     "fresnet": "fresnet in float32",
     "loop": "one after another",
     "one batched gradient": "one gradient of the batch",
 }
-"""What the picture calls a rival whose name needs its table beside it."""
+"""The picture's name for a rival, if its own name cannot be read without the table."""
 
 FASTER, SLOWER, EVEN = "#1a6faf", "#c8512b", "#707070"
 TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10)
 
 
 class Line(NamedTuple):
-    """A job in the picture: how many times as fast as its rival fresnet is."""
+    """A job in the picture, and how many times as fast as its rival fresnet is."""
 
     job: str
     rival: str
@@ -195,7 +196,7 @@ class Line(NamedTuple):
 
 
 def by_heading(results: Results) -> dict[str, list[Line]]:
-    """All targets of speed, but for those of the default allocator."""
+    """All targets of speed, except those for the default allocator."""
     groups: dict[str, list[Line]] = {heading: [] for heading in GROUPS}
     for target in targets():
         entry = results.get((target.title, target.setting))
@@ -212,7 +213,7 @@ def by_heading(results: Results) -> dict[str, list[Line]]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """How many times as fast as its best rival fresnet is, job by job."""
+    """Draw how many times as fast as its best rival fresnet is in each job."""
     groups = by_heading(results)
     every = [line for group in groups.values() for line in group]
     count, inch = len(every) + 1.5 * len(groups), 0.2
@@ -242,7 +243,7 @@ def draw(results: Results, path: Path) -> None:
     axis.text(1, -1.6, "  faster \N{RIGHTWARDS ARROW}", ha="left", size=9, color=FASTER)
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
-        """At a share of the figure's width."""
+        """Write at `x`, a share of the figure's width."""
         box = axis.get_position()
         place = ((x - box.x0) / box.width, y)
         transform = axis.get_yaxis_transform()

@@ -3,7 +3,7 @@
     python benchmarks/training_step.py           # prints tables; --full for all sizes
 
 Both take the same step: eagerly, in bfloat16, and compiled whole. On tiny images hardly anything is
-computed, and what is left is what calling costs. Peak memory is resident memory above weights and
+computed, so the time is the cost of the calls. Peak memory is resident memory above weights and
 velocity.
 """
 
@@ -41,7 +41,7 @@ def torchvision(
             loss = cross_entropy(model(x).float(), y)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()  # here, so that what is above weights and velocity is the step's
+        optimizer.zero_grad()  # here, so that all above weights and velocity is the step's
         return loss.detach()
 
     return torch.compile(step) if compiled else step

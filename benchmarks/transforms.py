@@ -2,8 +2,8 @@
 
     python benchmarks/transforms.py              # prints tables; --full for all sizes
 
-Contenders that compute the same thing are checked for it, to 2%, by which two correct
-implementations may differ in float32.
+Contenders that compute the same thing must agree to 2%, because two correct implementations may
+differ so much in float32.
 """
 
 import sys
@@ -32,7 +32,7 @@ Contenders = Mapping[str, Callable[[], Any]]
 
 
 def per_sample(batch: int, side: int) -> Contenders:
-    """Gradients of each image's loss by the running statistics, ResNet-50; then BatchNorm's own."""
+    """Per-sample gradients of a ResNet-50 by the running statistics, then by the batch's."""
     x, y = images(batch, side)
     model = reference.module(fresnet.RESNET50, 0, dtype=torch.float32).eval()
     params, state = reference.params(model), {k: v.detach() for k, v in model.named_parameters()}
@@ -64,9 +64,9 @@ def per_sample(batch: int, side: int) -> Contenders:
 
 
 def clipping(batch: int, side: int) -> Contenders:
-    """One gradient of a batch through `forward`; norms of its images' gradients, their clipped sum.
+    """Norms and clipped sums of the per-sample gradients of a ResNet-50, beside one gradient.
 
-    ResNet-50, by the running statistics.
+    All go by the running statistics. The one gradient is that of the whole batch through `forward`.
     """
     x, y = images(batch, side)
     params = reference.params(reference.module(fresnet.RESNET50, 0, dtype=torch.float32))
@@ -88,7 +88,7 @@ def clipping(batch: int, side: int) -> Contenders:
 
 
 def ensembles(members: int, batch: int, side: int, *, gradient: bool) -> Contenders:
-    """Logits, or gradients, of several ResNet-18 by the running statistics."""
+    """Logits or gradients of several ResNet-18 by the running statistics."""
     x, y = images(batch, side)
     models = [
         reference.module(fresnet.RESNET18, seed, dtype=torch.float32).eval()
@@ -127,12 +127,12 @@ def ensembles(members: int, batch: int, side: int, *, gradient: bool) -> Contend
 
 
 def opacus(batch: int, side: int) -> Run:
-    """Opacus on torchvision's network, BatchNorm replaced and ReLU not in place, as it asks for."""
+    """Opacus on torchvision's network, with GroupNorm and no ReLU in place, as Opacus requires."""
     from opacus.grad_sample import GradSampleModule
     from torchvision.models.resnet import Bottleneck, ResNet
 
     class Block(Bottleneck):  # type: ignore[misc]
-        """Its sum not in place either."""
+        """torchvision's block, but its sum is not in place either."""
 
         def forward(self, x: Tensor) -> Tensor:
             shortcut = x if self.downsample is None else self.downsample(x)
@@ -175,8 +175,8 @@ def ready(run: Run) -> Callable[[], Run]:
 
 
 def comparisons(full: bool) -> Iterator[Comparison]:
-    warnings.filterwarnings("ignore", "There is a performance drop")  # of stock vmap
-    warnings.filterwarnings("ignore", "Full backward hook is firing")  # of Opacus
+    warnings.filterwarnings("ignore", "There is a performance drop")  # from stock vmap
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # from Opacus
     for batch, side in ((8, 64), (4, 224)) if full else ((8, 64),):
         size = f"ResNet-50, {batch} images of {side} px"
         contenders = {name: ready(run) for name, run in per_sample(batch, side).items()}

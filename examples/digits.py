@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits as images that a ResNet takes, shared by the examples.
 
-1,797 real scans of 8x8 pixels (Alpaydin & Kaynak 1998, UCI), enlarged to 32x32 unless an example
-asks for another size, of which 360 are held out for testing.
+They are 1,797 real scans of 8x8 pixels (Alpaydin & Kaynak 1998, UCI), enlarged to 32x32 unless an
+example asks for another size. 360 of them are held out for testing.
 """
 
 import argparse
@@ -41,14 +41,14 @@ def load(size: int = 32) -> tuple[Digits, Digits]:
 
 
 def small(digits: Digits) -> Digits:
-    """The same digits in float64 and 16x16 pixels, for what is costly or to be exact."""
+    """The same digits in float64 and 16x16 pixels, for computations that are costly or exact."""
     return Digits(digits.images[:, :, ::2, ::2].double(), digits.labels)
 
 
 def arguments(full: str | None = None) -> argparse.Namespace:
-    """--seed, --out and --quick of an example, and --full with this help if it has a longer run.
+    """Read --seed, --out and --quick of an example, and --full with this help if that is given.
 
-    The first line of the example's docstring is the help of the whole.
+    The first line of the example's docstring is the description in the help.
     """
     example = sys.modules["__main__"]
     parser = argparse.ArgumentParser(
@@ -67,7 +67,7 @@ def arguments(full: str | None = None) -> argparse.Namespace:
 
 
 def draw_predictions(digits: Digits, logits: Tensor, path: Path) -> None:
-    """A grid of 60 digits with prediction and confidence, the errors first and marked in red."""
+    """Draw 60 digits with prediction and confidence. Errors come first and are marked in red."""
     confidence, prediction = logits.softmax(1).max(1)
     wrong = prediction != digits.labels
     order = torch.argsort(wrong, descending=True, stable=True)[:60].tolist()
@@ -98,7 +98,7 @@ def least_loss(smoothing: float, classes: int = 10) -> float:
 def draw_curves(
     history: Sequence[tuple[float, float]], per_epoch: int, smoothing: float, path: Path
 ) -> None:
-    """Loss and accuracy of each batch, and their means over the 11 batches around it."""
+    """Draw the loss and accuracy of each batch, and their means over the 11 batches around it."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [(step + 1) / per_epoch for step in range(len(history))]
     names = ("training loss (label-smoothed)", "training accuracy")

@@ -2,8 +2,9 @@
 
     python examples/ensemble.py
 
-Prints the test accuracy of every member, of their average and of the ensemble, whose probabilities
-are the mean of its members', and draws how well confidence and accuracy agree.
+It prints the test accuracy of every member, their average, and the accuracy of the ensemble. The
+ensemble's probabilities are the mean of its members'. It draws how well confidence and accuracy
+agree.
 Measured on 2 CPU cores, PyTorch 2.13: average member 96.9%, ensemble 98.1% (seed 0), in 10 s.
 
 Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv:1612.01474 (deep ensembles).
@@ -37,7 +38,7 @@ def train_step(params: Params, rate: Tensor, x: Tensor, y: Tensor) -> Params:
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = 10) -> tuple[Tensor, ...]:
-    """Mean confidence and accuracy where there are digits, bin by bin, and the expected gap."""
+    """Mean confidence and accuracy of each bin that has digits, and the expected gap of the two."""
     confidence, prediction = probabilities.max(1)
     right = (prediction == labels).float()
     place = (confidence * bins).long().clamp(max=bins - 1)

@@ -2,18 +2,18 @@
 
     python examples/gradient_flow.py
 
-Draws the norm of the loss's gradient by each 3x3 convolution before and after a short training,
-and the standard deviation of each such layer's responses, its outputs after BatchNorm and before
-ReLU or addition (He et al. 2015, arXiv:1512.03385, Fig. 7), which follows from scale, bias and the
-moments that `forward_moments` returns.
+It draws the norm of the loss's gradient by each 3x3 convolution, before and after a short training.
+It also draws the standard deviation of each such layer's responses, which are its outputs after
+BatchNorm and before ReLU or addition (He et al. 2015, arXiv:1512.03385, Fig. 7). The deviation
+follows from scale, bias and the moments that `forward_moments` returns.
 
 Measured on 2 CPU cores, PyTorch 2.13, in a minute (seed 0): at initialisation the gradient grows
-934-fold from the last layer of a plain network of 56 back to the first, as BatchNorm makes it
-(Yang et al. 2019, arXiv:1902.08129), and 4-fold in the residual one. The first steps throw the
-plain network's early weights so far (the first layer's norm grows from 2.4 to 140) that their
-gradients, which go as 1 / norm, are the least of all afterwards.
-Its early responses grow to 3.3 while all of the residual networks' stay within 2% of 1, as they
-began: so short a training does not show the smaller responses of the paper's Fig. 7.
+934-fold from the last layer of a plain network of 56 layers back to the first, and 4-fold in the
+residual one. BatchNorm causes that growth (Yang et al. 2019, arXiv:1902.08129). The first steps
+move the plain network's early weights far: the first layer's norm grows from 2.4 to 140. Their
+gradients go as 1 / norm, so they are the least of all afterwards.
+The plain network's early responses grow to 3.3. All of the residual networks' stay within 2% of 1,
+where they began, so this short training does not show the smaller responses of the paper's Fig. 7.
 """
 
 from pathlib import Path
@@ -69,15 +69,15 @@ def gradient_norms(params: Params, digits: Digits) -> Tensor:
 
 
 def layers(network: Any) -> list[Any]:
-    """What stands in each 3x3 layer's place, in order, in weights or in moments."""
+    """The layers or moments in each 3x3 layer's place, in order, from weights or from moments."""
     blocks = [block for stage in network.stages for block in stage]
     return [network.stem.layer, *(one for block in blocks for one in (block.layer1, block.layer2))]
 
 
 def response_std(norm: Norm, moments: Moments) -> Tensor:
-    """The standard deviation of a layer's responses: all the values that its norm puts out.
+    """The standard deviation of a layer's responses, which are all values that its norm puts out.
 
-    In channel c they have mean bias[c] and variance scale[c]^2 var[c] / (var[c] + eps), so the
+    In channel c they have mean bias[c] and variance scale[c]^2 var[c] / (var[c] + eps). So the
     variance of all is the mean of these variances plus the variance of these means.
     """
     var = moments.m2 / moments.n
@@ -86,14 +86,14 @@ def response_std(norm: Norm, moments: Moments) -> Tensor:
 
 
 def response_stds(params: Params, x: Tensor) -> Tensor:
-    """That of every 3x3 layer, in order `[layers]`: after BatchNorm, before ReLU and addition."""
+    """The `response_std` of every 3x3 layer, in order `[layers]`."""
     _, moments = fresnet.forward_moments(params, x)
     pairs = zip(layers(params.weights), layers(moments), strict=True)
     return torch.stack([response_std(layer.norm, seen) for layer, seen in pairs])
 
 
 def draw(measured: dict[str, list[Tensor]], steps: int, path: Path) -> None:
-    """Gradients above, responses below; from light to dark, the deeper."""
+    """Draw gradients above and responses below. Deeper networks have darker lines."""
     shades = torch.linspace(0.45, 0.9, len(measured) // 2)
     colors = [color for shade_map in ("Oranges", "Blues") for color in colormaps[shade_map](shades)]
     titles = (
@@ -107,7 +107,7 @@ def draw(measured: dict[str, list[Tensor]], steps: int, path: Path) -> None:
     for i, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         for color, (name, curves) in zip(colors, measured.items(), strict=True):
             length = len(curves[i])
-            above = 3 - length / 1000  # A short curve is not hidden by a long one.
+            above = 3 - length / 1000  # No short curve is hidden by a long one.
             axes.plot(range(1, length + 1), curves[i], color=color, label=name, zorder=above)
         axes.set(title=title, xlabel="rank" if i == 3 else "layer")
         axes.grid(alpha=0.3)

@@ -2,14 +2,14 @@
 
     python examples/hessian.py
 
-Trains a small ResNet on 16x16 digits for a moment, then takes the loss of one batch in training
-mode, through the batch statistics, as a function of all 6,226 weights. Its Hessian is never
-formed: a product with it is the jvp of the gradient (Pearlmutter 1994), and Lanczos needs no more
-(Golub & Van Loan, "Matrix Computations", Ch. 10).
+A small ResNet is trained on 16x16 digits for a moment. Then the loss of one batch in training mode,
+through the batch statistics, is a function of all 6,226 weights. Its Hessian is never formed. A
+product with it is the jvp of the gradient (Pearlmutter 1994), and Lanczos needs no more than such
+products (Golub & Van Loan, "Matrix Computations", Ch. 10).
 
-Prints each eigenvalue with the residual of its eigenpair, and draws the Ritz values as they
-converge, and the loss on the plane of the two leading eigenvectors (Li et al. 2018,
-arXiv:1712.09913) beside what gradient and Hessian alone say of it.
+It prints each eigenvalue with the residual of its eigenpair, and draws the Ritz values as they
+converge. It also draws the loss on the plane of the two leading eigenvectors (Li et al. 2018,
+arXiv:1712.09913), beside the approximation by gradient and Hessian alone.
 Measured on 2 CPU cores, PyTorch 2.13: eigenvalues 9.18, 8.20, 7.13 to 3e-14 (seed 0), in 15 s.
 """
 
@@ -46,7 +46,7 @@ def lanczos(product: Loss, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     for i in range(steps):
         residual = product(basis[i])
         tridiagonal[i, i] = residual @ basis[i]
-        for _ in range(2):  # Once leaves rounding errors that grow into copies of eigenvalues.
+        for _ in range(2):  # Once would leave rounding errors that become copies of eigenvalues.
             residual = residual - (basis @ residual) @ basis
         if i + 1 < steps:
             tridiagonal[i, i + 1] = tridiagonal[i + 1, i] = residual.norm()
@@ -55,7 +55,7 @@ def lanczos(product: Loss, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(loss: Loss, at: Tensor, ritz: list[Tensor], plane: Tensor, path: Path) -> None:
-    """Ritz values by Lanczos step; the loss on a plane through the weights."""
+    """Draw the Ritz values by Lanczos step, and the loss on a plane through the weights."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     ritz_axes, axes = figure.subplots(1, 2)
     for step, values in enumerate(ritz, start=1):

@@ -2,16 +2,17 @@
 
     python examples/meta_lr.py
 
-A run of training is 16 steps of SGD in training mode, and its outcome, the loss on held-out
-digits, a differentiable function of the learning rates: one for each step and kind of parameter.
-Gradient descent on their logarithms improves them (Maclaurin et al. 2015, arXiv:1502.03492;
-here the steps are kept in memory instead of being run backwards).
+A run of training is 16 steps of SGD in training mode. There is a learning rate for each step and
+kind of parameter, and the loss on held-out digits after the run is a differentiable function of
+these rates. Gradient descent on their logarithms improves them (Maclaurin et al. 2015,
+arXiv:1502.03492; here the steps are kept in memory instead of being run backwards).
 
-Running statistics are carried along but constants to every derivative, so the held-out loss goes
-through the statistics of the held-out batch; `forward` judges the outcome on the test digits.
+Running statistics are carried along, but are constants to every derivative. The held-out loss
+therefore goes through the statistics of the held-out batch. `forward` judges the outcome on the
+test digits.
 
-Prints how far the hypergradient is from a finite difference, and what meta-training changed for
-these first weights and for others; draws the rates learned and the held-out loss.
+It prints how far the hypergradient is from a finite difference, and what meta-training changed for
+these first weights and for others. It draws the rates learned and the held-out loss.
 Measured on 2 CPU cores, PyTorch 2.13: held-out loss 1.77 to 1.28, test accuracy 48% to 67%, for
 other first weights 65% to 74% (seed 0), in 15 s.
 """

@@ -2,16 +2,16 @@
 
     python examples/ntk.py
 
-With J the Jacobian of the logits by the weights at initialisation, the kernel of two images is
+If J is the Jacobian of the logits by the weights at initialisation, the kernel of two images is
 J(x) J(x')^T, `[k k]` (Jacot et al. 2018, arXiv:1806.07572). It goes through the running
-statistics, set on the training digits, so each image's logits are a function of it alone.
+statistics, which are set on the training digits. So each image's logits depend on that image alone.
 
-For 16 digits it is computed by contracting Jacobians and by kernel-vector products, columns
-J J^T e with neither J nor its transpose formed (Novak et al. 2022, arXiv:2206.08720). Then 200
-digits are told apart by kernel regression with one kernel for all classes, that of the summed
-logits (Mohamadi et al. 2023, arXiv:2206.12543).
+For 16 digits the kernel is computed in two ways. One contracts Jacobians. The other takes
+kernel-vector products, the columns J J^T e, and forms neither J nor its transpose (Novak et al.
+2022, arXiv:2206.08720). Then kernel regression on 200 digits tells test digits apart. It uses one
+kernel for all classes, that of the summed logits (Mohamadi et al. 2023, arXiv:2206.12543).
 
-Prints the largest difference of the two and the accuracy on test digits, and draws the kernel.
+It prints the largest difference of the two and the accuracy on test digits, and draws the kernel.
 Measured on 2 CPU cores, PyTorch 2.13: difference 2e-14, accuracy 88% (seed 0), in 7 s.
 """
 
@@ -44,7 +44,7 @@ def by_jacobians(params: Params, x: Tensor) -> Tensor:
 
 
 def by_products(params: Params, x: Tensor) -> Tensor:
-    """The kernel `[n k n k]`, a column for each logit: the jvp along its vjp."""
+    """The kernel `[n k n k]`, column by column: each is the jvp along the vjp of one logit."""
 
     def logits(weights: Any) -> Tensor:
         return fresnet.forward(Params(weights, params.stats), x).flatten()
@@ -60,7 +60,7 @@ def by_products(params: Params, x: Tensor) -> Tensor:
 
 
 def summed_gradients(params: Params, digits: Digits) -> Tensor:
-    """The gradient `[n p]` of each image's summed logits over sqrt(k)."""
+    """The gradient `[n p]` of each image's summed logits, divided by sqrt(k)."""
     gradients = fresnet.per_sample_grads(
         lambda logits, _: logits.sum() / CLASSES**0.5, params, *digits, norms="running"
     )
@@ -77,7 +77,7 @@ def regress(kernel: Tensor, labels: Tensor, cross_kernel: Tensor) -> Tensor:
 
 
 def draw(kernel: Tensor, labels: Tensor, path: Path) -> None:
-    """The kernel as cosines between gradients, sorted by class; its eigenvalues."""
+    """Draw the kernel as cosines between gradients, sorted by class, and its eigenvalues."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     axes, spectrum_axes = figure.subplots(1, 2)
     order, norms = labels.argsort(stable=True), kernel.diagonal().sqrt()

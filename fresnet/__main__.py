@@ -5,7 +5,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fresnet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, description: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], str], description: str
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=description,
@@ -251,7 +253,7 @@ def _probabilities(params: Params, images: Sequence[str], preset: str | Preset) 
         yield from logits.softmax(1)
 
 
-def _table(found: dict[str, Any]) -> str:
+def _table(found: Mapping[str, Any]) -> str:
     rows = (
         f"  {p['probability']:7.2%}  {p['label'] or 'class {class}'.format(**p)}"
         for p in found["predictions"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from difflib import get_close_matches
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ class FresnetError(ValueError):
     """A call that fresnet refuses: the message says what was expected and what came."""
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """What a message says it got: a tensor's dtype and shape, or another value's type.
 
     >>> import torch

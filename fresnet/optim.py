@@ -9,7 +9,7 @@ A learning rate or a weight decay is a number, a 0-d tensor or a schedule. An en
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,15 +17,22 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
 from fresnet.pytorch import transform_stack
+from fresnet.tree import Tree
 
 Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
 Rate: TypeAlias = float | Tensor | Schedule
 Where: TypeAlias = Callable[[tree.Path], bool]
-Move: TypeAlias = Callable[..., Any]
+Move: TypeAlias = Callable[..., tuple[Tensor, ...]]
 """The update of one leaf, `(where, w, g, *moments) -> (w, *moments)`.
 
 `where` is the answer of the optimizer's `Where` for this leaf.
 """
+
+
+class Update(Protocol):
+    """A step of an optimizer. Gradients and weights are trees of one structure."""
+
+    def __call__(self, grads: object, state: "State", weights: Tree) -> tuple[Tree, "State"]: ...
 
 
 class Optimizer(NamedTuple):
@@ -34,8 +41,8 @@ class Optimizer(NamedTuple):
     A state is a tree of float tensors. Neither function writes to an argument.
     """
 
-    init: Callable[[Any], "State"]
-    update: Callable[[Any, "State", Any], tuple[Any, "State"]]
+    init: Callable[[object], "State"]
+    update: Update
 
 
 class State(NamedTuple):
@@ -47,7 +54,7 @@ class State(NamedTuple):
     """
 
     step: Tensor
-    moments: tuple[Any, ...]
+    moments: tuple[object, ...]
 
 
 def everywhere(path: tree.Path) -> bool:
@@ -114,7 +121,7 @@ def sgd(
     def at(step: Tensor) -> Move:
         rate, decay = _at(learning_rate, step), _at(weight_decay, step)
 
-        def move(decays: bool, w: Tensor, g: Tensor, *velocity: Tensor) -> Any:
+        def move(decays: bool, w: Tensor, g: Tensor, *velocity: Tensor) -> tuple[Tensor, ...]:
             if decays and not decoupled:
                 g = _plus(g, decay, w)
                 plus = _plus if nesterov else _plus_over
@@ -163,7 +170,9 @@ def adamw(
         rate, decay = _at(learning_rate, step), _at(weight_decay, step)
         t = step + 1
 
-        def move(decays: bool, w: Tensor, g: Tensor, m: Tensor, s: Tensor) -> Any:
+        def move(
+            decays: bool, w: Tensor, g: Tensor, m: Tensor, s: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
             m, s = m.lerp(g, 1 - b1), torch.addcmul(b2 * s, g, g, value=1 - b2)
             if decays:
                 w = _plus(w, -rate * decay, w)
@@ -189,7 +198,7 @@ def lars(
         v <- momentum v + g
         w <- w - learning_rate v
 
-    If `adapt_where` leaves a leaf out, or if |w| or |g| is 0, it does not decay and g is not scaled.
+    A leaf has the factor 1 and does not decay if |w| or |g| is 0, or if `adapt_where` is false.
 
     Args:
       learning_rate, weight_decay: numbers, 0-d tensors or schedules.
@@ -206,7 +215,7 @@ def lars(
     def at(step: Tensor) -> Move:
         rate, decay = _at(learning_rate, step), _at(weight_decay, step)
 
-        def move(adapts: bool, w: Tensor, g: Tensor, v: Tensor) -> Any:
+        def move(adapts: bool, w: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             if adapts:
                 size, slope = w.norm(), g.norm()
                 factor = trust * size / (slope + decay * size)
@@ -220,7 +229,7 @@ def lars(
     return _optimizer(at, moments=1, decay_where=adapt_where)
 
 
-def clip_by_norm(grads: Any, max_norm: float | Tensor) -> Any:
+def clip_by_norm(grads: Tree, max_norm: float | Tensor) -> Tree:
     """The gradients, scaled down if the norm of all of them together is above `max_norm`.
 
     >>> import torch
@@ -285,13 +294,13 @@ def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
 def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where) -> Optimizer:
     """An optimizer made of `at`, which gives the update of a leaf for each step."""
 
-    def init(weights: Any) -> State:
+    def init(weights: object) -> State:
         first = tree.leaves(weights)[0]
         dtype = torch.promote_types(first.dtype, torch.float32)
         zeros = tuple(tree.map(torch.zeros_like, weights) for _ in range(moments))
         return State(torch.zeros((), dtype=dtype, device=first.device), zeros)
 
-    def update(grads: Any, state: State, weights: Any) -> tuple[Any, State]:
+    def update(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
         if len(state.moments) != moments:
             raise FresnetError(
                 f"update expects a state with {moments} moments, as its own init makes it; "
@@ -331,7 +340,7 @@ def _at(rate: Rate, step: Tensor) -> float | Tensor:
     return rate(step) if callable(rate) else rate
 
 
-def _check(caller: str, **values: Any) -> None:
+def _check(caller: str, **values: Rate) -> None:
     """Refuse a value that is neither a number from 0 on, nor a 0-d float tensor, nor a function."""
     for name, value in values.items():
         if isinstance(value, Tensor):

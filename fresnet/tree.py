@@ -32,7 +32,7 @@ def leaves(tree: Any) -> list[Tensor]:
     return [leaf for child in children for leaf in leaves(child)]
 
 
-def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: A001
+def map(function: Callable[..., object], tree: Tree, *rest: object) -> Tree:  # noqa: A001
     """A tree of the same structure: `function` of the leaves in a place stands in that place.
 
     >>> import torch, fresnet
@@ -43,8 +43,7 @@ def map(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:  # noqa: 
       FresnetError: if the trees differ in structure, node types included.
     """
     _check_structures("tree.map", tree, *rest)
-    mapped: Tree = _map(function, tree, *rest)
-    return mapped
+    return _map(function, tree, *rest)
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -86,7 +85,7 @@ def unstack(tree: Tree) -> list[Tree]:
     return [map(itemgetter(i), tree) for i in range(*size)]
 
 
-def paths(tree: Any) -> list[Path]:
+def paths(tree: object) -> list[Path]:
     """The path to each leaf, in the order of `leaves`: field names, indices and dict keys.
 
     >>> import fresnet
@@ -96,12 +95,12 @@ def paths(tree: Any) -> list[Path]:
     children = _children(tree)
     if children is None:
         return [()]
-    steps = getattr(tree, "_fields", tree if isinstance(tree, dict) else range(len(tree)))
+    steps = getattr(tree, "_fields", tree if isinstance(tree, dict) else range(len(children)))
     pairs = zip(steps, children, strict=True)
     return [(step, *path) for step, child in pairs for path in paths(child)]
 
 
-def unflatten(like: Tree, new_leaves: Sequence[Any]) -> Tree:
+def unflatten(like: Tree, new_leaves: Sequence[object]) -> Tree:
     """The tree `like` with its leaves replaced by `new_leaves`, in the order of `leaves`.
 
     >>> import fresnet
@@ -115,11 +114,10 @@ def unflatten(like: Tree, new_leaves: Sequence[Any]) -> Tree:
     places = len(leaves(like))
     if places != len(new_leaves):
         raise FresnetError(f"tree.unflatten expects {places} leaves; got {len(new_leaves)}")
-    filled: Tree = _map(lambda _: next(rest), like)
-    return filled
+    return _map(lambda _: next(rest), like)
 
 
-def ravel(tree: Any) -> Tensor:
+def ravel(tree: object) -> Tensor:
     """All leaves end to end in one vector, in the order of `leaves`.
 
     For the weights of a network it is their point in parameter space.
@@ -160,7 +158,7 @@ def unravel(like: Tree, vector: Tensor) -> Tree:
     return unflatten(like, [_channels_last(part.view(shape)) for part, shape in parts])
 
 
-def rebuild(node: Tree, children: Iterable[Any]) -> Tree:
+def rebuild(node: Tree, children: Iterable[object]) -> Tree:
     """A node of the same type, with the same keys if it is a dict, and with these children."""
     if isinstance(node, dict):
         new = copy(node)  # some types of dict hold more than their keys
@@ -170,17 +168,18 @@ def rebuild(node: Tree, children: Iterable[Any]) -> Tree:
     return kind(*children) if hasattr(kind, "_fields") else kind(children)  # type: ignore[call-arg]
 
 
-def _children(node: Any) -> Collection[Any] | None:
+def _children(node: object) -> Collection[Any] | None:
     """The children of a node, or None for a leaf."""
     if isinstance(node, tuple | list):
         return node
     return node.values() if isinstance(node, dict) else None
 
 
-def _map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def _map(function: Callable[..., Any], tree: Tree, *rest: object) -> Tree:
     children = _children(tree)
     if children is None:
-        return function(tree, *rest)
+        leaf: Tree = function(tree, *rest)
+        return leaf
     below = zip(children, *[_children(other) for other in rest], strict=True)
     return rebuild(tree, [_map(function, *places) for places in below])
 
@@ -190,7 +189,7 @@ def _channels_last(leaf: Tensor) -> Tensor:
     return leaf.movedim(1, -1).contiguous().movedim(-1, 1) if leaf.ndim == 4 else leaf
 
 
-def _check_structures(caller: str, first: Any, *rest: Any) -> None:
+def _check_structures(caller: str, first: object, *rest: object) -> None:
     for number, other in enumerate(rest, start=2):
         if not _same(first, other):
             raise FresnetError(
@@ -199,19 +198,19 @@ def _check_structures(caller: str, first: Any, *rest: Any) -> None:
             )
 
 
-def _same(first: Any, other: Any) -> bool:
+def _same(first: object, other: object) -> bool:
     """Whether two trees have the same structure."""
     children, others = _children(first), _children(other)
     if children is None or others is None:
         return children is others
     if type(first) is not type(other) or len(children) != len(others):
         return False
-    if isinstance(first, dict) and [*first] != [*other]:
+    if isinstance(first, dict) and isinstance(other, dict) and [*first] != [*other]:
         return False
     return all(_same(*pair) for pair in zip(children, others, strict=True))
 
 
-def _difference(first: Any, other: Any) -> str:
+def _difference(first: object, other: object) -> str:
     for a, b in zip_longest(paths(first), paths(other)):
         if a != b:
             return f"at {a or b}"
@@ -223,7 +222,7 @@ def _difference(first: Any, other: Any) -> str:
     return "in the type of a node without leaves"
 
 
-def _at(tree: Any, path: Path) -> Any:
+def _at(tree: Any, path: Path) -> object:
     """The node at the end of this path."""
     for step in path:
         tree = getattr(tree, step) if hasattr(tree, "_fields") else tree[step]  # type: ignore[arg-type]

@@ -27,14 +27,14 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float, name: str = 
 def assert_all_close(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float
 ) -> None:
-    """The same names, and each tensor close in its own norm."""
+    """Both have the same names, and each tensor is close in its own norm."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert_close(actual[name], value, relative, name)
 
 
 def assert_trees_close(actual: Any, expected: Any, relative: float) -> None:
-    """Trees of one structure, and each leaf close in its own norm."""
+    """The trees have one structure, and each leaf is close in its own norm."""
     names = tree.paths(expected)
     assert tree.paths(actual) == names
     for name, a, b in zip(names, tree.leaves(actual), tree.leaves(expected), strict=True):
@@ -42,7 +42,7 @@ def assert_trees_close(actual: Any, expected: Any, relative: float) -> None:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Trees or tensors of one structure and equal to the bit."""
+    """The trees or tensors have one structure and are equal to the bit."""
     names = tree.paths(expected)
     assert tree.paths(actual) == names
     for name, a, b in zip(names, tree.leaves(actual), tree.leaves(expected), strict=True):
@@ -51,8 +51,8 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def assert_identical(actual: Any, expected: Any) -> None:
-    """The same node types, and leaves of the same strides and bits, NaNs included."""
-    tree.map(torch.equal, actual, expected)  # refuses other node types, those without leaves too
+    """The trees have the same node types, and leaves of the same strides and bits, even in NaNs."""
+    tree.map(torch.equal, actual, expected)  # refuses other node types, even without leaves
     for name, a, b in zip(
         tree.paths(expected), tree.leaves(actual), tree.leaves(expected), strict=True
     ):
@@ -62,7 +62,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
 
 
 def logit_terms(params: Params, x: Tensor) -> Tensor:
-    """The absolute terms of which each logit is the sum: logits may cancel, these do not."""
+    """The sum of each logit's absolute terms. Terms may cancel in a logit, but not in this sum."""
     head, features = params.weights.head, run_network(params, x, INFERENCE).y
     terms: Tensor = features.abs().mean((2, 3)) @ head.weight.abs().T + head.bias.abs()
     return terms
@@ -74,7 +74,7 @@ def bits(x: Tensor) -> bytes:
 
 @contextmanager
 def unmutated(*trees: Any) -> Iterator[None]:
-    """No leaf is written to: neither its values nor its version counter changes."""
+    """No leaf is written to: its values and its version counter stay the same."""
     leaves = tree.leaves(trees)
     before = [(leaf.clone(), leaf._version) for leaf in leaves]
     yield
@@ -85,7 +85,7 @@ def unmutated(*trees: Any) -> Iterator[None]:
 
 @contextmanager
 def global_generators_untouched() -> Iterator[None]:
-    """Nothing is drawn from, or seeds, the global generators of Python, NumPy and torch."""
+    """Nothing draws from the global generators of Python, NumPy and torch, or seeds them."""
     before = _states()
     yield
     assert _states() == before

@@ -1,4 +1,4 @@
-"""A training job of which the last process stops on the way, started by torchrun:
+"""A training job, started by torchrun, in which the last process stops on the way:
 
 torchrun --nproc-per-node 2 interrupted.py SIGKILL   # or SIGSTOP, SIGTERM; FresnetError; never
 """
@@ -27,7 +27,7 @@ def main(how: str) -> None:
     with joined(timeout_s=TIMEOUT_S, backend="gloo") as processes:
 
         def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
-            """After the pass forward: the others wait in the pass back."""
+            """The loss. In it the last process stops, and the others then wait in the pass back."""
             if processes.rank == processes.size - 1 and state.step == LAST:
                 if how == "FresnetError":
                     raise FresnetError("an image is damaged")

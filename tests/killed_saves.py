@@ -1,7 +1,7 @@
 """Saves in processes that are killed, run out of room or lack rights.
 
-The helper reads orders, a line of JSON each, and forks for each: so torch is imported once, and no
-test runner is forked.
+The helper reads orders, one line of JSON each, and forks for every order. So torch is imported only
+once, and no test runner is forked.
 """
 
 import json
@@ -27,11 +27,11 @@ NOBODY = 65534
 
 
 class Kill(NamedTuple):
-    """The moment that a process kills itself at."""
+    """The moment at which a process kills itself."""
 
     function: str  # save_file, fsync, replace, unlink or rmtree
     call: int  # counted from 1, over all saves
-    when: str  # before it, after it, or, of save_file, halfway
+    when: str  # before it, after it, or halfway through save_file
 
 
 class Order(NamedTuple):
@@ -51,7 +51,7 @@ class Report(NamedTuple):
 
 
 def state_of(step: int) -> dict[str, Any]:
-    """What was saved can be told from its step."""
+    """A state made from its step, so that the step tells what must have been saved."""
     generator = torch.Generator().manual_seed(step)
     weights = torch.randn(40, 20, generator=generator)
     return {"step": torch.tensor(step), "weights": (weights, weights.mT), "half": weights.half()}
@@ -80,7 +80,7 @@ def saver() -> Iterator[Callable[[Order], Report]]:
 
 
 def obey(order: Order) -> Report:
-    """Let a fork save, and hear of it what a killed process can have said."""
+    """Let a fork save, and return what it said, up to where it may have been killed."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

@@ -1,4 +1,4 @@
-"""The matrix of transforms: every cell run, held against a textbook network, and tabulated.
+"""The matrix of transforms: every cell is run, compared with a textbook network, and tabulated.
 
     python tests/matrix.py            # runs all of it (ten minutes), writes docs/transforms.md
 
@@ -45,12 +45,14 @@ from fresnet.network.nodes import (
 DOCUMENT = Path(__file__).parent.parent / "docs" / "transforms.md"
 
 Loss = Callable[[Weights, Tensor], Tensor]
-"""Of the weights and the images `[b 3 h w]`: the mean loss of the batch."""
+"""The mean loss of a batch, from the weights and the images `[b 3 h w]`."""
 
 
 def _of_two_norms(loss: Loss, w: Weights, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The loss as a function of few numbers, for whole Jacobians and Hessians: the bias of the
-    first block's first norm and the scale of its second, which pass through later norms.
+    """The loss as a function of few numbers, for whole Jacobians and Hessians.
+
+    They are the bias of the first block's first norm and the scale of its second norm. Both pass
+    through later norms.
     """
     block = w.stages[0][0]
 
@@ -71,7 +73,7 @@ def _vector(w: Weights) -> Tensor:
 
 
 def _along(w: Weights) -> Weights:
-    """A direction that is not aligned with the weights."""
+    """A direction in weight space that is not aligned with the weights."""
     return tree.map(lambda leaf: torch.cos(3 * leaf) * 0.1, w)
 
 
@@ -140,27 +142,27 @@ COLUMNS = tuple(product(("eager", "aot_eager", "inductor"), DTYPES))
 BOUNDS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.3}
 """The largest error allowed, relative to the norm of the true result in float64.
 
-bfloat16 has three digits, and gradients of a small network in training lose most of them: the
-textbook network run in bfloat16 is off by up to 0.2 itself.
+bfloat16 has three digits, and gradients of a small network in training lose most of them. The
+textbook network itself is off by up to 0.2 when it runs in bfloat16.
 """
 
 FIRST_ORDER = (
     *("grad", "grad_and_value", "grad by x", "vjp", "jvp", "jacrev", "jacfwd"),
     *("vmap over images", "vmap over networks", "vmap of grad"),
 )
-"""Where bfloat16 has digits left to mean something."""
+"""The transforms after which bfloat16 still has digits that mean something."""
 
 COMPILED_NARROW = ("grad", "jvp", "vmap of grad")
-"""What is compiled in float32 and bfloat16 too; a cell takes inductor ten seconds."""
+"""The transforms that are compiled in float32 and bfloat16 too; inductor takes ten seconds each."""
 
 REFUSED = ("linearize", "functionalize", "make_fx")
-"""What PyTorch does not compile: ways of tracing, not to be traced."""
+"""The transforms that PyTorch does not compile, because they trace themselves."""
 
 REFUSAL = "function marked as skipped|Failed to convert args/kwargs to proxy"
-"""What it says of them, the one or the other by what was compiled before."""
+"""What PyTorch then says. Which of the two it is depends on what was compiled before."""
 
 CRASHES = ("jvp of jvp",)
-"""What PyTorch compiles to code that crashes, where it compiles it at all."""
+"""The transforms that PyTorch compiles to code that crashes, if it compiles them at all."""
 
 
 def is_tested(transform: str, mode: str, dtype: str) -> bool:
@@ -172,7 +174,7 @@ def is_tested(transform: str, mode: str, dtype: str) -> bool:
 
 
 def is_long(cell: Cell) -> bool:
-    """Whether other cells show the same in a tenth of the time: traced by aot_eager, say."""
+    """Whether other cells show the same in a tenth of the time, such as those of aot_eager."""
     if cell.mode == "eager":
         return False
     if cell.forward == "forward" or cell.transform in ("third order", "linearize"):
@@ -195,11 +197,11 @@ def network(*depths: int, block: type = BasicBlock, **types: type) -> Params:
 
 
 NETWORKS = {"eager": network(1, 1), "aot_eager": network(1, 1), "inductor": network(1)}
-"""By mode: inductor compiles each convolution for seconds."""
+"""The network of each mode. Inductor's is smaller: it compiles each convolution for seconds."""
 
 V2 = network(1, 1, block=PreActivation, stem=BareStem7x7, last=LastNorm)
 EXCITED = network(1, 1, attention=SqueezeExcite)
-"""Networks of other nodes, to which the same transforms are put."""
+"""Networks of other nodes, which go through the same transforms."""
 
 X = torch.randn(6, 3, 20, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3, 4, 0])
@@ -226,7 +228,7 @@ def error(cell: Cell, network: Params | None = None) -> float:
     if cell.mode != "eager":
         torch.compiler.reset()
         call = torch.compile(call, backend=cell.mode, fullgraph=True)
-    # Scalar code compiles in half the time; what is narrower than float64 comes out vectorised.
+    # Scalar code compiles in half the time. Inductor vectorises what is narrower than float64.
     with inductor.patch({"cpp.simdlen": 1 if cell.dtype == "float64" else None}):
         actual = _flat(call(params.weights, X.to(dtype)))
     expected = _truth(cell.transform, cell.forward, network)
@@ -257,7 +259,7 @@ def _flat(result: Any) -> Tensor:
 
 
 def table(mark: Callable[[str, str, str], str]) -> str:
-    """The matrix in Markdown, what stands in each place told by transform, mode and dtype."""
+    """The matrix in Markdown. `mark` gives the text for a transform, mode and dtype."""
     header = ["transform", *(f"{mode} {dtype}" for mode, dtype in COLUMNS)]
     rows = [header, ["---"] * len(header)]
     rows += [
@@ -267,7 +269,7 @@ def table(mark: Callable[[str, str, str], str]) -> str:
 
 
 def note(transform: str, mode: str, dtype: str) -> str | None:
-    """What stands where nothing was measured; None where something was."""
+    """What stands in a place where nothing was measured, or None where something was."""
     if mode != "eager" and transform in CRASHES:
         return "crash"
     if mode != "eager" and transform in REFUSED:

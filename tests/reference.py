@@ -1,4 +1,4 @@
-"""torchvision's ResNets: the truth that most tests compare with."""
+"""torchvision's ResNets, the truth that most tests compare with."""
 
 import sys
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def module(
     dtype: torch.dtype = torch.float64,
     **kwargs: Any,
 ) -> ResNet:
-    """torchvision's network of this spec, its norms far from where they start."""
+    """torchvision's network of this spec, with norms far from where they start."""
     block = {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}[spec.block.__name__]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def module(
 
 
 def v1(model: ResNet) -> ResNet:
-    """torchvision's network with the stride of its bottlenecks moved to their first convolution."""
+    """torchvision's network with the stride of bottlenecks moved to their first convolution."""
     for layer in model.modules():
         if isinstance(layer, Bottleneck):
             layer.conv1.stride, layer.conv2.stride = layer.conv2.stride, (1, 1)
@@ -77,7 +77,7 @@ def v1(model: ResNet) -> ResNet:
 
 
 class Cifar(ResNet):  # type: ignore[misc]
-    """The paper's Sec. 4.2 out of torchvision's blocks: option "A", option "B" or "plain"."""
+    """The paper's Sec. 4.2, made of torchvision's blocks: option "A", option "B" or "plain"."""
 
     def __init__(self, depths: Sequence[int], option: str, width: int, num_classes: int) -> None:
         super().__init__(BasicBlock, [1, 1, 1, 1], num_classes)
@@ -114,7 +114,7 @@ class Cifar(ResNet):  # type: ignore[misc]
 
 class OptionA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        """Every second place, and as many channels again of zeros."""
+        """x at every second place, with as many channels of zeros beside its own."""
         x = nn.functional.max_pool2d(x, 1, 2)
         return torch.cat([x, torch.zeros_like(x)], 1)
 
@@ -127,7 +127,7 @@ class PlainBlock(BasicBlock):  # type: ignore[misc]
 
 
 def perturbed(model: Module, seed: int, dtype: torch.dtype = torch.float64) -> Module:
-    """The same with its norms far from where they start, channels last."""
+    """The same network, channels last, with norms far from where they start."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.apply(_perturb)
@@ -147,7 +147,7 @@ def _perturb(layer: nn.Module) -> None:
 
 
 def activations(model: ResNet, x: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of stem (pooled) and stages."""
+    """The outputs of the stem (pooled) and of the stages."""
     x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
     outputs = [x]
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):

@@ -37,10 +37,10 @@ LOOP = "FRESNET_DEVELOPMENT_LOOP"
 
 
 def examples(count: int) -> settings:
-    """This many examples, however long each takes; in the development loop, a quarter of them.
+    """Run this many examples, however long each takes; in the development loop, a quarter of them.
 
-    A failing one is reported as drawn: shrinking would build hundreds of networks, and each
-    failure on the way keeps its own alive.
+    A failing example is reported as it was drawn. Shrinking would build hundreds of networks, and
+    each failure on the way would keep its network alive.
     """
     return settings(
         max_examples=-(-count // (4 if os.environ.get(LOOP) else 1)),
@@ -78,7 +78,7 @@ def training_images(dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Ten
 
 
 class Convolution(NamedTuple):
-    """Several x, each `[b c h w]`, and as many weights, each `[o c/groups k k]`."""
+    """Several x, each `[b c h w]`, as many weights, each `[o c/groups k k]`, and their geometry."""
 
     x: Tensor
     weight: Tensor
@@ -89,9 +89,10 @@ class Convolution(NamedTuple):
 def convolutions(
     draw: st.DrawFn, sizes: Sequence[tuple[int, int]] = ((3, 4), (9, 8), (40, 18))
 ) -> Convolution:
-    """One to three of one geometry, maps both smaller than the kernel and of many positions.
+    """One to three convolutions. Maps may be smaller than the kernel, or have many positions.
 
-    In either memory format, with whatever stride a batch of one gets of `Tensor.unsqueeze`.
+    They are in either memory format, and have any stride that `Tensor.unsqueeze` gives a batch of
+    one.
     """
     groups, k = draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([1, 3, 7]))
     geometry = Geometry(draw(st.integers(1, 2)), draw(st.integers(1, 2)), groups)
@@ -114,12 +115,12 @@ def labels(x: Tensor, classes: int) -> Tensor:
 
 
 groupings = st.sampled_from([(1, 64), (2, 32), (4, 32), (32, 4), (1, 128)])
-"""Groups of a bottleneck, and channels of each for 64 of its stage's: plain, ResNeXt, wide."""
+"""A bottleneck's groups, and a group's channels for each 64 of the stage: plain, ResNeXt, wide."""
 
 
 @st.composite
 def small_specs(draw: st.DrawFn, block: type | None = None) -> Spec:
-    """Architectures that torchvision has too: its stem, its width, its shortcuts."""
+    """Architectures that torchvision has too, with its stem, width and shortcuts."""
     block = block or draw(st.sampled_from([BasicBlock, Bottleneck]))
     groups, group_width = draw(groupings) if block is Bottleneck else (1, 64)
     depths = draw(st.tuples(*[st.integers(1, 2)] * 4))
@@ -128,9 +129,9 @@ def small_specs(draw: st.DrawFn, block: type | None = None) -> Spec:
 
 @st.composite
 def tiny_specs(draw: st.DrawFn, attention: bool = True) -> Spec:
-    """Architectures of every node type and any number of stages, but few channels.
+    """Architectures of every node type and any number of stages, but with few channels.
 
-    For laws that need no reference.
+    They are for laws that need no reference.
     """
     block = draw(st.sampled_from(BLOCKS))
     stems = [kind for kind in STEMS if kind is not BareStem7x7 or block is PreActivation]
@@ -153,9 +154,9 @@ def tiny_specs(draw: st.DrawFn, attention: bool = True) -> Spec:
 
 @st.composite
 def tiny_params(draw: st.DrawFn, dilated: bool = True, attention: bool = True) -> fresnet.Params:
-    """Networks of `tiny_specs` in float64, every leaf away from where `init` puts it.
+    """Networks of `tiny_specs` in float64, with every leaf away from where `init` puts it.
 
-    Now and then with stages that dilate instead of striding.
+    Some have stages that dilate instead of striding.
     """
     generator = torch.Generator().manual_seed(draw(seeds))
     spec = draw(tiny_specs(attention))
@@ -169,7 +170,7 @@ def tiny_params(draw: st.DrawFn, dilated: bool = True, attention: bool = True) -
 
     return fresnet.Params(
         weights=fresnet.tree.map(lambda w: w + 0.1 * noise(w), params.weights),
-        # A mean starts at 0 and a variance at 1. Means of either sign: ReLU would make all else 0.
+        # A mean starts at 0 and a variance at 1. Means have either sign, or ReLU would make all 0.
         stats=fresnet.tree.map(
             lambda s: 0.3 * noise(s) * (1 - s) + s * (0.5 + noise(s).abs()), params.stats
         ),
@@ -178,9 +179,9 @@ def tiny_params(draw: st.DrawFn, dilated: bool = True, attention: bool = True) -
 
 @st.composite
 def train_states(draw: st.DrawFn, params: fresnet.Params | None = None) -> TrainState:
-    """States of tiny networks, every leaf away from where `start` puts it.
+    """States of tiny networks, with every leaf away from where `start` puts it.
 
-    Now and then with frozen norms, and with an average.
+    Some have frozen norms, and some have an average.
     """
     params = draw(tiny_params()) if params is None else params
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
@@ -213,7 +214,7 @@ OPTIMIZERS = (
 
 @st.composite
 def strided(draw: st.DrawFn) -> Tensor:
-    """Any bits, infinities and NaNs among them, of many dtypes, in any layout."""
+    """Tensors of many dtypes and any layout, with any bits, infinities and NaNs among them."""
     dtype = draw(st.sampled_from([*DTYPES, torch.int64, torch.uint8, torch.bool]))
     shape = draw(st.lists(st.integers(0, 4) | st.just(1), max_size=4))
     generator = torch.Generator().manual_seed(draw(seeds))
@@ -234,7 +235,7 @@ class Pair(NamedTuple):
 
 
 def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Tuples, NamedTuples, lists and dicts."""
+    """Trees of tuples, NamedTuples, lists and dicts."""
     return st.recursive(
         leaves,
         lambda nodes: (
@@ -249,7 +250,7 @@ def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def tensor_trees(draw: st.DrawFn) -> Any:
-    """Trees whose leaves may lie in each other's memory, each of a name that no other has."""
+    """Trees with leaves that may share memory. Every leaf has a name of its own."""
     owners = draw(st.lists(strided(), min_size=1, max_size=3))
     views = [x.movedim(0, -1) for x in owners if x.ndim]
     drawn = draw(trees(st.sampled_from([*owners, *views, owners[0]])))
@@ -269,7 +270,7 @@ def pixels(draw: st.DrawFn, *channels: int) -> np.ndarray:
 
 @st.composite
 def pil_images(draw: st.DrawFn) -> Image.Image:
-    """Images of every mode that files come in, but for 16-bit grey."""
+    """Images of every mode that files come in, except 16-bit grey."""
     mode = draw(st.sampled_from(["RGB", "L", "1", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr"]))
     noise = draw(pixels(len(Image.new(mode, (1, 1)).getbands())))
     size = (noise.shape[1], noise.shape[0])
@@ -288,7 +289,7 @@ def pil_images(draw: st.DrawFn) -> Image.Image:
 
 @st.composite
 def rgb_images(draw: st.DrawFn) -> Image.Image:
-    """Noise of any size, or smoother: noise of a few pixels, enlarged."""
+    """Noise of any size, or smoother images, which are noise of a few pixels enlarged."""
     noise = Image.fromarray(draw(pixels(3)))
     if draw(st.booleans()):
         return noise
@@ -297,13 +298,13 @@ def rgb_images(draw: st.DrawFn) -> Image.Image:
 
 @st.composite
 def orders(draw: st.DrawFn) -> Order:
-    """Of batches smaller and larger than the set."""
+    """Orders with batches smaller or larger than the set."""
     size = draw(st.integers(1, 200))
     return Order(size, draw(st.integers(1, 220)), draw(seeds), draw(st.integers(1, 4)))
 
 
 def rank_counts(order: Order) -> st.SearchStrategy[int]:
-    """Of processes that all get an image of each batch."""
+    """Numbers of processes that all get an image of each batch."""
     return st.integers(1, min(order.size // steps_per_epoch(order), 8))
 
 
@@ -313,7 +314,7 @@ suffixes = st.sampled_from([".jpg", ".JPEG", ".png", ".webp", ".Tif", ".txt", ".
 
 @st.composite
 def image_trees(draw: st.DrawFn) -> set[str]:
-    """Paths of files: in each class an image, and others anywhere below it."""
+    """Paths of files, with an image in each class, and others anywhere below it."""
     paths = set()
     for label in draw(st.sets(names.map("c{}".format), min_size=2, max_size=4)):
         paths.add(f"{label}/{draw(names)}.png")

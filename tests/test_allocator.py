@@ -1,4 +1,4 @@
-"""`keep_pages` in processes of their own, since it lasts."""
+"""`keep_pages` in processes of their own, because it lasts as long as the process."""
 
 import platform
 import subprocess
@@ -30,7 +30,7 @@ for _ in range(11):
 
 
 def faults(setting: str) -> int:
-    """What a tensor of 64 MiB costs: the median, as a small block may come to lie in its way."""
+    """The page faults of a tensor of 64 MiB: the median, as a small block may lie in its way."""
     command = [sys.executable, "-c", FAULTS, setting]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return median_low(map(int, printed.split()))

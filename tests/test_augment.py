@@ -45,7 +45,7 @@ crop_sides = st.sampled_from([1, 8, 32, 64, 224])
 
 
 def assert_draws_as(theirs: Callable[[Any], Any], ours: Any, x: Any, seed: int) -> None:
-    """The same image, and generators that are in the same state after it."""
+    """Both give the same image, and leave generators in the same state."""
     generator = torch.Generator().manual_seed(seed)
     with global_generators_untouched():
         actual = ours(x, generator)
@@ -102,7 +102,7 @@ def test_trivial_augment(image: Image.Image, seed: int) -> None:
 
 @pytest.mark.slow
 def test_trivial_augment_in_every_operation_and_strength() -> None:
-    """2,000 draws of some 500 that there are."""
+    """There are some 500 different draws; 2,000 are taken."""
     for seed in range(2000):
         theirs = T.TrivialAugmentWide(interpolation=BILINEAR)
         assert_draws_as(theirs, trivial_augment, PHOTO.crop((40, 20, 73, 61)), seed)
@@ -138,7 +138,7 @@ def test_as_the_references_train(image: Image.Image, side: int, trivial: bool, s
 @examples(30)
 @given(rgb_images(), seeds)
 def test_as_the_paper_trains(image: Image.Image, seed: int) -> None:
-    """Krizhevsky's lighting on values from 0 to 1; otherwise torchvision's transforms."""
+    """Lighting is Krizhevsky's, on values from 0 to 1. All else is torchvision's transforms."""
     recipe = Augmentation(ScaleCrop(32, (36, 64)), lighting=0.1)
     actual = augment(image, torch.Generator().manual_seed(seed), recipe)
     with torch.random.fork_rng():
@@ -179,7 +179,7 @@ RECIPES = (
 def test_a_function_of_image_and_generator(
     image: Image.Image, recipe: Augmentation, seed: int
 ) -> None:
-    """Not of torch's defaults, and it writes to nothing but the generator."""
+    """It does not depend on torch's defaults, and it writes to nothing but the generator."""
     before = image.copy()
     transform = pickle.loads(pickle.dumps(partial(augment, augmentation=recipe)))
     expected = transform(image, torch.Generator().manual_seed(seed))

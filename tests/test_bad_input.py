@@ -1,4 +1,4 @@
-"""Bad input gives one clear error: what was expected, and what came."""
+"""Bad input gives one clear error that says what was expected and what came."""
 
 import math
 import re
@@ -61,7 +61,7 @@ def test_images(call: Callable[..., Any], x: Any, message: str) -> None:
 
 
 def with_stages(weights: Any = None, stats: Any = None) -> Params:
-    """PARAMS with its stages edited, in either tree or in both."""
+    """PARAMS with edited stages, in either tree or in both."""
     w, s = PARAMS
     return Params(
         w._replace(stages=weights(w.stages) if weights else w.stages),
@@ -90,7 +90,7 @@ def with_stem(**changed: Any) -> Any:
 
 
 class Unknown(NamedTuple):
-    """A norm of somebody else's, with the fields of ours."""
+    """A norm that fresnet does not know, with the fields of one that it knows."""
 
     scale: torch.Tensor
     bias: torch.Tensor

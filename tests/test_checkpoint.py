@@ -1,4 +1,4 @@
-"""Checkpoints: to the bit, whole or not there, and never silently another state."""
+"""Checkpoints are exact to the bit, whole or not there, and never silently another state."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def give() -> Iterator[Give]:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Of the files, the newest first; there is nothing else in the folder."""
+    """The steps of the files, the newest first. There is nothing else in the folder."""
     assert sorted(saved_states(folder)) == sorted(folder.iterdir())
     return [int(path.stem.removeprefix("step-")) for path in saved_states(folder)]
 
@@ -65,7 +65,7 @@ def check_round_trip(state: Any, folder: Path) -> None:
 def test_every_training_state_comes_back_to_the_bit_and_in_its_strides(
     tmp_path_factory: pytest.TempPathFactory, state: TrainState
 ) -> None:
-    """And `load` gives the network to evaluate."""
+    """`load` gives the network to evaluate from the same file."""
     folder = tmp_path_factory.mktemp("states")
     check_round_trip(state, folder)
     (path,) = folder.iterdir()
@@ -85,7 +85,7 @@ def test_every_tree_comes_back_to_the_bit_and_in_its_strides(
 
 
 def test_what_is_restored_shares_no_memory(tmp_path: Path) -> None:
-    """Leaves that did are apart: each may be written to."""
+    """Leaves that shared memory before are now apart, so each may be written to."""
     leaf = torch.arange(6.0)
     save_state((leaf, leaf, leaf[2:]), tmp_path, step=0)
     found = restore_state((leaf, leaf, leaf[2:]), tmp_path)
@@ -140,7 +140,7 @@ def test_the_last_few_are_kept_and_the_newest_is_restored(
 
 
 def test_a_state_of_a_lower_step_stands_beside_those_of_higher_ones(tmp_path: Path) -> None:
-    """As after going back from a damaged one: it must not push out what is gone on from."""
+    """This happens after a run goes back from a damaged state. The state it goes on from stays."""
     for step in (10, 20):
         path = save_state(state_of(step), tmp_path, step=step)
     path.write_bytes(b"")
@@ -224,7 +224,7 @@ KILLS = [
     for call in range(1, 3 * per_save + 1)
     for when in moments
 ]
-"""Around every call of the first saves that leaves a trace on the disk."""
+"""Moments around every call that leaves a trace on the disk, in the first saves."""
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_saves_killed_at_any_moment_lose_nothing_that_stood(
 
 
 def two_states(folder: Path) -> tuple[Path, Path, bytes]:
-    """The older, the newer, and the newer's content."""
+    """The older file, the newer file, and the newer file's content."""
     older, newer = (save_state(small_state(step), folder, step=step) for step in (0, 1))
     return older, newer, newer.read_bytes()
 
@@ -315,7 +315,7 @@ def test_a_changed_bit_anywhere_never_gives_another_state(tmp_path: Path) -> Non
         assert_identical(found.state, small_state(found.step))
         assert [str(newer) in str(w.message) for w in caught] == [True] * (1 - found.step)
         unnoticed += found.step
-    assert unnoticed < 200  # in the padding, and where the file says that PyTorch wrote it
+    assert unnoticed < 200  # these bits are padding, or say that PyTorch wrote the file
 
 
 def test_the_newest_of_several_that_is_whole_is_gone_on_from(tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def one_block(block: type) -> TrainState:
 def test_a_state_of_another_run_is_refused_by_its_first_difference(
     there: Any, here: Any, difference: str, tmp_path: Path
 ) -> None:
-    """And none of this run's older ones is taken."""
+    """No older state of this run is taken instead."""
     save_state(here, tmp_path, step=1)
     path = save_state(there, tmp_path, step=2)
     with pytest.raises(FresnetError) as caught:
@@ -433,7 +433,7 @@ def test_the_order_of_a_dict_makes_no_other_state(tmp_path: Path) -> None:
 
 
 def check_full(message: str, folder: Path, steps: list[int], why: str) -> None:
-    """The error says so, and all is as before."""
+    """The error says that the disk is full, and all is as before."""
     path = folder / f"step-{steps[0] + 1:012}.safetensors"
     assert message.startswith(f"save_state cannot write {path}: ")
     assert why in message
@@ -473,7 +473,7 @@ def test_on_a_full_disk_what_was_there_stands(small_disk: Path) -> None:
 
 
 def test_without_the_right_to_write_the_error_says_so(give: Give) -> None:
-    """Root gives up its own."""
+    """Root gives up its own right first."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         give(Order(name, (0, 2)))

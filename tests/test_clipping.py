@@ -1,4 +1,4 @@
-"""Norms of per-sample gradients and their clipped sum, against the gradients themselves."""
+"""Norms of per-sample gradients and their clipped sum equal those of the gradients themselves."""
 
 import re
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def clipped(grads: Weights, max_norm: float) -> Weights:
 
 
 def assert_near(actual: Weights, expected: Weights, relative: float) -> None:
-    """In the norm of the whole tree, which is zero but for rounding if there is one class."""
+    """The trees are near in the norm of the whole. With one class that is zero, up to rounding."""
     assert tree.map(lambda leaf: leaf.shape, actual) == tree.map(lambda leaf: leaf.shape, expected)
     error, norm = (tree.ravel(actual) - tree.ravel(expected)).norm(), tree.ravel(expected).norm()
     assert error <= relative * norm + 1e-14
@@ -55,8 +55,9 @@ def assert_near(actual: Weights, expected: Weights, relative: float) -> None:
 def test_they_are_those_of_the_gradients(
     small: int, params: Params, x: Tensor, norms: str, regime: Callable[[Params], Params]
 ) -> None:
-    """For every node type, and clipping none, some and all; small networks have few positions or
-    small weights, so both ways to a norm are taken.
+    """This holds for every node type, and for clipping none, some or all.
+
+    Small networks have few positions or small weights, so both ways to a norm are taken.
     """
     params = regime(params)
     y = labels(x, params.weights.head.bias.numel())
@@ -75,7 +76,7 @@ def test_they_are_those_of_the_gradients(
 
 
 def test_each_leaf_is_summed_by_its_own_kernel() -> None:
-    """Every leaf in its own norm, in float64; tied leaves too, each in its place."""
+    """Every leaf is near in its own norm, in float64. Tied leaves are too, each in its place."""
     params = tree.map(Tensor.double, NETWORK)
     block = params.weights.stages[0][0]
     tied = block.layer2._replace(norm=block.layer1.norm)
@@ -114,7 +115,7 @@ def test_an_image_without_gradient_is_not_divided_by_zero() -> None:
 
 
 def test_bfloat16_weights() -> None:
-    """Norms in float32, within what its digits leave of the gradients; sums in bfloat16."""
+    """Norms are float32, near those of the gradients to bfloat16's digits. Sums are bfloat16."""
     params = Params(tree.map(Tensor.bfloat16, NETWORK.weights), NETWORK.stats)
     exact = tree.map(Tensor.float, params)
     total, norms = fresnet.clipped_grads(cross_entropy, params, X.bfloat16(), Y, max_norm=1.0)
@@ -160,7 +161,7 @@ def test_mapped_over_networks_they_are_a_loop(norms: str) -> None:
 
 
 def test_they_have_gradients() -> None:
-    """By `torch.func` and by `torch.autograd`."""
+    """Both `torch.func` and `torch.autograd` can take them."""
     params, x = tree.map(Tensor.double, (NETWORK, X))
 
     def total(scale: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ PARAMS = fresnet.init(0, Spec(BottleneckV1, (1, 1), width=8), num_classes=4)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two photographs, weights and labels, in the working directory."""
+    """A working directory with two photographs, weights and labels."""
     monkeypatch.chdir(tmp_path)
     for name, photo in zip(("china.png", "flower.jpg"), load_sample_images().images, strict=True):
         Image.fromarray(photo).save(name)
@@ -223,7 +223,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_as_a_process(folder: Path) -> None:
-    """Its exit status, and no traceback of what it refuses."""
+    """It has its exit status, and gives no traceback for what it refuses."""
     Image.fromarray(np.zeros((2, 3), np.uint8)).save("grey.png")
     (folder / "half.png").write_bytes((folder / "china.png").read_bytes()[:1000])
     for image, status in (("grey.png", 0), ("half.png", 1)):

@@ -1,4 +1,4 @@
-"""Convolution under `vmap`, by kernels of ours, against a loop of PyTorch's own."""
+"""Convolution under `vmap` by fresnet's own kernels equals a loop of PyTorch's."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ Function = Callable[[Tensor, Tensor], Any]
 
 
 def stock(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """In the plain layout: in the other PyTorch has a bug, see `faults.with_usual_stride`."""
+    """PyTorch's convolution in the plain layout. `faults.with_usual_stride` is about the other."""
     stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
     padding = dilation * (weight.shape[3] // 2)
     return conv2d(x, weight.contiguous(), None, stride, padding, dilation, groups)
@@ -36,7 +36,7 @@ def gradient(f: Function) -> Function:
 
 
 def by_one(f: Function, i: int) -> Function:
-    """The gradient by x or by the weight alone: then the other has no cotangent to be pulled."""
+    """The gradient by x or by the weight alone, so the cotangent of the other is not pulled."""
 
     def gradient_by_one(*inputs: Tensor) -> Tensor:
         found: Tensor = grad(lambda *inputs: f(*inputs).pow(3).sum(), i)(*inputs)
@@ -54,7 +54,7 @@ def reverse_over_forward(f: Function) -> Function:
 
 
 def pull_by_jvp(f: Function) -> Function:
-    """The function that vjp returns, itself differentiated in forward mode."""
+    """The function that vjp returns, differentiated in forward mode."""
 
     def pulled(*inputs: Tensor) -> Any:
         y, pull, *_ = vjp(f, *inputs)
@@ -83,7 +83,7 @@ FORWARD_MODES = tuple(DERIVATIVES)[7:]
 @examples(20)
 @given(drawn=convolutions())
 def test_each_derivative_of_a_mapped_convolution_is_a_loop(order: str, drawn: Convolution) -> None:
-    """Over images, over weights, over both, each by its first or a later dimension."""
+    """Maps go over images, over weights or over both, by the first or a later dimension."""
     x, weight, geometry = drawn
     if order in FORWARD_MODES:  # these are PyTorch's own
         x, weight = (v.clone(memory_format=torch.contiguous_format) for v in (x, weight))
@@ -102,7 +102,7 @@ def test_each_derivative_of_a_mapped_convolution_is_a_loop(order: str, drawn: Co
 @examples(20)
 @given(drawn=convolutions())
 def test_nested_maps_are_loops(drawn: Convolution) -> None:
-    """Networks by images, either one the outer."""
+    """One map is over networks and one over images, and either is the outer."""
     x, weight, geometry = drawn
     f = gradient(lambda x, w: convolve(x, w, geometry))
     g = gradient(lambda x, w: stock(x, w, geometry))
@@ -137,7 +137,7 @@ def test_weight_gradients_by_either_kernel_and_their_norms(small: int, drawn: Co
 @examples(100)
 @given(drawn=convolutions(sizes=[(1, 1), (2, 2), (20, 1), (33, 2), (40, 18)]))
 def test_maps_of_any_width_in_bfloat16(drawn: Convolution) -> None:
-    """Of a single output in each line, kernels for AMX return what was in memory before."""
+    """With a single output in each line, kernels for AMX return what was in memory before."""
     xs, weights, geometry = drawn
     x, weight = xs[0].bfloat16(), weights[0].bfloat16()
     y = stock(x.double(), weight.double(), geometry)
@@ -185,11 +185,11 @@ def test_few_channels_by_a_stride(vectors: str, threads: str) -> None:
 
 
 def test_norms_form_no_gradient_where_positions_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """512x512x3x3 on 2x2 maps."""
+    """The weight is 512x512x3x3 and maps are 2x2."""
     monkeypatch.setattr(convolution, "weight_gradients", None)
     x, weight = torch.ones(3, 1, 512, 2, 2), torch.ones(512, 512, 3, 3)
     norms = squared_norms(torch.ones(3, 1, 512, 2, 2), x, weight, Geometry())
-    # In each of 512x512 kernels, by how many of the four places see a pixel: 1, 2 or 4.
+    # How many of the four places see a pixel in each of the 512x512 kernels: 1, 2 or 4.
     assert_close(norms, torch.full((3,), 512.0**2 * (4 * 1 + 4 * 4 + 16)), 1e-6)
 
 

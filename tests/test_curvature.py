@@ -1,6 +1,6 @@
-"""A second-order library takes fresnet's functions unpatched: curvlinops.
+"""curvlinops, a library for second-order methods, takes fresnet's functions unpatched.
 
-It knows parameters by their names in a module, so a module of a few lines holds the leaves; the
+It knows parameters by their names in a module, so a module of a few lines holds the leaves. The
 network that it differentiates is `forward` or `forward_train` as it is.
 """
 

@@ -67,7 +67,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def damaged(digits: Path, tmp_path: Path) -> Path:
-    """The same with its first files damaged, in the ways of `DAMAGES`."""
+    """The same digits, with the first files damaged in the ways of `DAMAGES`."""
     root = shutil.copytree(digits, tmp_path / "damaged")
     for file, damage in zip(scan(root).files, DAMAGES, strict=False):
         damage(Path(file))
@@ -82,7 +82,7 @@ def bomb(file: Path) -> None:
     Image.new("1", (14_000, 14_000)).save(file, "png")
 
 
-# What is done to a file, and what is said of it.
+# What is done to a file, and what the error says.
 DAMAGES: dict[Callable[[Path], Any], str] = {
     truncate: "truncated",
     bomb: "decompression bomb",
@@ -180,7 +180,7 @@ def test_bad_folders(
 
 
 def test_a_folder_that_cannot_be_read(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not taken for an empty one, as by `os.walk`."""
+    """It is not taken for an empty folder, as `os.walk` does."""
     closed, scandir = str(digits / "3" / "more"), os.scandir
 
     def refuse(path: Any) -> Any:
@@ -327,7 +327,7 @@ def test_a_faulty_transform_is_no_broken_image(digits: Path, workers: int) -> No
 
 @pytest.mark.slow
 def test_a_dead_worker_is_an_error_of_the_loader(digits: Path) -> None:
-    """Neither a hang nor an exception in the step that the main process is at."""
+    """It neither hangs nor raises in the step that the main process is at."""
     folder = scan(digits)
     others = active_children()
     found = loader(Images(folder, PLAIN, 0), in_order(folder, 1), workers=2)
@@ -350,7 +350,7 @@ def test_a_loader_that_is_left_leaves_no_process(digits: Path) -> None:
 
 
 def test_two_loaders_at_once(digits: Path) -> None:
-    """As where an epoch is followed by an evaluation, and training then goes on."""
+    """This happens when an evaluation follows an epoch and training then goes on."""
     images = Images(scan(digits), PLAIN, 0)
     places = in_order(images.folder)
     expected = list(loader(images, places))

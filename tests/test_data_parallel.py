@@ -1,4 +1,4 @@
-"""What processes of a job do together is what one process does, and one that stops ends the job."""
+"""The processes of a job do together what one process does. If one stops, the job ends."""
 
 import os
 import re
@@ -53,10 +53,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Case(NamedTuple):
-    """Steps of processes with these shares, and those of one process that they should equal."""
+    """Steps of processes with these shares, and the steps of one process that they should equal."""
 
     shares: Callable[[int], Sequence[int]]
-    """How many images each of so many processes has."""
+    """From the number of processes to the number of images that each has."""
 
     across: dict[str, Any]
     alone: Callable[[int], dict[str, Any]] = lambda size: {}
@@ -97,7 +97,7 @@ def cut(batch: tuple[Tensor, Tensor], shares: Sequence[int], rank: int) -> tuple
 
 
 def in_turns(batch: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
-    """Even shares, of two images each, so laid that one process has them in its micro-batches."""
+    """The batch in the order of one process's micro-batches, for shares of two images each."""
     x, y = (part.unflatten(0, (size, 2)).transpose(0, 1).flatten(0, 1) for part in batch)
     return x, y
 
@@ -105,7 +105,7 @@ def in_turns(batch: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
 def train(
     batches: Sequence[tuple[Tensor, Tensor]], options: dict[str, Any], group: Group | None
 ) -> dict[str, Any]:
-    """The state after these steps, and the metrics of each."""
+    """The state after these steps, and the metrics of each step."""
     train_step = make_train_step(OPTIMIZER, group=group, **options)
     state, shown = start(PARAMS, OPTIMIZER, average="mixing" in options), []
     for each in batches:
@@ -116,7 +116,7 @@ def train(
 
 
 def check_run(actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Close in what is real, the same in what is counted."""
+    """Real numbers are close, and counts are the same."""
     for kind, check in ((True, partial(assert_all_close, relative=1e-10)), (False, assert_same)):
         check(*(of_kind(kind, run) for run in (actual, expected)))
 
@@ -132,7 +132,7 @@ def loss_of(group: Group | None, weights: Weights, x: Tensor, y: Tensor) -> tupl
 
 
 def differentiate(part: tuple[Tensor, Tensor], group: Group | None) -> dict[str, Any]:
-    """Gradients and what was seen; then of several networks, and a derivative of gradients."""
+    """Gradients of one network, with what was seen; then of several; then a second derivative."""
     take = partial(gradients, partial(loss_of, group), parts=[part], group=group)
     grads, [(loss, (logits, stats))] = take(PARAMS.weights)
     stacked = tree.stack([PARAMS.weights, tree.map(lambda leaf: leaf * 1.1, PARAMS.weights)])
@@ -151,7 +151,7 @@ def differentiate(part: tuple[Tensor, Tensor], group: Group | None) -> dict[str,
 
 
 def scattered(weights: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Any]:
-    """A loss of weights in two dtypes, of which it uses one twice and one not at all."""
+    """A loss of weights in two dtypes. It uses one weight twice and another not at all."""
     a, b, _, c = weights
     return (a * x).sin().sum() + (b.double() * x).sum() + (a * c).square().sum(), ()
 
@@ -177,7 +177,7 @@ def bucket_bytes(number: int) -> Iterator[None]:
 
 
 def dealt(size: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """Batches for each process to evaluate: for the last none."""
+    """Batches for each process to evaluate. The last process has none."""
     batches = [batch(100 + i, 3 + i) for i in range(5)]
     return [*(batches[rank :: size - 1] for rank in range(size - 1)), []]
 
@@ -189,7 +189,7 @@ def refusal(state: Any, group: Group | None) -> str:
 
 
 def work(rank: int, size: int, port: int, folder: Path) -> None:
-    """All that one process does, in one go, for the tests below to look at."""
+    """All that one process does, for the tests below to look at."""
     values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -264,7 +264,7 @@ def test_gradients_are_those_of_one_process(job: Job) -> None:
             assert_trees_close(found[name], expected[name], 1e-10)
     assert_close(sum(found["loss"] for found in each), expected["loss"], 1e-12)
     assert_close(torch.cat([found["logits"] for found in each]), expected["logits"], 1e-12)
-    # Every process has the whole function as its loss, and a derivative is of the sum of those.
+    # Every process has the whole function as its loss, and a derivative is that of their sum.
     total = tree.map(lambda *parts: sum(parts) / job.size, *(found["curvature"] for found in each))
     assert_trees_close(total, expected["curvature"], 1e-9)
 
@@ -306,7 +306,7 @@ def test_different_states_are_refused_by_every_process(job: Job) -> None:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[Group]:
-    """A group of this process only."""
+    """A group that holds only this process."""
     distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     group = distributed.group.WORLD
     assert group is not None
@@ -317,7 +317,7 @@ def alone(tmp_path: Path) -> Iterator[Group]:
 def test_sums_start_while_the_gradient_is_being_taken(
     alone: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last layers' go first, and only when the last part's gradient comes."""
+    """The sums of the last layers start first, and only when the last part's gradient comes."""
     events = []
     all_reduce = distributed.all_reduce
 
@@ -343,7 +343,7 @@ def test_sums_start_while_the_gradient_is_being_taken(
 def test_a_sum_starts_only_after_those_before_it(
     alone: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever gradient comes first: in another order, other processes would add other things."""
+    """This holds whichever gradient comes first, because processes must add in one order."""
     sent = []
     all_reduce = distributed.all_reduce
 
@@ -417,7 +417,7 @@ START = "start the same command again to go on from the last checkpoint"
 
 
 def run_job(how: str) -> tuple[subprocess.Popen[str], str, float]:
-    """A job, its stdout and stderr until its first process has ended, and the seconds till then."""
+    """A job, its stdout and stderr until its first process ended, and the seconds until then."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", interrupted.__file__]
     torchrun = subprocess.Popen(
@@ -438,7 +438,7 @@ def run_job(how: str) -> tuple[subprocess.Popen[str], str, float]:
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP", "SIGTERM", "FresnetError"])
 def test_a_process_that_stops_ends_the_job_with_one_message(how: str) -> None:
     torchrun, said, seconds = run_job(how)
-    if how == "SIGSTOP":  # for which torchrun waits another 30 s
+    if how == "SIGSTOP":  # torchrun waits another 30 s for it
         stopped = next(line for line in said.splitlines() if line.startswith("stopping"))
         os.kill(int(stopped.split()[1]), signal.SIGKILL)
     rest, _ = torchrun.communicate(timeout=60)
@@ -460,7 +460,7 @@ def test_a_process_that_stops_ends_the_job_with_one_message(how: str) -> None:
 
 @several
 def test_a_process_that_torchrun_ends_while_it_computes_says_so(tmp_path: Path) -> None:
-    """Another has ended, and this one has yet to notice."""
+    """Another process has ended, and this one has not noticed yet."""
     script = tmp_path / "busy.py"
     script.write_text(
         "import os, signal, time\n"

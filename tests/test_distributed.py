@@ -1,4 +1,4 @@
-"""Processes whose norms go by the moments of all of them are one process with the whole batch."""
+"""Processes that normalise by their common moments equal one process with the whole batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ PARAMS = fresnet.init(
 X = torch.randn(6, 3, 33, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 0, 1])
 PARTS = (slice(0, 1), slice(1, 6))
-"""Of unequal length: each process's moments weigh by their count."""
+"""The parts of the batch. They differ in length, so moments must be weighted by their counts."""
 
 
 def loss_of(x: Tensor, y: Tensor, group: Any) -> Callable[[Weights], tuple[Tensor, Any]]:
@@ -37,7 +37,7 @@ def loss_of(x: Tensor, y: Tensor, group: Any) -> Callable[[Weights], tuple[Tenso
 
 
 def derivatives(x: Tensor, y: Tensor, group: Any) -> dict[str, Any]:
-    """Logits of the whole batch's part, statistics, and the derivatives of this part's loss."""
+    """Logits of this part of the batch, statistics, and the derivatives of this part's loss."""
     loss, weights = loss_of(x, y, group), PARAMS.weights
     direction = tree.map(torch.cos, weights)
 
@@ -97,7 +97,7 @@ def test_two_processes_with_one_group_are_one_process_with_the_whole_batch(tmp_p
 
 
 def test_apart_they_are_not() -> None:
-    """What the test above would not notice if the group were ignored."""
+    """If the results were the same without a group, the test above would show nothing."""
     whole, part = (fresnet.forward_train(PARAMS, x)[0] for x in (X, X[PARTS[1]]))
     with pytest.raises(AssertionError):
         assert_close(whole[PARTS[1]], part, 1e-2)
@@ -105,7 +105,7 @@ def test_apart_they_are_not() -> None:
 
 @pytest.mark.slow
 def test_a_group_is_not_compiled(tmp_path: Path) -> None:
-    """Derivatives would silently leave the other processes out: eager, or refused."""
+    """Derivatives would silently leave other processes out, so it runs eagerly or is refused."""
     distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         group = distributed.group.WORLD

@@ -1,4 +1,4 @@
-"""A checkpoint's life: begun in torchvision, carried on here, and taken back."""
+"""A checkpoint begins in torchvision, is trained further here, and goes back."""
 
 from pathlib import Path
 from typing import Any

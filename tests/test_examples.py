@@ -28,7 +28,7 @@ QUICK = ("--arch", "resnet18", "--epochs", "1")
 
 
 def start(name: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    """An example; it hears Ctrl-C even where this process, as a background job, does not."""
+    """Start an example. It hears Ctrl-C even if this process, as a background job, does not."""
     return subprocess.Popen(
         [sys.executable, str(FOLDER / name), *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -46,13 +46,13 @@ def run(name: str, *arguments: str | Path) -> tuple[int, str, str]:
 
 
 def checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The last one's entries and texts."""
+    """The entries and texts of the last checkpoint."""
     (path,) = (folder / "checkpoints").iterdir()
     return read_safetensors(path)
 
 
 def interrupt(process: subprocess.Popen[str], after: int) -> str:
-    """Ctrl-C once the progress bar shows this percentage; what was printed meanwhile."""
+    """Press Ctrl-C once the progress bar shows this percentage; returns what was printed."""
     assert process.stderr is not None
     printed = ""
     while not any(int(n) >= after for n in re.findall(r"(\d+)%\|", printed)):
@@ -164,7 +164,7 @@ def test_the_learning_rate_warms_up_then_falls_to_zero() -> None:
     ("epochs", "least"), [(2, 40), pytest.param(12, 97, marks=pytest.mark.long)]
 )
 def test_the_main_job_learns(epochs: int, least: float, tmp_path: Path) -> None:
-    """As in the README, and a little of it."""
+    """It is run as in the README, but for a short time."""
     code, out, err = run("train_digits.py", "--epochs", str(epochs), "--out", tmp_path)
     assert code == 0, err
     accuracy = re.search(r"test accuracy ([\d.]+)% on 360 digits", out)
@@ -190,7 +190,7 @@ CLAIMS = {
         (r"resnet56 .* (\S+)\n", 0.9, 1.1),
     ),
 }
-"""Of each other example, figures that it prints and between which bounds they lie."""
+"""Figures that the other examples print, and the bounds between which they lie."""
 
 
 @pytest.mark.long
@@ -208,7 +208,7 @@ def test_the_others_find_what_they_look_for(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_the_others_run_to_their_end(name: str, tmp_path: Path) -> None:
-    """A few steps of each; what is exact at any length is as exact here."""
+    """A few steps of each are run. What is exact at any length is as exact here."""
     code, out, err = run(name, "--quick", "--out", tmp_path)
     assert code == 0, err
     for pattern, low, high in CLAIMS[name]:
@@ -221,13 +221,13 @@ def test_the_others_run_to_their_end(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["plain20", "resnet20", "resnet20b"])
 def test_response_stds_are_those_of_the_responses(name: str) -> None:
-    """The activations themselves, of networks whose scales, biases and variances are uneven."""
+    """They equal those of the activations, with uneven scales, biases and variances."""
     generator = torch.Generator().manual_seed(0)
     params = fresnet.init(generator, fresnet.SPECS[name], num_classes=10, dtype=torch.float64)
     weights = tree.map(
         lambda w: w + 0.5 * torch.randn(w.shape, dtype=w.dtype, generator=generator), params.weights
     )
-    # Dark images: variances that eps counts beside.
+    # Images are dark, so that eps counts beside their variances.
     x = 1e-3 * torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=generator)
     stds = gradient_flow.response_stds(fresnet.Params(weights, params.stats), x)
     direct = torch.stack([y.std(correction=0) for y in responses(weights, x)])
@@ -236,7 +236,7 @@ def test_response_stds_are_those_of_the_responses(name: str) -> None:
 
 
 def responses(weights: Any, x: torch.Tensor) -> list[torch.Tensor]:
-    """What each 3x3 layer of a basic network for CIFAR puts out, batch normalised."""
+    """The batch-normalised outputs of each 3x3 layer of a basic network for CIFAR."""
 
     def layer(x: torch.Tensor, unit: Any, stride: int = 1) -> torch.Tensor:
         conv, norm = unit

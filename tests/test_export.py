@@ -1,4 +1,4 @@
-"""Exported files: run by others, without fresnet, they are `forward`."""
+"""Exported files that others run without fresnet compute what `forward` does."""
 
 import subprocess
 import sys
@@ -34,11 +34,11 @@ from fresnet.network.nodes import (
 pytestmark = pytest.mark.slow
 
 BOUND = 1e-5
-"""Relative, in float32: other kernels, folded norms."""
+"""The largest relative error in float32, as kernels differ and norms are folded."""
 
 
 def network(spec: Spec, dtype: torch.dtype = torch.float32) -> Params:
-    """Every leaf away from where `init` puts it."""
+    """A network with every leaf away from where `init` puts it."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(leaf: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ NETWORKS = {
 }
 STRIDES = {"grouped resnet-d": 8, "cifar, zero padding": 4, "few channels": 16, "plain": 2}
 STRIDES |= {"v1, frozen": 8, "dilated": 4}
-"""Of the whole network: how far apart the pixels are that the last stage is computed at."""
+"""The stride of each whole network: how many pixels its last stage's places are apart."""
 
 SMALL = network(Spec(BasicBlock, (1,), 4, stem=Stem3x3))
 
@@ -155,7 +155,7 @@ assert "fresnet" not in sys.modules
 
 
 def run_alone(kind: str, paths: Sequence[Path], batches: Sequence[Tensor]) -> list[list[Tensor]]:
-    """What a process without fresnet computes with each file of these batches."""
+    """What a process without fresnet computes from these batches with each file."""
     for path in paths:
         torch.save(list(batches), f"{path}.inputs")
     command = [sys.executable, "-P", "-c", ALONE, kind, *map(str, paths)]
@@ -165,7 +165,7 @@ def run_alone(kind: str, paths: Sequence[Path], batches: Sequence[Tensor]) -> li
 
 
 def layouts(x: Tensor) -> list[Tensor]:
-    """The same images in every order of strides that they may come in, one not dense."""
+    """The same images in every order of strides that they may have, and once not dense."""
     wide = x.new_empty(*x.shape[:3], 2 * x.shape[3])[..., ::2].copy_(x)
     return [x, x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, wide]
 
@@ -198,7 +198,7 @@ def test_programs_run_without_fresnet(tmp_path: Path) -> None:
     [pytest.param("grouped resnet-d", marks=pytest.mark.long), "cifar, zero padding"],
 )
 def test_compiled_packages_run_without_fresnet(name: str, tmp_path: Path) -> None:
-    """In every layout, and odd as well as even sizes: compiled code checks neither."""
+    """They take every layout, and odd and even sizes. Compiled code checks neither."""
     params, path = NETWORKS[name], tmp_path / "net.pt2"
     fresnet.export(params, path, compiled=True)
     xs = batches(torch.float32, (1, 32, 32), (3, 33, 47), (2, 64, 35), (4, 46, 45))
@@ -232,7 +232,7 @@ def test_a_resnet50(tmp_path: Path) -> None:
 
 
 def test_what_is_in_an_onnx_file(exported: Exported) -> None:
-    """Names and sizes that say what they are, standard operators alone, and no traces."""
+    """Names and sizes say what they are, all operators are standard, and there are no traces."""
     model = onnx.load(exported.folder / "net.onnx")
     onnx.checker.check_model(model, full_check=True)
     ((x,), (logits,)) = model.graph.input, model.graph.output
@@ -316,7 +316,7 @@ def test_a_programs_entries_are_a_state_dict_of_torchvisions(tmp_path: Path) -> 
 
 
 def test_leaves_may_share_memory_and_want_gradients(tmp_path: Path) -> None:
-    """One network of a stack is exported as it would be by itself, no larger."""
+    """One network of a stack is exported as it would be alone, and its file is no larger."""
     stack = tree.stack([SMALL, SMALL, SMALL])
     _, member, _ = tree.unstack(tree.map(Tensor.requires_grad_, stack))
     fresnet.export(SMALL, tmp_path / "alone.pt2")
@@ -391,7 +391,7 @@ def test_a_file_that_is_not_onnx_never_takes_its_place(
 
 
 def test_fresnet_needs_none_of_it() -> None:
-    """Neither the import nor a program asks for the extra."""
+    """Neither the import nor a program needs the extra packages."""
     code = (
         "import sys; sys.modules |= dict.fromkeys(['onnx', 'onnx_ir', 'onnxscript']); "
         "import fresnet; "

@@ -1,4 +1,4 @@
-"""The members beyond the paper's five, each equal to an independent implementation."""
+"""The members beyond the paper's five equal independent implementations."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -33,7 +33,7 @@ Read = Callable[[Mapping[str, Tensor]], Params]
 
 
 def check(model: nn.Module, read: Read, x: Tensor) -> None:
-    """Logits in both modes, and of training new statistics and every gradient."""
+    """Logits of both modes are equal, and so are training's new statistics and every gradient."""
     params = read(model.state_dict())
     with torch.no_grad():
         assert_close(fresnet.forward(params, x), model.eval()(x), 1e-12, "logits in evaluation")
@@ -130,7 +130,7 @@ def count(name: str) -> int:
 
 @pytest.mark.parametrize("depth", CIFAR)
 def test_counts_of_cifar_nets(depth: int) -> None:
-    """Without shortcuts and with option A alike; with option B two projections more."""
+    """Plain nets and option A have the same counts. Option B has two projections more."""
     assert count(f"resnet{depth}") == CIFAR[depth]
     assert count(f"resnet{depth}b") == CIFAR[depth] + PROJECTIONS
     if depth < 1202:
@@ -159,7 +159,7 @@ def test_plain_and_v1_members_are_of_the_same_sizes() -> None:
 
 @pytest.mark.parametrize("name", fresnet.SPECS)
 def test_every_member_is_what_its_name_says(name: str) -> None:
-    """Its stem, its shortcuts, and how it shrinks an image of 64x64."""
+    """The stem, the shortcuts and the sizes of an image of 64x64 are those of the name."""
     params = fresnet.init(0, fresnet.SPECS[name], num_classes=10, device="meta")
     weights = params.weights
     blocks = [block for stage in weights.stages for block in stage]
@@ -201,7 +201,7 @@ def test_dilated_stages_equal_torchvisions(
 def test_dilated_activations_at_every_second_place_are_those_of_the_strided_network(
     params: Params, x: Tensor, data: st.DataObject
 ) -> None:
-    """Blocks of every type; pooled shortcuts apart, which dilate refuses."""
+    """This holds for blocks of every type, but not with pooled shortcuts, which dilate refuses."""
     blocks = params.weights.stages[-1]
     if isinstance(blocks[0].shortcut, PooledProjection):
         return
@@ -220,7 +220,7 @@ def test_dilated_activations_at_every_second_place_are_those_of_the_strided_netw
 
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_dilation_of_basic_blocks_equals_timm(output_stride: int) -> None:
-    """In each stage's first block the first convolution still has the dilation before it."""
+    """The first convolution of a stage's first block still has the dilation of the stage before."""
     model = timm.create_model("resnet18", num_classes=10, output_stride=output_stride)
     x = torch.randn(2, 3, 70, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -231,7 +231,7 @@ def test_dilation_of_basic_blocks_equals_timm(output_stride: int) -> None:
 
 
 def test_types_tell_networks_of_the_same_shapes_apart() -> None:
-    """A map over V1 and V1.5 together is refused: their weights are not alike."""
+    """A map over V1 and V1.5 together is refused, because their weights mean different things."""
     one, other = (
         fresnet.init(0, Spec(block, (1,), width=4)) for block in (Bottleneck, BottleneckV1)
     )

@@ -1,4 +1,4 @@
-"""Files: exact round trips, other libraries' checkpoints, and nothing but clean errors else."""
+"""Files make exact round trips, other libraries' checkpoints load, and the rest is an error."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ STATE = fresnet.to_state_dict(PARAMS)
 
 
 def test_a_file_from_before_trees_held_layers_is_read_as_then() -> None:
-    """V1 bottlenecks, grouped, some norms frozen, a dilated stage; the logits of then."""
+    """It has grouped V1 bottlenecks, frozen norms and a dilated stage, and gives its old logits."""
     params = fresnet.load(Path(__file__).parent / "before_layers.safetensors")
     x = torch.linspace(-1, 1, 3 * 16 * 16, dtype=torch.float64).view(1, 3, 16, 16)
     expected = [[-0.00552044874434407, 0.2559785741717695, 0.2774513788031788]]
@@ -54,7 +54,7 @@ def test_a_file_from_before_trees_held_layers_is_read_as_then() -> None:
 
 
 def refusal(path: Any) -> str:
-    """What `load` says of this file."""
+    """What `load` says when it refuses this file."""
     with pytest.raises(FresnetError) as caught:
         fresnet.load(path)
     message = str(caught.value)
@@ -88,7 +88,7 @@ def test_every_network_comes_back_to_the_bit(
         fresnet.save(params, path)
     loaded = fresnet.load(path)
     assert_same(loaded, params)
-    tree.map(torch.equal, loaded, params)  # refuses other node types, those without leaves too
+    tree.map(torch.equal, loaded, params)  # refuses other node types, even without leaves
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
@@ -144,7 +144,7 @@ print(fresnet.forward(params, torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 
 
 
 def hugging_face(in_bottleneck: bool) -> Any:
-    """A small network of theirs."""
+    """A small network of Hugging Face's."""
     config = transformers.ResNetConfig(
         embedding_size=8,
         hidden_sizes=[32, 64],
@@ -155,7 +155,7 @@ def hugging_face(in_bottleneck: bool) -> Any:
 
 
 def from_hub(cache: Path, repository: str) -> tuple[int, list[str], str]:
-    """`load` of a repository in a process that knows no network, only this cache."""
+    """`load` of a repository in a process that has only this cache and no connection."""
     done = subprocess.run(
         [sys.executable, "-c", HUB, repository],
         env={**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
@@ -171,7 +171,7 @@ def from_hub(cache: Path, repository: str) -> tuple[int, list[str], str]:
 def test_a_repository_of_hugging_face_is_read_from_its_cache(
     in_bottleneck: bool, safe: bool, tmp_path: Path
 ) -> None:
-    """Its configuration says where bottlenecks stride."""
+    """The repository's configuration says where bottlenecks stride."""
     model = hugging_face(in_bottleneck)
     folder = tmp_path / "models--someone--some-resnet"
     snapshot = folder / "snapshots" / "0123abcd"
@@ -209,7 +209,7 @@ def test_a_repository_that_is_not_to_be_had_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_repository_of_other_computations_is_refused(config: Any, message: str) -> None:
-    """Their entries may have the same names and shapes."""
+    """Entries of such a repository may have the same names and shapes as ours."""
     with pytest.raises(FresnetError, match=message):
         hub._strides_in_1x1(config)
 
@@ -228,7 +228,7 @@ def test_a_repository_of_a_plain_resnet_is_not(name: str) -> None:
 def test_a_folder_of_hugging_face_says_where_bottlenecks_stride(
     in_bottleneck: bool, tmp_path: Path
 ) -> None:
-    """Whether the folder is named or the file in it."""
+    """The path may be that of the folder or of the file in it."""
     model = hugging_face(in_bottleneck)
     model.save_pretrained(tmp_path)
     expected = fresnet.from_state_dict(model.state_dict(), stride_in_1x1=in_bottleneck)
@@ -266,7 +266,7 @@ def test_what_is_meant_for_a_file_never_goes_to_the_net(
 
 
 class Harmful:
-    """Unpickled, it would write a file."""
+    """An object that would write a file if it were unpickled."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim
@@ -351,7 +351,7 @@ def test_a_changed_value_is_noticed(tmp_path: Path) -> None:
 def test_a_change_anywhere_in_the_metadata_is_noticed_or_makes_no_difference(
     tmp_path: Path,
 ) -> None:
-    """Without the name of the structure, entries alone would make a network of other types."""
+    """If the structure's name were lost, the entries alone would make a network of other types."""
     path = tmp_path / "a.safetensors"
     params = fresnet.freeze(fresnet.init(0, Spec(BottleneckV1, (1,), width=2), num_classes=3))
     fresnet.save(params, path)
@@ -367,16 +367,16 @@ def test_a_change_anywhere_in_the_metadata_is_noticed_or_makes_no_difference(
         assert_same(loaded, params)
         tree.map(torch.equal, loaded, params)  # refuses other node types
         loads += 1
-    assert loads < 15  # where the file says that PyTorch wrote it
+    assert loads < 15  # these bits say that PyTorch wrote the file
 
 
 def metadata(structure: Any) -> dict[str, str]:
-    """Of a file whose checksum is right, whatever its structure."""
+    """The metadata of a file with a right checksum, whatever its structure."""
     text = structure if isinstance(structure, str) else json.dumps(structure)
     return {"fresnet": text, "crc32": storage._checksum({"fresnet": text}, STATE)}
 
 
-WHOLE = files._structure(PARAMS.weights)
+WHOLE: Any = files._structure(PARAMS.weights)
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_without_safetensors_its_extra_is_named(
 
 
 def damaged(content: bytes, chance: random.Random) -> bytes:
-    """The content with one to three injuries."""
+    """The content with damage in one to three places."""
     for _ in range(chance.randint(1, 3)):
         # Half of them at the start, where headers are.
         end = len(content) if chance.random() < 0.5 else min(len(content), 3000)
@@ -526,7 +526,7 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
 
 
 def sources(folder: Path) -> dict[str, Path]:
-    """A file of each kind. Those of `save` and zipped ones carry checksums."""
+    """A file of each kind. Files of `save` and zipped ones carry checksums."""
     paths = {name: folder / name for name in ("save", "zipped", "safetensors", "pickled")}
     fresnet.save(PARAMS, paths["save"])
     torch.save(STATE, paths["zipped"])
@@ -538,7 +538,7 @@ def sources(folder: Path) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["save", "zipped", "safetensors", "pickled"])
 def test_a_damaged_file_ends_in_a_clean_error_or_a_network(kind: str, tmp_path: Path) -> None:
-    """600 injuries a kind; where there is a checksum, in a clean error or the network itself."""
+    """600 files of each kind. With a checksum, the network can only be the one that was saved."""
     content, path = sources(tmp_path)[kind].read_bytes(), tmp_path / "damaged"
     chance, loads = random.Random(0), []
     for _ in range(600):
@@ -566,7 +566,7 @@ def test_plain_networks_are_saved_too(tmp_path: Path) -> None:
 
 
 def test_blocks_of_different_kinds_come_back_as_they_were(tmp_path: Path) -> None:
-    """Projections and pooled ones in one network, whose names other libraries never mix."""
+    """One network has both kinds of projections, which other libraries never mix in their names."""
 
     def pooled(network: Any) -> Any:
         first, (block,) = network.stages

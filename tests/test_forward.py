@@ -63,7 +63,7 @@ def test_features_equal_torchvisions_stages(name: str, x: Tensor, seed: int) -> 
 def test_gradients_through_forward_equal_torchvision(
     x: Tensor, seed: int, spec: fresnet.Spec
 ) -> None:
-    """Fine-tuning with running statistics."""
+    """These are the gradients of fine-tuning with running statistics."""
     model = reference.module(spec, seed).eval()
     weights, stats = reference.params(model)
     model(x).square().sum().backward()
@@ -80,7 +80,7 @@ def test_gradients_through_forward_equal_torchvision(
 @examples(20)
 @given(x=images())
 def test_inference_norm_is_differentiable_in_every_argument(x: Tensor) -> None:
-    """Statistics included, which PyTorch's own kernel refuses."""
+    """The statistics are among them. PyTorch's own kernel refuses these."""
     x = x[:2, :, :3, :3].clone().requires_grad_()
     vectors = [torch.rand(3, dtype=torch.float64).add(0.5).requires_grad_() for _ in range(4)]
 

@@ -1,4 +1,4 @@
-"""What a GPU computes is what float64 on the CPU does. The first two tests need none."""
+"""A GPU computes what float64 on the CPU does. The first two tests need no GPU."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +22,12 @@ from fresnet.network.nodes import Geometry
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Relative to the terms of which logits are the sums: they may cancel."""
+"""The largest errors, relative to the terms of the logits, because logits may cancel."""
 
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """float32 as it is on a CPU: without TF32."""
+    """float32 as on a CPU, without TF32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         yield
@@ -59,7 +59,7 @@ def test_a_convolution_of_squares_is_one_of_stride_2(
 @examples(50)
 @given(params=tiny_params(), x=images())
 def test_a_network_of_fused_layers_is_the_network(params: Params, x: Tensor) -> None:
-    """With PyTorch's own operations where cuDNN's would be, and without a graph."""
+    """It runs by PyTorch's own operations in place of cuDNN's, and without a graph."""
 
     def convolution_relu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         return convolution_add_relu(x, weight, torch.zeros(()), 1.0, *rest)
@@ -99,7 +99,7 @@ def test_every_network_runs_as_it_does_uncompiled(
 @needs_gpu
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet50d"])
 def test_compiled_networks(name: str) -> None:
-    """In several threads and streams, with images that follow at once; nothing global changes."""
+    """They run in several threads and streams at once, and change nothing global."""
     params = fresnet.init(0, fresnet.SPECS[name], num_classes=10, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(2, 3, 65, 64, generator=generator) for _ in range(8)]

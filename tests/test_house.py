@@ -1,4 +1,4 @@
-"""The folders show the house: who imports whom, where every file stands, what an import costs."""
+"""The folders show how fresnet is built: imports, the places of files, the cost of an import."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ FILES = [path.relative_to(ROOT) for path in ROOT.glob("fresnet/**/*.py")]
 
 
 def room(module: str) -> str:
-    """The file or folder right below fresnet/ that a module stands in."""
+    """The room of a module: the file or folder directly below fresnet/ that holds it."""
     return module.split(".")[1] if "." in module else "fresnet"
 
 
@@ -61,7 +61,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_an_import_brings_little_beyond_torch() -> None:
-    """Neither PyTorch's compilers nor what draws, reads images or joins processes."""
+    """It brings neither PyTorch's compilers nor libraries for drawing, images or processes."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True
     )

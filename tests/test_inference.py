@@ -22,7 +22,7 @@ from fresnet.inference import fused, onednn, side_by_side, winograd
 from fresnet.network.nodes import PLAIN, Geometry
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-"""Relative to the terms of which logits are the sums: they may cancel."""
+"""The largest errors, relative to the terms of the logits, because logits may cancel."""
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -50,7 +50,7 @@ def assert_logits_close(params: Params, x: Tensor, logits: Tensor, bound: float)
 @given(
     seed=seeds,
     shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 14), st.integers(1, 30)),
-    outputs=st.integers(8, 40),  # of fewer, all may cancel to what is less than rounding
+    outputs=st.integers(8, 40),  # if fewer, all may cancel to less than rounding
     activation=st.booleans(),
     with_sum=st.booleans(),
     cached=st.sampled_from([1, 2**15, 2**21]),
@@ -63,7 +63,7 @@ def test_winograds_convolution_is_the_convolution(
     with_sum: bool,
     cached: int,
 ) -> None:
-    """In parts of one image, of a few and of all; the transforms not compiled, for speed."""
+    """Parts have one image, a few or all. The transforms are not compiled, for speed."""
     generator = torch.Generator().manual_seed(seed)
     x, weight, bias, added = (
         torch.randn(size, generator=generator)
@@ -115,7 +115,7 @@ def test_several_threads_may_prepare_networks() -> None:
 
 @pytest.mark.slow
 def test_a_network_with_winograds_layers() -> None:
-    """Of basic blocks, whose second convolution ends a shortcut, in parts of several images."""
+    """It has basic blocks, so second convolutions add shortcuts, and parts of several images."""
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1, 2), width=128), num_classes=7)
     x = torch.randn(9, 3, 60, 64, generator=torch.Generator().manual_seed(0))
     made = winograd._compiled_tiles.cache_info().misses
@@ -196,7 +196,7 @@ def test_a_convolution_side_by_side_is_the_convolution(
 @examples(30)
 @given(params=tiny_params(), x=images(batch=st.sampled_from([2, 3, 4, 6])))
 def test_every_network_runs_side_by_side(params: Params, x: Tensor) -> None:
-    """In float32, where it is no faster, but exact."""
+    """It runs in float32, where this is no faster, but exact."""
     network = tree.map(lambda leaf: leaf.float(), fresnet.fold(params))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(side_by_side, "images_together", lambda shape, dtype, stride: shape[0])
@@ -210,7 +210,7 @@ def test_every_network_runs_side_by_side(params: Params, x: Tensor) -> None:
 def test_onednn_compiles_a_stage_at_once_and_lets_go_of_it(
     dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of it: PyTorch's own operations only lay images out and take the last mean."""
+    """oneDNN takes the whole stage. PyTorch's operations only lay images out and take the mean."""
     if not onednn.is_supported(dtype, torch.device("cpu")):
         pytest.skip("bfloat16 needs a processor with AVX-512")
     weights, graphs = [], []

@@ -67,7 +67,7 @@ def test_a_generator_is_advanced_and_another_seed_gives_other_weights() -> None:
 @pytest.mark.parametrize("zero_init_residual", [False, True])
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_every_tensor_is_distributed_as_torchvisions(name: str, zero_init_residual: bool) -> None:
-    """Constant tensors equal; drawn ones by the two-sample Kolmogorov-Smirnov test."""
+    """Constant tensors are equal. Drawn ones pass the two-sample Kolmogorov-Smirnov test."""
     model = torchvision_model(name, zero_init_residual=zero_init_residual)
     params = fresnet.init(1, fresnet.SPECS[name], zero_init_residual=zero_init_residual)
     state = fresnet.to_state_dict(params)

@@ -1,4 +1,4 @@
-"""State dicts: exact in both directions, and refused by name."""
+"""State dicts are exact in both directions, and refused with the names of what does not fit."""
 
 import re
 from collections.abc import Callable
@@ -68,7 +68,7 @@ FOREIGN = {
 
 
 def is_half_v2(params: Params) -> bool:
-    """Or one whose projections pool, which its names do not tell."""
+    """Whether it is V2 in part, or V2 with pooled projections, which V2's names do not tell."""
     there = [has(params, (kind,)) for kind in V2]
     return any(there) and (not all(there) or has(params, (PooledProjection,)))
 
@@ -95,7 +95,7 @@ def test_round_trip_of_params_is_exact_or_refused(layout: str, params: Params) -
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_what_is_loaded_is_laid_out_as_what_was_initialised(name: str) -> None:
-    """Strides included: kernels choose by them, and another kernel is another rounding."""
+    """Strides are the same too. PyTorch chooses kernels by them, and kernels round differently."""
     params = fresnet.init(0, fresnet.SPECS[name])
     loaded = fresnet.from_state_dict(fresnet.to_state_dict(params))
     layouts = [[leaf.stride() for leaf in tree.leaves(p)] for p in (loaded, params)]
@@ -137,7 +137,7 @@ def test_convolutions_arrive_channels_last_and_detached() -> None:
 
 
 def test_counters_may_be_missing_and_half_precision_statistics_are_widened() -> None:
-    """As in the files of torchvision's first releases, and in modules after `.bfloat16()`."""
+    """torchvision's first releases have no counters. `.bfloat16()` narrows statistics."""
     state = reference.module(fresnet.RESNET18, 0, dtype=torch.bfloat16).state_dict()
     bare = {name: value for name, value in state.items() if "num_batches" not in name}
     params = fresnet.from_state_dict(bare)
@@ -261,7 +261,7 @@ def test_entries_are_named_as_they_came() -> None:
 @examples(20)
 @given(params=tiny_params(dilated=False))
 def test_float16_is_storage_alone(params: Params) -> None:
-    """Loaded as float32, to the bit."""
+    """It is loaded as float32, to the bit."""
     if has(params, FOREIGN["timm"]) or is_half_v2(params):
         return
     half = {
@@ -275,7 +275,7 @@ def test_float16_is_storage_alone(params: Params) -> None:
 
 
 def give_biases(model: torch.nn.Module, seed: int) -> None:
-    """A bias to every convolution, as implementations from scratch often have it."""
+    """Give every convolution a bias, as implementations from scratch often do."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d):
@@ -289,7 +289,7 @@ def give_biases(model: torch.nn.Module, seed: int) -> None:
 def test_biases_of_convolutions_are_absorbed_into_the_running_means(
     x: Tensor, seed: int, spec: Spec
 ) -> None:
-    """In evaluation, in training, and in the statistics that training leaves."""
+    """This holds in evaluation, in training, and for the statistics that training leaves."""
     model = reference.module(spec, seed)
     give_biases(model, seed)
     params = reference.params(model)
@@ -367,7 +367,7 @@ def test_what_hugging_face_has_not_is_not_written_for_it() -> None:
 
 
 def test_the_paper_and_its_successors_share_names() -> None:
-    """So where bottlenecks stride is for the caller to say."""
+    """So the caller has to say where bottlenecks stride."""
     params = fresnet.init(0, Spec(BottleneckV1, (1, 1), width=4))
     state = fresnet.to_state_dict(params)
     assert_same(fresnet.from_state_dict(state, stride_in_1x1=True), params)
@@ -385,7 +385,7 @@ def test_tiered_and_wide_stems_take_their_sizes_from_shapes(name: str) -> None:
 
 
 def pruned(model: Any, keep: Callable[[int], int]) -> Any:
-    """The same with fewer channels inside each block, another number in each."""
+    """The same network with fewer channels inside each block, and a different number in each."""
     blocks = [block for i in range(1, 5) for block in getattr(model, f"layer{i}")]
     for number, block in enumerate(blocks):
         convs = [getattr(block, f"conv{i}") for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
@@ -404,8 +404,8 @@ def pruned(model: Any, keep: Callable[[int], int]) -> Any:
 def test_pruned_networks_take_their_widths_from_shapes(
     x: Tensor, seed: int, spec: Spec, start: int
 ) -> None:
-    """Every block has widths of its own, as in networks whose channels were pruned."""
-    spec = Spec(spec.block, spec.depths)  # of pruned groups shapes do not tell which are left
+    """Every block has widths of its own, as in networks with pruned channels."""
+    spec = Spec(spec.block, spec.depths)  # shapes do not tell which groups are left after pruning
     model = pruned(reference.module(spec, seed), lambda i: 7 * (i + start))
     params = reference.params(model)
     assert_same(fresnet.to_state_dict(params), model.state_dict())
@@ -448,7 +448,7 @@ def test_hugging_faces_networks_of_any_sizes(
 def test_layers_that_do_not_fit_one_another_are_refused_in_those_words(
     name: str, message: str
 ) -> None:
-    """A layer that has lost a channel, with its norm."""
+    """One layer has lost a channel, and its norm too."""
     state = fresnet.to_state_dict(fresnet.init(0, Spec(BasicBlock, (2, 1), width=4)))
     norm = re.sub(r"conv(\d)$", r"bn\1", name)
     for entry, value in state.items():

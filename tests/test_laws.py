@@ -1,4 +1,4 @@
-"""What holds for every network: purity, independence, invariance."""
+"""Laws that hold for every network: purity, independence and invariance."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_arguments_are_never_written_to(params: Params, x: Tensor) -> None:
 @examples(25)
 @given(params=tiny_params(), x=training_images())
 def test_results_share_no_memory_with_arguments(params: Params, x: Tensor) -> None:
-    """So that writing to a result cannot reach an argument."""
+    """So writing to a result cannot reach an argument."""
     results = tree.leaves((fresnet.forward_train(params, x), fresnet.features(params, x)))
     memory = {leaf.untyped_storage().data_ptr() for leaf in tree.leaves((params, x))}
     assert memory.isdisjoint(leaf.untyped_storage().data_ptr() for leaf in results)
@@ -66,7 +66,7 @@ def test_logits_in_forward_do_not_depend_on_the_rest_of_the_batch(
 def test_gradients_of_training_with_respect_to_stats_are_exactly_zero(
     params: Params, x: Tensor
 ) -> None:
-    """Even of a loss that uses the returned statistics: they are constants of differentiation."""
+    """This holds even for a loss of the returned statistics, because they are constants."""
     y = labels(x, params.weights.head.bias.numel())
 
     def loss(stats: Stats) -> Tensor:
@@ -80,7 +80,7 @@ def test_gradients_of_training_with_respect_to_stats_are_exactly_zero(
 @examples(25)
 @given(params=tiny_params(), x=training_images())
 def test_returned_statistics_are_constants_on_every_path(params: Params, x: Tensor) -> None:
-    """Fused and composed: to func.grad, to func.jvp, to both nested and to autograd."""
+    """The paths are fused and composed, by func.grad, func.jvp, both nested, and autograd."""
 
     def total(weights: Weights) -> Tensor:
         _, stats = fresnet.forward_train(params._replace(weights=weights), x)
@@ -110,7 +110,7 @@ def test_returned_statistics_are_constants_when_compiled() -> None:
 
 
 def scale_convolutions(weights: Weights, factor: float) -> Weights:
-    """Those that a norm follows."""
+    """The network with every convolution that a norm follows scaled by this factor."""
 
     def scaled(unit: Layer | Normed) -> Layer | Normed:
         if isinstance(unit, Layer) and isinstance(unit.norm, Norm):
@@ -125,7 +125,7 @@ def scale_convolutions(weights: Weights, factor: float) -> Weights:
 def test_training_does_not_see_the_scale_of_a_convolution_as_eps_vanishes(
     params: Params, x: Tensor, factor: float
 ) -> None:
-    """Exactly: scaling every convolution by a is eps -> eps / a^2; so it vanishes with eps."""
+    """Scaling each convolution by a is exactly eps -> eps / a^2, so it vanishes with eps."""
 
     def logits(params: Params, eps: float) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:

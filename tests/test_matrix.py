@@ -1,4 +1,4 @@
-"""Every cell of the matrix of transforms, against the textbook network in eager float64."""
+"""Every cell of the matrix of transforms equals the textbook network in eager float64."""
 
 import re
 
@@ -48,7 +48,7 @@ def test_other_nodes_compiled(network: str, transform: str) -> None:
 
 
 def test_the_document_has_a_figure_within_bounds_for_every_cell() -> None:
-    """A figure wherever a cell is tested, within its bound, and everywhere else the reason."""
+    """Where a cell is not tested, the document has the reason instead."""
     rows = re.findall(r"^\| (.*) \|$", matrix.DOCUMENT.read_text(), re.M)
     found = {row.split(" | ")[0]: row.split(" | ") for row in rows}
 

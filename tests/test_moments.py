@@ -1,4 +1,4 @@
-"""Batch statistics as a value, and the norms that go by running ones."""
+"""Batch statistics as a value, and norms that go by running statistics."""
 
 import math
 from typing import Any, cast
@@ -19,7 +19,7 @@ from fresnet.network.nodes import Moments, Stem3x3
 
 
 def moments_of(values: Tensor) -> Moments:
-    """Of values `[n c]`, from their definition."""
+    """The moments of values `[n c]`, by definition."""
     mean = values.mean(0) if len(values) else values.new_zeros(values.shape[1])
     n = torch.tensor(len(values), dtype=values.dtype)
     return Moments(n, mean, (values - mean).square().sum(0))
@@ -27,14 +27,14 @@ def moments_of(values: Tensor) -> Moments:
 
 @st.composite
 def samples(draw: st.DrawFn) -> Tensor:
-    """Values `[n 3]`, n from 0, of any location and scale."""
+    """Values `[n 3]` of any location and scale, with n from 0 on."""
     generator = torch.Generator().manual_seed(draw(seeds))
     values = torch.randn(draw(st.integers(0, 12)), 3, generator=generator, dtype=torch.float64)
     return values * draw(st.floats(0.01, 100)) + draw(st.floats(-100, 100))
 
 
 def assert_moments_close(actual: Moments, expected: Moments, scale: float) -> None:
-    """To rounding of the values that went in, whose largest square is `scale`."""
+    """The moments are equal up to rounding, for values with squares of at most `scale`."""
     assert torch.equal(actual.n, expected.n)
     for a, b in zip(actual[1:], expected[1:], strict=True):
         assert (a - b).abs().max() <= 1e-11 * (1 + scale)
@@ -78,7 +78,7 @@ def test_forward_by_the_statistics_of_the_batch_is_training(params: Params, x: T
 @examples(20)
 @given(params=tiny_params(), x=training_images())
 def test_ghost_batches_merge_into_the_whole_batch_at_the_stem(params: Params, x: Tensor) -> None:
-    """Each half normalised by itself: the stem's activations, before any norm, are the same."""
+    """Each half is normalised by itself. Before any norm, the stem's activations are the same."""
     x = torch.cat([x, 2 * x + 1])
     halves = x.unflatten(0, (2, -1))
     _, whole = fresnet.forward_moments(params, x)
@@ -93,7 +93,7 @@ def test_ghost_batches_merge_into_the_whole_batch_at_the_stem(params: Params, x:
 @examples(15)
 @given(params=tiny_params(), batches=st.lists(training_images(), min_size=1, max_size=3))
 def test_recalibration(params: Params, batches: list[Tensor]) -> None:
-    """One batch: training with momentum 1. Several: the stem's statistics are of all images."""
+    """One batch is training with momentum 1. For several, the stem sees all images as one."""
     calibrated = fresnet.recalibrate(params, batches)
     assert_same(calibrated.weights, params.weights)
     if len(batches) == 1:

@@ -1,6 +1,6 @@
 """ResNet V2 and squeeze-and-excitation equal timm's, and a norm that a regime does not know raises.
 
-What holds for every node, under every transform and in every backend, the other files test: their
+The other files test what holds for every node, under every transform and in every backend. Their
 strategies draw these nodes too.
 """
 
@@ -40,7 +40,7 @@ X = torch.randn(2, 3, 71, 50, dtype=torch.float64, generator=torch.Generator().m
     width=st.sampled_from([8, 16]),
 )
 def test_v2_equals_timm(x: Tensor, seed: int, depths: list[int], width: int) -> None:
-    """Logits of inference and training, statistics, and every gradient."""
+    """Logits of inference and training, statistics and every gradient are equal."""
     model = resnetv2.ResNetV2(
         depths,
         channels=[4 * width << stage for stage in range(len(depths))],
@@ -93,7 +93,7 @@ def test_timms_networks_run_as_they_did_and_go_back(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnetv2_50", "seresnet18"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_compiled(name: str, dtype: torch.dtype) -> None:
-    """The published sizes; other tests draw small ones. A warning would say that it fell back."""
+    """These have the published sizes; other tests draw small ones. A warning would be an error."""
     params = fresnet.init(0, fresnet.SPECS[name], num_classes=5)
     x = X.float()
     folded = tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(params))
@@ -126,7 +126,7 @@ def test_a_gate_that_does_not_fit_is_refused() -> None:
 
 
 class Scale(NamedTuple):
-    """A norm of somebody else's, with the fields of ours."""
+    """A norm that fresnet does not know, with the fields of one that it knows."""
 
     scale: Tensor
     bias: Tensor
@@ -155,7 +155,7 @@ REGIMES: dict[str, Callable[[], Regime]] = {
 def test_a_norm_that_a_regime_does_not_know_is_refused(
     regime: str, stats: bool, normed: bool
 ) -> None:
-    """Its scale would not be read, without a word."""
+    """Otherwise its scale would silently be ignored."""
     norm: Any = Scale(torch.ones(4), torch.zeros(4))
     unit = Normed(norm) if normed else Layer(torch.ones(4, 4, 3, 3), norm)
     beside = NormStats(torch.zeros(4), torch.ones(4)) if stats else ()
@@ -173,7 +173,7 @@ def test_a_norm_without_its_statistics_is_refused(regime: str) -> None:
 
 
 def test_a_v2_block_is_a_function_of_its_parts() -> None:
-    """Written out from He et al. 2016, Fig. 4e, by PyTorch's modules."""
+    """PyTorch's modules spell out He et al. 2016, Fig. 4e."""
     params = fresnet.init(0, fresnet.SPECS["resnetv2_50"], num_classes=5, dtype=torch.float64)
     block = params.weights.stages[1][1]
     x = torch.randn(2, 512, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

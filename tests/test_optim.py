@@ -1,4 +1,4 @@
-"""Optimizers step as `torch.optim` does, schedules as its schedulers, and all are pure."""
+"""Optimizers and schedules step as those of `torch.optim` do, and all are pure."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ wheres = st.sampled_from([optim.everywhere, optim.kernels])
 
 
 def gradients(weights: Any, seed: int) -> list[Any]:
-    """One for each step, and none of them of the weights."""
+    """Gradients for each step, which do not depend on the weights."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(leaf: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def check_lockstep(
     seed: int,
     where: optim.Where,
 ) -> None:
-    """`build` makes the truth of two groups: where it holds, and the rest, without decay."""
+    """`build` makes the truth from two groups: leaves where `where` holds, and the rest."""
     theirs = [leaf.clone().requires_grad_() for leaf in tree.leaves(weights)]
     held = [where(path) for path in tree.paths(weights)]
     inside, outside = (
@@ -59,7 +59,7 @@ def check_lockstep(
         truth.step()
         with unmutated(grads, state, weights):
             weights, state = optimizer.update(grads, state, weights)
-        # Together: a leaf of one value may come to lie next to 0, and its rounding does not.
+        # All leaves together, because a single value may come near 0 while its rounding does not.
         expected = torch.cat([p.detach().flatten() for p in theirs])
         assert_close(tree.ravel(weights), expected, 1e-12)
     assert state.step == STEPS
@@ -129,7 +129,7 @@ def test_adamw_is_torch_optims(
 def test_lars_is_timms(
     params: Params, seed: int, rate: float, momentum: float, decay: float
 ) -> None:
-    """Which adapts the groups that decay, and adds its eps to the norms' sum."""
+    """timm's adapts the groups that decay, and adds its eps to the norms' sum."""
     check_lockstep(
         optim.lars(rate, momentum=momentum, weight_decay=decay + 0.01),
         lambda groups: timm.optim.Lars(
@@ -168,7 +168,7 @@ def test_decoupled_decay_shrinks_weights_apart_from_their_gradient(
 def scheduled(
     build: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler], steps: int
 ) -> list[float]:
-    """The rates of a scheduler that starts from 0.3."""
+    """The rates of a scheduler that starts at 0.3."""
     optimizer = torch.optim.SGD([torch.zeros(1)], 0.3)
     scheduler, rates = build(optimizer), []
     for _ in range(steps):
@@ -213,7 +213,7 @@ def test_warm_up_is_torchs_before_a_cosine(over: int, start: float, then: int) -
 
 @pytest.mark.parametrize("optimizer", [optim.sgd, optim.adamw, optim.lars])
 def test_a_schedule_is_read_at_every_step(optimizer: Callable[..., Optimizer]) -> None:
-    """Step by step as with the number that it then gives."""
+    """Each step equals one with the number that the schedule then gives."""
     schedule = optim.cosine(0.3, over=4)
     weights = {"w": torch.linspace(1, 2, 3, dtype=torch.float64)}
     by_schedule = optimizer(schedule)

@@ -1,4 +1,4 @@
-"""Orders: what an epoch holds, how it is shared, and that they are functions of the step."""
+"""What an epoch of an order holds, how it is shared, and that it depends on the step alone."""
 
 import re
 from collections import Counter
@@ -31,7 +31,7 @@ def test_an_epoch_has_every_image_once(order: Order, number: int) -> None:
 @examples(50)
 @given(orders(), st.integers(0, 3))
 def test_repeats_stand_in_a_row(order: Order, number: int) -> None:
-    """Of the same shuffle as without them, and none but the last in smaller number."""
+    """The shuffle is the same as without repeats, and only the last image may have fewer."""
     places = epoch(order, number)
     shuffle = [place.image for place in epoch(order._replace(repeats=1), number)]
     expected = [image for image in shuffle for _ in range(order.repeats)][: order.size]
@@ -78,7 +78,7 @@ def test_it_resumes_at_any_step(data: st.DataObject, order: Order) -> None:
 @examples(30)
 @given(seeds, st.integers(0, 5))
 def test_every_seed_and_epoch_has_its_own_shuffle(seed: int, number: int) -> None:
-    """That of the next seed is not that of the next epoch either."""
+    """The shuffle of the next seed is not that of the next epoch either."""
     order = Order(100, 10, seed)
     shuffles = [
         epoch(order, number),
@@ -90,7 +90,7 @@ def test_every_seed_and_epoch_has_its_own_shuffle(seed: int, number: int) -> Non
 
 
 def test_shuffles_are_uniform() -> None:
-    """Each of the six orders of three images as often as the others, within four deviations."""
+    """The six orders of three images are equally frequent, within four standard deviations."""
     counts = Counter(
         tuple(place.image for place in batch) for batch in batches(Order(3, 3, seed=0), 0, 6000)
     )

@@ -32,7 +32,7 @@ def train_logits(params: Params, x: Tensor) -> Tensor:
 
 
 def assert_near(actual: Weights, expected: Weights, relative: float = 1e-8) -> None:
-    """Leaf by leaf, in the norm of the whole tree: some leaves are zero but for rounding."""
+    """Leaves are near in the norm of the whole tree, because some are zero up to rounding."""
     scale = torch.stack([leaf.norm() for leaf in tree.leaves(expected)]).norm()
     for a, b in zip(tree.leaves(actual), tree.leaves(expected), strict=True):
         assert (a - b).norm() <= relative * scale
@@ -78,7 +78,7 @@ def test_coupled_they_are_the_jacobian_and_their_mean_the_gradient_of_training(
 @examples(10)
 @given(params=tiny_params(), x=training_images())
 def test_frozen_norms_go_by_running_statistics_in_every_meaning(params: Params, x: Tensor) -> None:
-    """All frozen, the three meanings are one; some frozen, those keep their statistics."""
+    """If all norms are frozen, the three meanings are one. A frozen norm keeps its statistics."""
     y = labels(x, params.weights.head.bias.numel())
     frozen = fresnet.freeze(params)
     expected = fresnet.per_sample_grads(cross_entropy, params, x, y, norms="running")
@@ -107,7 +107,7 @@ def test_frozen_norms_go_by_running_statistics_in_every_meaning(params: Params, 
 
 @pytest.mark.parametrize("norms", ["running", "batch", "coupled"])
 def test_bfloat16_weights(norms: str) -> None:
-    """As near the gradients in float64 as its three digits come through four norms."""
+    """They are as near those in float64 as three digits allow after four norms."""
     spec = fresnet.Spec(BasicBlock, (1, 1), width=8)
     params = fresnet.init(0, spec, num_classes=5, dtype=torch.bfloat16)
     exact = tree.map(torch.Tensor.double, params)
@@ -186,7 +186,7 @@ def test_vmap_over_the_wrong_axis_is_told() -> None:
 @examples(5)
 @given(x=training_images(), depth=st.integers(1, 2))
 def test_models_trained_at_once_are_models_trained_apart(x: Tensor, depth: int) -> None:
-    """Three seeds, three learning rates, four steps, one vmapped step."""
+    """Three networks with their own seeds and rates take four vmapped steps."""
     spec, y = fresnet.Spec(BasicBlock, (depth,), width=4), labels(x, 5)
 
     def step(params: Params, rate: Tensor) -> Params:

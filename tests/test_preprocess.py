@@ -1,4 +1,4 @@
-"""Preprocessing equals that of the libraries whose weights it serves, and refuses the rest."""
+"""Preprocessing equals that of torchvision, timm and Hugging Face, and refuses bad images."""
 
 import re
 import struct
@@ -46,7 +46,7 @@ def of_timm(name: str, **kwargs: Any) -> Reference:
 
 
 def of_hugging_face() -> Reference:
-    """The published configuration of microsoft/resnet-50."""
+    """Hugging Face's preprocessing, with the published configuration of microsoft/resnet-50."""
     processor = ConvNextImageProcessorPil(
         crop_pct=0.875,
         do_normalize=True,
@@ -160,7 +160,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
     8: lambda stored: np.rot90(stored),
 }
-"""By EXIF's definition of where the stored image's first row and column are seen."""
+"""What turns a stored image upright, by EXIF's definition of its first row and column."""
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -248,7 +248,7 @@ SUFFIXES = ["png", "jpeg", "gif", "tiff", "webp", "bmp"]
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_truncated_files(suffix: str, tmp_path: Path) -> None:
-    """Wherever the file ends: in a header, in the palette, in the pixels."""
+    """A file may end anywhere: in a header, in the palette or in the pixels."""
     Image.fromarray(PHOTO).save(path := tmp_path / f"photo.{suffix}")
     whole = path.read_bytes()
     for length in (0, 1, 9, 40, len(whole) // 3, len(whole) // 2):
@@ -261,7 +261,7 @@ def test_truncated_files(suffix: str, tmp_path: Path) -> None:
 def test_corrupted_files(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, data: st.DataObject
 ) -> None:
-    """Read after all, or refused: nothing else is raised."""
+    """They are either read or refused, and raise nothing else."""
     path = tmp_path_factory.getbasetemp() / f"corrupted.{suffix}"
     Image.fromarray(PHOTO).save(path)
     content = bytearray(path.read_bytes())
@@ -294,7 +294,7 @@ def test_closed_images(tmp_path: Path) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that says how large it is and no more."""
+    """A PNG that says how large it is, and holds no more."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + body + struct.pack(">I", 0) + b"IDAT"
@@ -303,7 +303,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("action", ["error", "ignore"])
 @pytest.mark.parametrize("side", [10_000, 100_000])
 def test_huge_files(action: Any, side: int, tmp_path: Path) -> None:
-    """Refused where Pillow only warns, and where it raises."""
+    """They are refused both where Pillow only warns and where it raises."""
     (path := tmp_path / "bomb.png").write_bytes(png_header(side, side))
     with warnings.catch_warnings():
         warnings.simplefilter(action, Image.DecompressionBombWarning)
@@ -338,7 +338,7 @@ def test_pillow_is_imported_at_the_first_call() -> None:
 
 
 def test_a_preset_of_ones_own() -> None:
-    """As for CIFAR: 32 pixels, its own mean and deviation."""
+    """This one is for CIFAR, with 32 pixels and CIFAR's mean and deviation."""
     own = Preset(32, 32, "bilinear", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     array = RNG.integers(0, 256, (32, 32, 3), np.uint8)
     expected = (torch.from_numpy(array).permute(2, 0, 1) / 255 - 0.5) / 0.25

@@ -1,4 +1,4 @@
-"""Each private name of PyTorch is taken away: what needs it goes another way, or says so."""
+"""If a private name of PyTorch is missing, fresnet takes another way or says what is missing."""
 
 import re
 import subprocess
@@ -34,7 +34,7 @@ def loss(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
 
 
 def derivatives() -> Any:
-    """Of every kind that takes another way by what is at work."""
+    """Derivatives of every kind that takes another way under another transform."""
     w, along = PARAMS.weights, tree.map(torch.cos, PARAMS.weights)
     halves = X.unflatten(0, (2, 2)), Y.unflatten(0, (2, 2))
     followed = tree.map(lambda leaf: leaf.clone().requires_grad_(), w)
@@ -80,7 +80,7 @@ def test_without_kernels_that_are_not_documented_every_derivative_is_right(
         monkeypatch.setattr(torch.ops, "aten", kernels)
     found = derivatives()
     monkeypatch.undo()
-    if missing == "dirichlet":  # another share of the mixture, as large or small
+    if missing == "dirichlet":  # shares are drawn in another way, so results differ
         assert tree.leaves(found[-1])[0].isfinite().all()
     else:
         assert_trees_close(found, expected, 1e-9)

@@ -1,4 +1,4 @@
-"""Networks in int8: each layer is exact to its rounding, and the network classifies as before."""
+"""In int8 each layer is exact to its rounding, and the network classifies as before."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not int8.is_supported(), reason="int8 needs a pr
 
 
 def trained() -> tuple[Params, digits.Digits, digits.Digits]:
-    """A small network by the recipe of `examples/train_digits.py`, and what it learnt from."""
+    """A small network trained by the recipe of `examples/train_digits.py`, and its digits."""
     train, test = digits.load()
     epochs, per_epoch = 6, len(train.labels) // BATCH
     optimizer = optim.sgd(rate_for(epochs, per_epoch), momentum=0.9, weight_decay=5e-4)
@@ -56,9 +56,10 @@ def test_digits_are_classified_as_in_float32() -> None:
 @examples(40)
 @given(params=tiny_params(attention=False), x=images(dtype=torch.float32), seed=seeds)
 def test_every_network_runs_near_itself(params: Params, x: Tensor, seed: int) -> None:
-    """To three hundredths of the terms of which the logits are sums: they may cancel.
+    """Errors are below three hundredths of the logits' terms, because logits may cancel.
 
-    The median of five networks of one shape: one in a thousand lies off by more, rounding alone.
+    The median of five networks of one shape is taken. Rounding alone makes larger errors in one
+    network of a thousand.
     """
     generator = torch.Generator().manual_seed(seed)
     errors = []
@@ -114,7 +115,7 @@ def test_a_layer_is_its_float_arithmetic_rounded_once(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     (b, h, w), (c, o) = size, channels
-    # As in networks. Of 3 channels a group, oneDNN's kernel for 32 outputs is wrong (PyTorch 2.13).
+    # As in networks. oneDNN's kernel for 3 channels a group and 32 outputs is wrong (PyTorch 2.13).
     groups = groups if c == o else 1
 
     def levels(low: int, *shape: int) -> Tensor:

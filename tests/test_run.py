@@ -1,4 +1,4 @@
-"""A run that is stopped goes on as if it had not been, and says what is amiss in a line."""
+"""A stopped run goes on as if it had not been stopped, and says in one line what is wrong."""
 
 import json
 import os
@@ -83,7 +83,7 @@ TRAIN = ("--arch", "resnet20", "--crop", "16", "--batch", "10", "--workers", "0"
 
 
 def write_digits(root: Path, classes: int, counts: dict[str, int]) -> None:
-    """As many images of scanned digits in each folder, classes in turns."""
+    """Write this many scanned digits to each folder, with the classes in turn."""
     digits = zip(*load_digits(n_class=classes, return_X_y=True), strict=True)
     for split, count in counts.items():
         for i in range(count):
@@ -102,7 +102,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class End(NamedTuple):
-    """All that a run leaves."""
+    """All that a run leaves behind."""
 
     state: dict[str, torch.Tensor]
     notes: dict[str, str]
@@ -128,7 +128,7 @@ def assert_same_end(actual: End, expected: End) -> None:
 def call(
     digits: Path, out: Path, case: str = "v2", micro_batches: int = 1, **options: Any
 ) -> Outcome:
-    """`train` on the digits, without its pictures."""
+    """Run `train` on the digits, without pictures."""
     folders = scan(digits / "train"), scan(digits / "val")
     plan = Run("tiny", CASES[case], seed=3, micro_batches=micro_batches)
     out.mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ def call(
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a command says that fails: one line, after which status 1 is returned."""
+    """The one line that a failing command says before it returns status 1."""
     assert main(["train", *map(str, arguments)]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("fresnet train: ")
@@ -146,7 +146,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_its_steps_and_evaluations(digits: Path, tmp_path: Path, case: str) -> None:
-    """Of the recipe's images in their order, and of what the last leaves: its average, if any."""
+    """Steps take the recipe's images in their order. An average, if any, is what is evaluated."""
     recipe, training, validation = CASES[case], scan(digits / "train"), scan(digits / "val")
     optimizer = optimizer_of(recipe, PER_EPOCH)
     state = begin(PARAMS, optimizer, seed=3, average=case == "v2")
@@ -179,7 +179,7 @@ def test_a_run_is_its_steps_and_evaluations(digits: Path, tmp_path: Path, case: 
 
 
 def test_norms_across_one_process_are_its_norms() -> None:
-    """So that a run of several goes on with one."""
+    """So one process can go on with a run of several."""
     ends = []
     for across in (False, True):
         plan = Run("tiny", CASES["v1"], norms_across=across)
@@ -193,7 +193,7 @@ def test_norms_across_one_process_are_its_norms() -> None:
 
 
 class FaultError(Exception):
-    """Of what is not the run's own."""
+    """An error that is not the run's own."""
 
 
 def fault() -> None:
@@ -210,7 +210,7 @@ PLACES = ["step", "loader", "save_state", "evaluate", "save"]
 
 @contextmanager
 def interrupted(place: str, at: int, how: Callable[[], None], late: bool) -> Iterator[None]:
-    """Let it happen before or after what is done at this place for the at-th time."""
+    """Let a fault happen before or after the at-th call at this place."""
     calls = 0
 
     def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -250,7 +250,7 @@ def interrupted(place: str, at: int, how: Callable[[], None], late: bool) -> Ite
 
 @pytest.fixture(scope="module")
 def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], End]:
-    """How a run ends that nothing stops."""
+    """How a run ends if nothing stops it."""
 
     @cache
     def end(case: str, micro_batches: int) -> End:
@@ -302,7 +302,7 @@ def test_a_stopped_run_ends_with_the_bits_of_one_that_is_not(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [1, 3, PER_EPOCH, STEPS])
 def test_a_signal_loses_no_step(digits: Path, tmp_path: Path, number: int, at: int) -> None:
-    """The one at work is finished and saved, and handlers are those of before."""
+    """The current step is finished and saved, and the handlers are those of before."""
     before = signal.getsignal(number)
     how = partial(os.kill, os.getpid(), number)
     with interrupted("step", at, how, late=False), pytest.raises(KeyboardInterrupt):
@@ -316,7 +316,7 @@ def test_a_signal_loses_no_step(digits: Path, tmp_path: Path, number: int, at: i
 def test_an_evaluation_is_not_waited_for_but_made_up(
     digits: Path, tmp_path: Path, whole: Callable[[str, int], End]
 ) -> None:
-    """By the time that it is stopped, the state is saved."""
+    """The state is saved before the evaluation can be stopped."""
     how = partial(os.kill, os.getpid(), signal.SIGTERM)
     with interrupted("evaluate", 2, how, late=False), pytest.raises(KeyboardInterrupt):
         call(digits, tmp_path)
@@ -338,7 +338,7 @@ def test_a_second_signal_does_not_wait(digits: Path, tmp_path: Path) -> None:
 def test_a_log_is_read_up_to_where_it_was_cut(
     digits: Path, tmp_path: Path, whole: Callable[[str, int], End]
 ) -> None:
-    """What a killed process left half written."""
+    """A killed process may leave a line half written."""
     with interrupted("step", 7, fault, late=True), pytest.raises(FaultError):
         call(digits, tmp_path)
     for rest in (b'{"step": 7, "tra', b"\0\0\xff\xfe"):
@@ -365,7 +365,7 @@ def until(condition: Callable[[], Any], process: "subprocess.Popen[str]") -> Non
 
 
 def steps_of(out: Path) -> int:
-    """How many are in the log."""
+    """How many steps the log has."""
     return sum("train" in line for line in read_log(out))
 
 
@@ -393,7 +393,7 @@ def test_a_killed_command_ends_with_the_bits_of_one_that_is_not(
 def test_two_processes_of_which_one_is_killed_are_gone_on_with_by_one(
     digits: Path, tmp_path: Path
 ) -> None:
-    """And, normalising across, they do what one does, but for rounding."""
+    """If they normalise across, they do what one process does, up to rounding."""
     fresnet.save(PARAMS, tmp_path / "tiny.safetensors")
     options = [digits, *TRAIN[2:], "--norms-across", "--epochs", 40, "--timeout", 20]
     options += ["--weights", tmp_path / "tiny.safetensors"]
@@ -426,7 +426,7 @@ def test_two_processes_of_which_one_is_killed_are_gone_on_with_by_one(
 
 @pytest.fixture
 def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Good and bad ones, in the working directory."""
+    """A working directory with good and bad folders of images."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(digits, "good")
     shutil.copytree(digits, "fewer")
@@ -524,7 +524,7 @@ def test_what_is_not_finite_is_never_saved(
     broken: str,
     stopped: bool,
 ) -> None:
-    """Nor evaluated: the checkpoint before stays the last, even if a signal comes meanwhile."""
+    """It is not evaluated either. The checkpoint before stays the last, even with a signal."""
 
     def assemble(*args: Any) -> Any:
         state, train_step, order = real(*args)
@@ -560,7 +560,7 @@ def test_what_is_not_finite_is_never_saved(
 
 @pytest.fixture
 def damaged(folders: Path) -> list[str]:
-    """Files of `good` that hold no image."""
+    """Files in `good` that hold no image."""
     classes = (Path("good", name) for name in ("train/0", "train/2", "val/1"))
     files = [min(folder.iterdir()) for folder in classes]
     for file in files:
@@ -595,7 +595,7 @@ def test_broken_images_are_left_out_and_named_once(
 
 
 def test_a_full_disk(capsys: pytest.CaptureFixture[str], folders: Path) -> None:
-    """It leaves the checkpoints before, from which the run goes on once there is room."""
+    """Earlier checkpoints stay, and the run goes on from them once there is room."""
     options = ["good", *TRAIN, "--epochs", "3", "--out", "out"]
     with interrupted("step", PER_EPOCH + 1, WAYS["SIGTERM"], late=False):
         assert refused(capsys, *options).startswith("stopped")
@@ -650,7 +650,7 @@ def test_recipes_are_the_published_ones() -> None:
 @pytest.mark.parametrize("per_epoch", [1, 7])
 @pytest.mark.parametrize("name", ["paper", "v1", "v2"])
 def test_rates_are_those_of_torchs_schedulers(name: str, per_epoch: int) -> None:
-    """As torchvision's references build them, where epochs begin."""
+    """They are built as in torchvision's references, and compared where epochs begin."""
     recipe = RECIPES[name]
     optimizer = torch.optim.SGD([torch.zeros(1)], recipe.rate)
     truth: Any
@@ -700,7 +700,7 @@ def test_another_batch_or_crop() -> None:
 
 
 def test_averages_are_torchvisions() -> None:
-    """Which takes every 32nd state, with the share that is the product of so many."""
+    """torchvision takes every 32nd state, with a weight for all 32 together."""
     share = 2e-5 * 1024 * 32 / 600
     assert 1 - average_decay_of(RECIPES["v2"]) ** 32 == pytest.approx(share, rel=1e-3)
     assert average_decay_of(RECIPES["v2"]._replace(epochs=1, batch=10**6)) == 0
@@ -709,7 +709,7 @@ def test_averages_are_torchvisions() -> None:
 
 @pytest.mark.parametrize(("name", "spared"), [("v1", False), ("v2", True)])
 def test_norms_are_spared_from_decay(name: str, spared: bool) -> None:
-    """By gradients of zero, a first update is of the decay alone."""
+    """With gradients of zero, the first update is the decay alone."""
     recipe = RECIPES[name]
     ones = tree.map(torch.ones_like, PARAMS.weights)
     optimizer = optimizer_of(recipe, 10)
@@ -755,7 +755,7 @@ def test_a_dry_run_is_a_table_and_the_first_step(
 
 
 def test_tensorboard_holds_the_log(digits: Path, tmp_path: Path) -> None:
-    """Of a run that was stopped, too: no step is missing, none is there twice."""
+    """This holds for a stopped run too: no step is missing, and none is there twice."""
     for place, at, how in (
         ("step", 6, "SIGTERM"),
         ("step", 5, "an error"),
@@ -833,7 +833,7 @@ def test_a_folder_is_one_runs_at_a_time(capsys: pytest.CaptureFixture[str], fold
 def test_predict_takes_what_a_run_says_at_its_end(
     capsys: pytest.CaptureFixture[str], folders: Path
 ) -> None:
-    """Its classes by name, and its own way of preparing images."""
+    """These are the names of its classes, and its own way of preparing images."""
     assert main(["train", "good", *TRAIN, "--epochs", "1", "--out", "out"]) == 0
     told = " ".join(capsys.readouterr().out.splitlines()[-2:]).replace("\\ ", "")
     command = told.partition(" predict IMAGE ")[2].split()

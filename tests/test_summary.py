@@ -1,4 +1,4 @@
-"""The layer table: exact, and equal to what other libraries count."""
+"""The layer table is exact, and equals what other libraries count."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ sides = st.integers(1, 300)
 
 
 def multiply_adds(model: nn.Module, height: int, width: int) -> int:
-    """Counted as a module of another library runs on meta."""
+    """The multiply-adds of another library's module, counted in a run on meta."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.to("meta").eval()(torch.empty(1, 3, height, width, device="meta"))
     return int(counter.get_total_flops()) // 2
@@ -28,7 +28,7 @@ def multiply_adds(model: nn.Module, height: int, width: int) -> int:
 
 @pytest.mark.parametrize("name", reference.TORCHVISION)
 def test_totals_are_those_in_torchvisions_metadata(name: str) -> None:
-    """GMACs to three decimals."""
+    """GMACs are equal to three decimals."""
     table = fresnet.summary(fresnet.init(0, fresnet.SPECS[name], device="meta"))
     for weights in reference.torchvision.models.get_model_weights(name):
         assert table.parameters == weights.meta["num_params"]
@@ -58,7 +58,7 @@ def test_totals_are_timms(name: str) -> None:
 def test_rows_are_what_the_network_is_and_does(
     params: Params, height: int, width: int, data: st.DataObject
 ) -> None:
-    """Outputs those of `features`, blocks and parameters those of the tree."""
+    """Outputs are those of `features`. Blocks and parameters are those of the tree."""
     table = fresnet.summary(params, (height, width))
     x = torch.zeros(1, 3, height, width, dtype=torch.float64)
     stem, *stages = fresnet.features(params, x)

@@ -32,7 +32,7 @@ def running(model: reference.ResNet) -> dict[str, Tensor]:
 
 
 def check_one_step(model: reference.ResNet, x: Tensor, y: Tensor) -> None:
-    """Logits, loss, gradients and new statistics."""
+    """Logits, loss, gradients and new statistics are equal to torchvision's."""
     params = reference.params(model)
     grads, (loss, (logits, stats)) = grad_and_value(loss_fn, has_aux=True)(*params, x, y)
     expected_logits = model(x)
@@ -91,7 +91,7 @@ def test_statistics_after_several_steps_equal_torchvision(
 
 
 def check_ten_steps_of_sgd(model: reference.ResNet, x: Tensor) -> None:
-    """Losses and weights equal to the bit: in deep nets any rounding would grow tenfold a step."""
+    """Losses and weights are equal to the bit. In deep nets rounding grows tenfold each step."""
     y, rate, momentum, decay = labels(x, 10), 0.01, 0.9, 1e-3
     (weights, stats), model = reference.params(model), model.train()
     velocity = tree.map(torch.zeros_like, weights)

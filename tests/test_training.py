@@ -129,7 +129,7 @@ def test_gradients_are_those_of_torch_func(
 
 
 def assert_gradients_close(actual: Any, expected: Any) -> None:
-    """As a whole: single leaves, such as a scale behind another norm, have gradients of nothing."""
+    """The gradients are close as a whole. Single leaves may have gradients of nothing."""
     assert_close(tree.ravel(actual), tree.ravel(expected), 1e-10)
 
 
@@ -150,7 +150,7 @@ Y = torch.tensor([3, 1, 4, 1])
 
 
 def kept_bytes(recompute: bool) -> int:
-    """What is saved for the pass backward, by its storages."""
+    """The bytes that are saved for the pass back, storage by storage."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def test_recomputing_keeps_a_fraction() -> None:
 
 
 def test_recomputing_lets_go_of_what_it_is_through_with() -> None:
-    """As a pass comes back to the first function, the input of the second is gone."""
+    """When the pass back comes to the first function, the input of the second is gone."""
     alive: list[bool] = []
 
     def first(x: Tensor) -> tuple[Tensor, tuple[()]]:
@@ -393,7 +393,7 @@ def test_probabilities_are_targets_too() -> None:
 
 
 def test_mixing_does_not_go_by_defaults() -> None:
-    """Those of PyTorch for devices and dtypes are anybody's to set."""
+    """Anybody may set PyTorch's defaults for devices and dtypes."""
     targets, generators = F.one_hot(Y, 5).double(), [torch.Generator().manual_seed(1)] * 2
     state = generators[0].get_state()
     expected = MIXINGS["one"](X, targets, generators[0])
@@ -419,7 +419,7 @@ def test_an_ensemble_of_rates_trains_in_one_vmap() -> None:
 
 
 def test_a_step_is_differentiable_in_what_it_depends_on() -> None:
-    """Meta-learning through `torch.func` and through `torch.autograd`, against differences."""
+    """Meta-learning by `torch.func` and by `torch.autograd` equals finite differences."""
 
     def loss_after(rate: Tensor) -> Tensor:
         optimizer = optim.sgd(rate, momentum=0.9)
@@ -472,7 +472,7 @@ NARROW = tree.map(lambda leaf: leaf.bfloat16(), PARAMS.weights)
 STATE = start(PARAMS, SGD)
 STEP = make_train_step(SGD)
 OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, group="all")
-"""What types forbid."""
+"""Arguments that the types forbid."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Transforms of `torch.func` over both forwards, against independent truths."""
+"""Transforms of `torch.func` over both forwards equal independent truths."""
 
 from collections.abc import Callable
 from itertools import product
@@ -55,7 +55,7 @@ ORDERS = [
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_training_norm_in_every_order_of_differentiation(order: str) -> None:
-    """Read from the inside out: r by func.grad, f by func.jvp, a by autograd.grad."""
+    """An order reads from the inside out: r is func.grad, f is func.jvp, a is autograd.grad."""
     generator = torch.Generator().manual_seed(0)
     x, weight, *directions = torch.randn(
         6, 3, 2, 2, 2, generator=generator, dtype=torch.float64
@@ -170,9 +170,7 @@ BFLOAT16 = fresnet.init(
 
 @pytest.mark.slow
 def test_bfloat16_keeps_float32_statistics_under_every_transform() -> None:
-    """Moments of the stem, far from 0, against float64 ones; rounded to bfloat16 they would be off
-    by 2e-3.
-    """
+    """The stem's moments, far from 0, equal float64's. In bfloat16 they would be off by 2e-3."""
     x = torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(0)).bfloat16() + 3
     activations = torch.nn.functional.conv2d(
         x, BFLOAT16.weights.stem.layer.conv, stride=2, padding=3

@@ -1,4 +1,4 @@
-"""Trees map, stack and ravel as they are, or say where they differ."""
+"""Trees map, stack and ravel, or say where they differ."""
 
 from collections import OrderedDict, defaultdict
 from typing import Any

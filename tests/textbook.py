@@ -1,6 +1,7 @@
 """A bottleneck or basic network written out as in the papers: no fused kernels, no fresnet.
 
-Slow, and right under every derivative; the truth for transforms that torchvision's modules lack.
+It is slow, and right under every derivative. It is the truth for transforms that torchvision's
+modules lack.
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ def normalise(x: Tensor, norm: Any, stats: Any, train: bool) -> Tensor:
 def logits(params: Any, x: Tensor, train: bool) -> Tensor:
     """He et al. 2015, Table 1, with the stride of a bottleneck in its 3x3 convolution.
 
-    A network whose blocks begin with a norm is of He et al. 2016.
+    If blocks begin with a norm, the network is that of He et al. 2016.
     """
     weights, stats = params
     v2 = hasattr(weights.stages[0][0], "before")
@@ -45,7 +46,7 @@ def logits(params: Any, x: Tensor, train: bool) -> Tensor:
 
 
 def block(w: Any, s: Any, x: Tensor, stride: int, train: bool) -> Tensor:
-    """He et al. 2015, Fig. 5; with squeeze and excitation where there is some."""
+    """He et al. 2015, Fig. 5, with squeeze and excitation if the block has them."""
     wide = hasattr(w, "layer3")
     y = conv2d(x, w.layer1.conv, stride=1 if wide else stride, padding=0 if wide else 1)
     y = relu(normalise(y, w.layer1.norm, s.layer1, train))

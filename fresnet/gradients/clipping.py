@@ -28,6 +28,7 @@ from fresnet.network.nodes import (
     Layer,
     NoNorm,
     Normed,
+    NormStats,
     Pair,
     Params,
     Weights,
@@ -134,7 +135,7 @@ def _check_max_norm(max_norm: float | Tensor) -> None:
         )
 
 
-def _composed(*trees: Any) -> bool:
+def _composed(*trees: object) -> bool:
     """Whether the gradients themselves have to be formed.
 
     A compiler, an outer transform or autograd could not follow `_Pass`, and in inference mode there
@@ -224,7 +225,7 @@ class _Listening(Composed):
         *,
         add: Tensor | None = None,
         relu: bool = True,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Layer]:
         conv, norm = at.unit
         told = _Told()
 
@@ -239,7 +240,7 @@ class _Listening(Composed):
         y = y if add is None else ops.add(y, add)
         return (ops.relu(y) if relu else y), Layer(told, norm_told)  # type: ignore[arg-type]
 
-    def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Any]:
+    def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Normed]:
         y, told = self._norm(at.unit.norm, at.beside, x)
         return ops.relu(y), Normed(told)
 
@@ -257,7 +258,9 @@ class _Listening(Composed):
 
         return self._watch(ops.linear(x, *at), x, tell)
 
-    def _norm(self, norm: AnyNorm, stats: Any, x: Tensor) -> tuple[Tensor, Any]:
+    def _norm(
+        self, norm: AnyNorm, stats: NormStats | tuple[()], x: Tensor
+    ) -> tuple[Tensor, AnyNorm]:
         """y, and the norm with a `_Told` in place of each leaf."""
         told: Any = type(norm)(*(_Told() for _ in norm))  # type: ignore[arg-type]
 

@@ -7,7 +7,7 @@ file here calls these operators.
 
 from collections.abc import Callable
 from threading import Lock
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from fresnet.network.nodes import (
     last_layer,
     with_blocks,
 )
+
+Window: TypeAlias = tuple[list[int], list[int], list[int], int]
+"""The stride, padding and dilation of a convolution, and its groups."""
 
 ALIGNED = 8
 """The kernels for tensor cores read channels in multiples of this."""
@@ -115,9 +118,7 @@ def convolution(
     return lambda x, added: layer(arrange(x, border), added)
 
 
-def _convolution(
-    weight: Tensor, bias: Tensor | None, window: tuple[Any, ...], *, relu: bool
-) -> FusedLayer:
+def _convolution(weight: Tensor, bias: Tensor | None, window: Window, *, relu: bool) -> FusedLayer:
     weight = weight.contiguous(memory_format=torch.channels_last)
     aligned = weight.shape[0] % ALIGNED == weight.shape[1] % ALIGNED == 0
     kernel, summing = (getattr(torch, name, None) for name in KERNELS)

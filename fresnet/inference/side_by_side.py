@@ -12,7 +12,6 @@ with 1x1 kernels. With a stride of 2 these are 0.6 and 0.8.
 
 from collections.abc import Callable
 from math import gcd
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ def images_together(shape: torch.Size, dtype: torch.dtype, stride: int) -> int:
 
 
 def _has_tiles() -> bool:
-    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities: Callable[[], dict[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
     return bool(capabilities().get("amx_bf16", False))
 
 

@@ -16,7 +16,7 @@ Source: Lavin & Gray 2015, arXiv:1509.09308, Sec. 4.3.
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from operator import add
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ TILE, WINDOW = 4, 6
 POINTS = WINDOW**2
 
 Matrix = Sequence[Sequence[float]]
+Result = TypeVar("Result")
 
 A: Matrix = (
     (1, 1, 1, 1, 1, 0),
@@ -190,7 +191,7 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
 
 
-def _compiled(function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Result], *arguments: Tensor) -> Callable[..., Result]:
     """The function compiled for arguments of these shapes alone, without a check of later shapes.
 
     Each shape has a compiled function of its own, because `torch.compile` gives up on a function
@@ -198,7 +199,7 @@ def _compiled(function: Callable[..., Any], *arguments: Tensor) -> Callable[...,
     """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     whole: Any = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-    compiled: Callable[..., Any] = whole.aot_compile((arguments, {}))
+    compiled: Callable[..., Result] = whole.aot_compile((arguments, {}))
     return compiled
 
 

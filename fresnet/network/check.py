@@ -118,7 +118,7 @@ def check_image_size(caller: str, image_size: int | tuple[int, int]) -> tuple[in
     Raises:
       FresnetError: if they are not integers from 1 to 2**20.
     """
-    size: Any = (image_size, image_size) if type(image_size) is int else image_size
+    size: object = (image_size, image_size) if type(image_size) is int else image_size
     if type(size) is tuple and len(size) == 2:
         height, width = size
         if all(type(n) is int and 0 < n <= 2**20 for n in size):
@@ -209,14 +209,14 @@ class _Walk(NamedTuple):
         elif type(stats) is not tuple or stats:
             self.fail(f"stats.{where}", f"() beside {type(norm).__name__}", describe(stats))
 
-    def leaf(self, tree: str, where: str, field: str, leaf: Any, dtype: torch.dtype) -> None:
+    def leaf(self, tree: str, where: str, field: str, leaf: object, dtype: torch.dtype) -> None:
         if not isinstance(leaf, Tensor):
             self.fail(f"{tree}.{where}.{field}", "a tensor", describe(leaf))
         if leaf.dtype != dtype or leaf.device != self.device:
             expected = f"{dtype} on {self.device}, to go with the stem"
             self.fail(f"{tree}.{where}.{field}", expected, f"{leaf.dtype} on {leaf.device}")
 
-    def same_type(self, where: str, node: Any, stats: Any) -> None:
+    def same_type(self, where: str, node: object, stats: object) -> None:
         if type(stats) is not type(node):
             self.fail(f"stats.{where}", f"as weights.{where}, {describe(node)}", describe(stats))
 

@@ -7,14 +7,14 @@ with a rule for `vmap`:
 
     y = convolve(x, w)                        (x', w') = pull_back(g, x, w)
 
-Both come from the form <g, convolve(x, w)>, which is linear in each of g, x and w. Their derivatives
-are therefore made of the same two functions.
+Both come from the form <g, convolve(x, w)>, which is linear in each of g, x and w. So their
+derivatives are made of the same two functions.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,24 @@ def pull_back(
     return tuple(grads_)
 
 
+class _Context(Protocol):
+    """What `torch.autograd` keeps from the pass forward for the pass back."""
+
+    geometry: Geometry
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+class _Mapped(Protocol):
+    """What a rule for vmap is told."""
+
+    batch_size: int
+
+
 class _Convolve(torch.autograd.Function):
     """`convolve` with a rule for vmap, but without a jvp.
 
@@ -103,18 +121,24 @@ class _Convolve(torch.autograd.Function):
         return convolve(x, weight, geometry)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: _Context, inputs: tuple[Tensor, Tensor, Geometry], output: Tensor
+    ) -> None:
         *tensors, ctx.geometry = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:2]
-        return *pull_back(cotangent, *ctx.saved_tensors, ctx.geometry, *needed), None
+    def backward(ctx: _Context, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        return *pull_back(cotangent, x, weight, ctx.geometry, *needed), None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, geometry: Geometry
+        info: _Mapped,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
     ) -> tuple[Tensor, int]:
         n, (x_dim, weight_dim, _) = info.batch_size, in_dims
         if weight_dim is None:
@@ -132,13 +156,17 @@ class _PullBack(torch.autograd.Function):
         return pull_back(cotangent, x, weight, geometry, *needed)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    def setup_context(
+        ctx: _Context,
+        inputs: tuple[Tensor, Tensor, Tensor, Geometry, bool, bool],
+        output: Gradients,
+    ) -> None:
         *tensors, ctx.geometry, _, _ = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
         """The derivatives of <g, convolve(u, w)> + <g, convolve(x, v)>."""
         cotangent, x, weight = ctx.saved_tensors
         need_cotangent, need_x, need_weight, *_ = ctx.needs_input_grad
@@ -154,7 +182,7 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any,
+        info: _Mapped,
         in_dims: tuple[int | None, ...],
         cotangent: Tensor,
         x: Tensor,

@@ -30,7 +30,7 @@ def overruns(weight: Tensor, stride: int) -> bool:
 
 
 def with_usual_stride(tensor: Tensor) -> Tensor:
-    """The tensor with the usual stride of the first dimension, that of a tensor with its own memory.
+    """The tensor with the usual stride of the first dimension, as a tensor of its own has it.
 
     If there is one image or one output, that stride may be anything. If it is unusual and the
     weight lies channels last, PyTorch 2.13 raises or gives a wrong gradient in float64.

@@ -36,8 +36,7 @@ def merge(first: Tree, *rest: Tree) -> Tree:
       FresnetError: if the trees differ, or hold anything but moments.
     Source: Chan, Golub & LeVeque 1979, "Updating formulae", Eq. 2.1.
     """
-    merged: Tree = _map("merge", lambda *sets: reduce(_merge, sets), first, *rest)
-    return merged
+    return _map("merge", lambda *sets: reduce(_merge, sets), first, *rest)
 
 
 def _merge(a: Moments, b: Moments) -> Moments:
@@ -75,8 +74,7 @@ def merge_across(moments: Tree, group: Group) -> Tree:
     m2 = all_sum(m2 + n * (mean - middle).square(), group)
     parts = zip(*(values.split(sizes) for values in (total, middle, m2)), strict=True)
     merged = (Moments(n[0], mean, m2) for n, mean, m2 in parts)
-    together: Tree = _map("merge_across", lambda _: next(merged), moments)
-    return together
+    return _map("merge_across", lambda _: next(merged), moments)
 
 
 def _joined(nodes: Sequence[Moments]) -> Moments:
@@ -87,7 +85,7 @@ def _joined(nodes: Sequence[Moments]) -> Moments:
     return Moments(torch.cat(counts), torch.cat(mean), torch.cat(m2))
 
 
-def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree:
+def update(stats: Tree, moments: object, *, momentum: float | Tensor = 0.1) -> Tree:
     """Move running statistics towards these moments, as training does after a batch.
 
         mean <- (1 - momentum) mean + momentum E[x]
@@ -122,11 +120,10 @@ def update(stats: Tree, moments: Any, *, momentum: float | Tensor = 0.1) -> Tree
         for a, b in zip(olds, news, strict=True)
     )
     new = starmap(NormStats, zip(*moved, strict=True))
-    updated: Tree = _map("update", lambda *_: next(new), stats, moments, first=NormStats)
-    return updated
+    return _map("update", lambda *_: next(new), stats, moments, first=NormStats)
 
 
-def statistics(stats: Tree, moments: Any, *, correction: int = 0) -> Tree:
+def statistics(stats: Tree, moments: object, *, correction: int = 0) -> Tree:
     """Statistics made of these moments; by default those that training normalised by.
 
         mean = E[x],   var = Var[x] n / (n - correction)
@@ -149,14 +146,16 @@ def statistics(stats: Tree, moments: Any, *, correction: int = 0) -> Tree:
         new = (seen.mean, seen.m2 / (seen.n - correction).clamp(min=1))
         return NormStats(*(torch.where(seen.n > 0, b, a) for a, b in zip(old, new, strict=True)))
 
-    found: Tree = _map("statistics", of_batch, stats, moments, first=NormStats)
-    return found
+    return _map("statistics", of_batch, stats, moments, first=NormStats)
 
 
-def _map(caller: str, function: Callable[..., Any], *nodes: Any, first: type = Moments) -> Any:
+def _map(
+    caller: str, function: Callable[..., object], tree: Tree, *rest: object, first: type = Moments
+) -> Tree:
     """The tree with the `Moments` or `NormStats` in each place replaced by the function of them."""
-    _check_nodes(caller, [first, *[Moments] * (len(nodes) - 1)], *nodes)
-    return over(function, *nodes, units=(NormStats, Moments))
+    _check_nodes(caller, [first, *[Moments] * len(rest)], tree, *rest)
+    mapped: Tree = over(function, tree, *rest, units=(NormStats, Moments))
+    return mapped
 
 
 def _check_nodes(caller: str, kinds: Sequence[type], *nodes: Any) -> None:

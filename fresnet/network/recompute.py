@@ -4,7 +4,7 @@ PyTorch's own checkpointing rests on hooks that `torch.func` refuses.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,24 @@ from torch.func import vjp
 from fresnet import tree
 from fresnet.pytorch import transform_stack
 
-Function = Callable[..., tuple[Tensor, Any]]
+Seen = TypeVar("Seen")
+Flat: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""A function from leaves to leaves, y first."""
 
 
-def recomputed(function: Function, *trees: Any) -> tuple[Tensor, Any]:
+class _Context(Protocol):
+    """What `torch.autograd` keeps from the pass forward for the pass back."""
+
+    function: Flat
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+def recomputed(function: Callable[..., tuple[Tensor, Seen]], *trees: object) -> tuple[Tensor, Seen]:
     """The function's result for these trees, without activations kept for the derivative.
 
     The derivative calls the function again. In compiled code the compiler decides what to keep. In
@@ -30,7 +44,7 @@ def recomputed(function: Function, *trees: Any) -> tuple[Tensor, Any]:
     if torch.compiler.is_compiling() or transform_stack.forward_mode(*tree.leaves(trees)):
         return function(*trees)
     like = tree.map(lambda _: 0, trees)  # not the trees, which would keep x after its use
-    structure: list[Any] = []
+    structure: list[Seen] = []
 
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
         y, seen = function(*tree.unflatten(like, leaves))
@@ -45,28 +59,30 @@ class _Recompute(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Any:
+    def forward(function: Flat, *inputs: Tensor) -> tuple[Tensor, ...]:
         return function(*inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(
+        ctx: _Context, inputs: tuple[Flat, *tuple[Tensor, ...]], output: tuple[Tensor, ...]
+    ) -> None:
         ctx.function, *tensors = inputs
         _, *seen = output
         ctx.mark_non_differentiable(*seen)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # the result will be differentiated again
             pull = vjp(lambda *inputs: ctx.function(*inputs)[0], *ctx.saved_tensors)[1]
             return None, *pull(cotangent)
-        _, *needed = ctx.needs_input_grad
+        needed = ctx.needs_input_grad[1:]
         inputs = [
             x.detach().requires_grad_(need)
             for x, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         with torch.enable_grad():
-            y, *_ = ctx.function(*inputs)
+            y = ctx.function(*inputs)[0]
         wanted = [x for x in inputs if x.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, cotangent, materialize_grads=True))
         return None, *(next(found) if need else None for need in needed)

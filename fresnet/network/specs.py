@@ -173,6 +173,6 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
 )
 """Every member by name. Where torchvision or timm has the member, the name is theirs.
 
-Names with `_v1` stride in the first 1x1 convolution. resnet20 to resnet1202 are the paper's for
-CIFAR, with shortcuts of option A, or of option B where the name ends in `b`.
+Members with `_v1` in the name stride in the first 1x1 convolution. resnet20 to resnet1202 are the
+paper's for CIFAR, with shortcuts of option A, or of option B if the name ends in `b`.
 """

@@ -1,7 +1,7 @@
 """The layer table of a network."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import groupby
 from textwrap import wrap
@@ -148,7 +148,7 @@ def _run_head(head: Head, x: Tensor) -> tuple[Tensor, tuple[()]]:
 
 
 def _measure(
-    node: Any, run: Callable[[], tuple[Tensor, Any]], description: str
+    node: object, run: Callable[[], tuple[Tensor, object]], description: str
 ) -> tuple[Tensor, Row]:
     """The node's output and its row in the table."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -169,7 +169,7 @@ def _describe_block(block: Any, grid: Grid) -> str:
     return "; ".join(filter(None, [_convolutions(block), ", ".join(filter(None, notes))]))
 
 
-def _convolutions(node: Any) -> str:
+def _convolutions(node: Iterable[object]) -> str:
     """The convolutions of a node's layers in words, such as "1x1 64, 3x3 64, 1x1 256"."""
     found, channels = [], None
     for layer in node:

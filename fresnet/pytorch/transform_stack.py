@@ -76,6 +76,6 @@ def _unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _stack() -> list[Any]:
+def _stack() -> list[object]:
     """The active transforms, the outermost first."""
     return [transform.key() for transform in _functorch.get_interpreter_stack() or ()]

@@ -26,7 +26,7 @@ from fresnet.network.nodes import (
 from fresnet.weights.assembly import assemble, check_fit
 from fresnet.weights.hub import download, is_repository, local
 from fresnet.weights.names import name_tree, names
-from fresnet.weights.older import with_layers
+from fresnet.weights.older import Structure, with_layers
 from fresnet.weights.recognition import BLANK, blank_stats
 from fresnet.weights.state_dicts import from_state_dict, named_leaves
 from fresnet.weights.storage import as_path, read_safetensors, write_safetensors
@@ -145,7 +145,7 @@ def structure_of(params: Params) -> str:
     return json.dumps(_structure(params.weights))
 
 
-def _structure(node: Any) -> Any:
+def _structure(node: object) -> Structure:
     return [type(node).__name__, *map(_structure, node)] if isinstance(node, tuple) else 0
 
 

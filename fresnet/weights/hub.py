@@ -4,7 +4,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from fresnet.errors import FresnetError, reason
 
@@ -81,7 +80,7 @@ def local(path: Path) -> tuple[Path, bool]:
     return path, False
 
 
-def _strides_in_1x1(config: Any) -> bool:
+def _strides_in_1x1(config: object) -> bool:
     """Whether bottlenecks stride in their first convolution.
 
     Raises:

@@ -56,9 +56,9 @@ def from_state_dict(mapping: Mapping[str, Any], *, stride_in_1x1: bool = False) 
     Names and shapes do not tell everything. fresnet takes for granted strides of 2 in each stage
     but the first, pooling after a 7x7 stem and none after a 3x3 one, zero padding (option A) where
     a network with a 3x3 stem has no projections, projections without pooling and convolutions
-    without standardised weights in ResNet V2, ReLU, and an eps of 1e-5. A network that was trained otherwise, such as timm's resnetaa and
-    resnetblur, or one with dilation, loads but is another one; `dilate`, and other nodes in the
-    tree, make of it what they can express.
+    without standardised weights in ResNet V2, ReLU, and an eps of 1e-5. A network that was trained
+    otherwise, such as timm's resnetaa and resnetblur, or one with dilation, loads but is another
+    one; `dilate`, and other nodes in the tree, make of it what they can express.
 
     Args:
       mapping: names to tensors, as `model.state_dict()` gives them.
