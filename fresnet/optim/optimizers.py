@@ -1,14 +1,6 @@
-"""Optimizers and schedules as pure functions of trees.
+"""Optimizers as pure functions of trees: SGD, AdamW and LARS."""
 
-    optimizer = fresnet.optim.sgd(0.1, momentum=0.9, weight_decay=1e-4)
-    state = optimizer.init(weights)
-    weights, state = optimizer.update(grads, state, weights)
-
-A learning rate or a weight decay is a number, a 0-d tensor or a schedule. An ensemble can map over
-0-d tensors. A schedule is a function of the step, which is 0 at the first update.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -16,10 +8,10 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
+from fresnet.optim.schedules import Schedule
 from fresnet.pytorch import transform_stack
 from fresnet.tree import Tree
 
-Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
 Rate: TypeAlias = float | Tensor | Schedule
 Where: TypeAlias = Callable[[tree.Path], bool]
 Move: TypeAlias = Callable[..., tuple[Tensor, ...]]
@@ -244,51 +236,6 @@ def clip_by_norm(grads: Tree, max_norm: float | Tensor) -> Tree:
     norm = torch.stack([g.norm() for g in tree.leaves(grads)]).norm()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
     return tree.map(lambda g: g * factor, grads)
-
-
-def steps(peak: float | Tensor, *, at: Sequence[int], factor: float = 0.1) -> Schedule:
-    """A schedule that begins at the peak and is multiplied by `factor` at each step of `at`.
-
-    The paper trains by such a schedule (He et al. 2015, arXiv:1512.03385).
-
-    >>> rate = steps(1.0, at=(2, 4))
-    >>> [round(float(rate(torch.tensor(step))), 3) for step in range(5)]
-    [1.0, 1.0, 0.1, 0.1, 0.01]
-    """
-    return lambda step: peak * factor ** sum((step >= a) * 1.0 for a in at)
-
-
-def cosine(peak: float | Tensor, *, over: int, end: float | Tensor = 0.0) -> Schedule:
-    """A schedule that falls from `peak` to `end` by half a cosine in `over` steps, and then stays.
-
-    Source: Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts.
-    """
-
-    def schedule(step: Tensor) -> Tensor:
-        progress = (step / over).clamp(max=1)
-        return end + (peak - end) * (1 + torch.cos(torch.pi * progress)) / 2
-
-    return schedule
-
-
-def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
-    """Put `over` steps of linear warm-up before a schedule.
-
-    The rate rises from `start` times the schedule's first value to that value. Then the schedule
-    begins.
-
-    >>> rate = warm_up(cosine(1.0, over=4), over=2, start=0.5)
-    >>> [round(float(rate(torch.tensor(step))), 3) for step in range(7)]
-    [0.5, 0.75, 1.0, 0.854, 0.5, 0.146, 0.0]
-
-    Source: Goyal et al. 2017, arXiv:1706.02677, Sec. 2.2.
-    """
-
-    def warmed(step: Tensor) -> Tensor:
-        after = schedule((step - over).clamp(min=0))
-        return after * (start + (1 - start) * (step / over).clamp(max=1))
-
-    return warmed
 
 
 def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where) -> Optimizer:

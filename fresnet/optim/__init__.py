@@ -1,0 +1,44 @@
+"""Optimizers and schedules as pure functions of trees.
+
+    optimizer = fresnet.optim.sgd(0.1, momentum=0.9, weight_decay=1e-4)
+    state = optimizer.init(weights)
+    weights, state = optimizer.update(grads, state, weights)
+
+A learning rate or a weight decay is a number, a 0-d tensor or a schedule. An ensemble can map over
+0-d tensors. A schedule is a function of the step, which is 0 at the first update.
+"""
+
+from fresnet.optim.optimizers import (
+    Optimizer,
+    Rate,
+    State,
+    Update,
+    Where,
+    adamw,
+    all_but_norms,
+    clip_by_norm,
+    everywhere,
+    kernels,
+    lars,
+    sgd,
+)
+from fresnet.optim.schedules import Schedule, cosine, steps, warm_up
+
+__all__ = [
+    "Optimizer",
+    "Rate",
+    "Schedule",
+    "State",
+    "Update",
+    "Where",
+    "adamw",
+    "all_but_norms",
+    "clip_by_norm",
+    "cosine",
+    "everywhere",
+    "kernels",
+    "lars",
+    "sgd",
+    "steps",
+    "warm_up",
+]
