@@ -388,7 +388,12 @@ WHOLE: Any = files._structure(PARAMS.weights)
         (["print", 0], "its metadata describe no network: 'print'"),
         (["Weights", 0], "its metadata describe no network"),
         (WHOLE[:2], "its metadata describe no network"),
-        ([*WHOLE[:2], ["tuple", WHOLE[2][2], WHOLE[2][1]], WHOLE[3]], "layer1.1.conv1.weight"),
+        (
+            ["Weights", 0, ["tuple"], ["NoLastNorm"], ["Head", 0, 0]],
+            "its metadata describe no network",
+        ),
+        ([*WHOLE[:2], ["tuple", ["Layer", 0, 0]], *WHOLE[3:]], "its metadata describe no network"),
+        ([*WHOLE[:2], ["tuple", WHOLE[2][2], WHOLE[2][1]], *WHOLE[3:]], "layer1.1.conv1.weight"),
     ],
 )
 def test_metadata_that_describe_no_network_are_refused(

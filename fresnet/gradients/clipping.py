@@ -33,7 +33,7 @@ from fresnet.network.nodes import (
     Params,
     Weights,
 )
-from fresnet.network.norm import EPS, inference_norm
+from fresnet.network.norm import EPS, check_width, inference_norm
 from fresnet.network.regimes import Composed
 from fresnet.pytorch import transform_stack
 
@@ -279,6 +279,7 @@ class _Listening(Composed):
         if isinstance(norm, NoNorm):  # the root must not be written over
             return (x.clone() if x is self.root else x), told
         if isinstance(norm, Bias):  # `inference_norm` would write its sum over the root
+            check_width(norm, x)
             return self._watch(x + norm.bias[:, None, None], x, tell), told
         y, _ = inference_norm(norm, stats, x)
         return self._watch(y, x, tell), told

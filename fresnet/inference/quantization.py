@@ -67,6 +67,8 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
     dtype = params.weights.head.weight.dtype
     if dtype is not torch.float32:
         raise FresnetError(f"quantize expects weights in torch.float32; got {dtype}")
+    if params.weights.head.weight.is_meta:
+        raise FresnetError("quantize expects a network with values; got one on meta")
     with torch.no_grad(), torch.autocast(params.weights.head.weight.device.type, enabled=False):
         folded = fold(params)
         seen = merge_over("quantize", batches, partial(_ranges, folded), _merge)

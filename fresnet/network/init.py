@@ -54,7 +54,8 @@ def init(
       num_classes: the number of logits, k.
       in_channels: the channels of the images.
       zero_init_residual: start the last scale of every block at 0, so that each block starts
-        as its shortcut (Goyal et al. 2017, arXiv:1706.02677).
+        as its shortcut (Goyal et al. 2017, arXiv:1706.02677). In V2 no norm follows the last
+        convolution of a block, whose weight starts at 0 instead.
       dtype: the dtype of the weights; the statistics are never narrower than float32.
       device: the device of the tensors, by default the generator's; on "meta" nothing is drawn.
     Returns:
@@ -127,8 +128,9 @@ class _Values:
     def biased(self, channels: int, out: int) -> Layer:
         return Layer(self._conv(channels, out, 1), Bias(self._full(out, 0.0)))
 
-    def bare(self, channels: int, out: int, side: int) -> Layer:
-        return Layer(self._conv(channels, out, side), NoNorm())
+    def bare(self, channels: int, out: int, side: int, *, last: bool = False) -> Layer:
+        conv = self._conv(channels, out, side)
+        return Layer(torch.zeros_like(conv) if last and not self.last_scale else conv, NoNorm())
 
     def normed(self, channels: int) -> Normed:
         return Normed(self._norm(channels, 1.0))

@@ -202,11 +202,20 @@ def _affine(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -
     return torch.addcmul(shift[:, None, None], x, factor[:, None, None]).to(x.dtype)
 
 
-def _without_statistics(norm: Bias | Rescale | NoNorm, x: Tensor) -> Tensor:
+def check_width(norm: Bias | Rescale | NoNorm, x: Tensor) -> None:
+    """Refuse a norm without statistics whose leaves are not one value to a channel.
+
+    Raises:
+      FresnetError: if the channels differ.
+    """
     if any(leaf.shape != x.shape[1:2] for leaf in norm):
         got = ", ".join(str(tuple(leaf.shape)) for leaf in norm)
         what = "bias" if isinstance(norm, Bias) else "scale and bias"
         raise FresnetError(f"a {what} of activations {tuple(x.shape)} is [{x.shape[1]}]; got {got}")
+
+
+def _without_statistics(norm: Bias | Rescale | NoNorm, x: Tensor) -> Tensor:
+    check_width(norm, x)
     if isinstance(norm, NoNorm):
         return x
     *scale, bias = (leaf.to(x.dtype)[:, None, None] for leaf in norm)

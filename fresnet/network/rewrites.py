@@ -27,6 +27,7 @@ from fresnet.network.nodes import (
     Rescale,
     Stats,
     Unit,
+    beside,
     blocks_of,
     replaced,
 )
@@ -60,7 +61,15 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     if not callable(where):
         raise FresnetError(f"freeze expects where to be a function of paths; got {describe(where)}")
     weights = params.weights
-    paths = [path[:-1] for path in tree.paths(weights) if path[-1] == "scale"]
+    places = tree.unflatten(weights, tree.paths(weights))
+    at_units = Stats(*places[:-1])
+    paths: list[tree.Path] = []
+
+    def look(unit: Unit, at: Any) -> None:
+        if isinstance(unit.norm, Norm | FrozenNorm):
+            paths.append(at.norm.scale[:-1])
+
+    beside(look, weights, at_units)
     chosen = {path for path in paths if where(path)}
     if not chosen:
         example = f", such as {paths[0]}" if paths else ""
@@ -74,8 +83,7 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
             return unit._replace(norm=FrozenNorm(*unit.norm))
         return unit
 
-    places = tree.unflatten(weights, tree.paths(weights))
-    return params._replace(weights=replaced(frozen, weights, Stats(*places[:-1])))
+    return params._replace(weights=replaced(frozen, weights, at_units))
 
 
 def fold(params: Params) -> Params:
@@ -95,9 +103,8 @@ def fold(params: Params) -> Params:
     Args:
       params: the network; frozen norms are folded like others.
     Returns:
-      The network with a `Bias` for each norm after a convolution, a `Rescale` for each other norm,
-      and no statistics. Cast to a narrower dtype
-      afterwards, not before: weights are rounded once then.
+      The network with a `Bias` after each convolution, a `Rescale` for each other norm, and no
+      statistics. Cast to a narrower dtype afterwards, not before: weights are rounded once then.
     Raises:
       FresnetError: if params is not a network, or if a norm's channels are not its convolution's.
     Source: Jacob et al. 2017, arXiv:1712.05877, Sec. 3.2.
@@ -118,7 +125,9 @@ def _folded(unit: Unit, stats: Any) -> Unit:
         case Normed(Norm() | FrozenNorm() as norm):
             factor, bias = _affine(norm, stats, norm.scale)
             return Normed(Rescale(factor.to(bias.dtype), bias))
-        case Layer(_, Bias() | Rescale()) | Normed(Rescale()):
+        case Layer(conv, Rescale(scale, bias)):
+            return Layer((conv * scale[:, None, None, None]).to(conv.dtype), Bias(bias))
+        case Layer(_, Bias()) | Normed(Rescale()):
             return unit
     raise FresnetError(f"fold knows no {type(unit).__name__} with {describe(unit.norm)}")
 

@@ -24,10 +24,10 @@ from fresnet.network.nodes import (
     beside,
 )
 from fresnet.weights.assembly import assemble, check_fit
+from fresnet.weights.blanks import BLANK, blank_stats
 from fresnet.weights.hub import download, is_repository, local
 from fresnet.weights.names import name_tree, names
 from fresnet.weights.older import Structure, with_layers
-from fresnet.weights.recognition import BLANK, blank_stats
 from fresnet.weights.state_dicts import from_state_dict, named_leaves
 from fresnet.weights.storage import as_path, read_safetensors, write_safetensors
 
@@ -157,11 +157,9 @@ def _nodes(structure: str) -> Params:
     """
     try:
         weights = _node(with_layers(json.loads(structure)))
-        if type(weights) is not Weights:
-            raise FresnetError("its metadata describe no network: they begin with no Weights")
-        return Params(weights, beside(blank_stats, weights))
-    except FresnetError:
-        raise
+        nodes = Params(weights, beside(blank_stats, weights))
+        check_params("load", nodes)
+        return nodes
     except Exception as error:  # damaged metadata may fail in any way
         raise FresnetError(f"its metadata describe no network: {reason(error)}") from error
 

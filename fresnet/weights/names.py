@@ -16,19 +16,23 @@ from fresnet.errors import FresnetError
 from fresnet.network.nodes import (
     UNITS,
     BareStem7x7,
-    Bias,
+    FrozenNorm,
     Head,
     LastNorm,
     Layer,
+    Norm,
     NormStats,
     Params,
     PooledProjection,
     PreActivation,
+    Stats,
+    Unit,
     Weights,
     beside,
     blocks_of,
     with_blocks,
 )
+from fresnet.weights.blanks import Blanks, as_drawn
 
 LAYOUTS = ("torchvision", "timm", "huggingface")
 
@@ -88,14 +92,10 @@ def stats_names(unit: Any, stats: Any) -> Any:
 
 def foreign_to(layout: str, params: Params) -> str:
     """What the layout's library does not have of this network; empty if it has all."""
-    foreign = set()
-    for node in _nodes(params.weights):
-        names = node.names()
-        if layout not in names.libraries:
-            foreign.add(type(node))
-        for field, (conv, norm) in names.units.items():
-            if isinstance(getattr(node, field).norm, Bias) and norm != conv:
-                foreign.add(Bias)
+    foreign = {
+        type(node) for node in _nodes(params.weights) if layout not in node.names().libraries
+    }
+    beside(lambda unit, drawn: foreign.update(_foreign_norm(unit, drawn)), *_and_as_drawn(params))
     if foreign:
         return _listed(foreign)
     found = kinds(params.weights)
@@ -107,6 +107,21 @@ def foreign_to(layout: str, params: Params) -> str:
     if layout == "huggingface" and not all(map(_is_plain, blocks)):
         return "bottlenecks that are grouped or wide"
     return ""
+
+
+def _and_as_drawn(params: Params) -> tuple[Weights, Stats]:
+    """The network, and beside it the same nodes as `init` draws them."""
+    weights = params.weights
+    stages = (with_blocks(stage, map(as_drawn, blocks_of(stage))) for stage in weights.stages)
+    stem, last = weights.stem.draw(Blanks(), 0, 0), weights.last.draw(Blanks(), 0)
+    return weights, Stats(stem, tuple(stages), last)
+
+
+def _foreign_norm(unit: Unit, drawn: Unit) -> set[type]:
+    """The type of the unit's norm, if others do not have that there; a frozen norm is a norm."""
+    same = type(unit.norm) is type(drawn.norm)
+    frozen = isinstance(unit.norm, FrozenNorm) and isinstance(drawn.norm, Norm)
+    return set() if same or frozen else {type(unit.norm)}
 
 
 def _listed(types: set[type]) -> str:

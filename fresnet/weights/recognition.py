@@ -8,7 +8,6 @@ channels do.
 import re
 from collections.abc import Mapping, Set
 from functools import cache
-from itertools import product
 from typing import Any, NamedTuple
 
 from fresnet import tree
@@ -18,23 +17,15 @@ from fresnet.network.nodes import (
     PLACES,
     SHORTCUTS,
     BareStem7x7,
-    Bias,
     Bottleneck,
     BottleneckV1,
     DeepStem,
-    FrozenNorm,
     Head,
     Identity,
     LastNorm,
-    Layer,
     NoAttention,
     NoLastNorm,
-    NoNorm,
-    Norm,
-    Normed,
-    NormStats,
     Params,
-    Plan,
     PreActivation,
     Projection,
     Stem3x3,
@@ -45,36 +36,8 @@ from fresnet.network.nodes import (
     last_layer,
     over,
 )
+from fresnet.weights.blanks import BLANK, Blanks, blank_block, blank_stats
 from fresnet.weights.names import named, stats_names
-
-BLANK: Any = 0
-"""What stands in a leaf's place."""
-
-
-class _Blanks:
-    """Draws nodes with blanks for leaves."""
-
-    def layer(
-        self, channels: int, out: int, side: int, groups: int = 1, *, last: bool = False
-    ) -> Layer:
-        return Layer(BLANK, Norm(BLANK, BLANK))
-
-    def biased(self, channels: int, out: int) -> Layer:
-        return Layer(BLANK, Bias(BLANK))
-
-    def bare(self, channels: int, out: int, side: int) -> Layer:
-        return Layer(BLANK, NoNorm())
-
-    def normed(self, channels: int) -> Normed:
-        return Normed(Norm(BLANK, BLANK))
-
-
-_DRAW = _Blanks()
-
-
-def blank_stats(unit: Layer | Normed) -> NormStats | tuple[()]:
-    """The statistics beside a unit, with blanks for leaves."""
-    return NormStats(BLANK, BLANK) if isinstance(unit.norm, Norm | FrozenNorm) else ()
 
 
 class _Candidate(NamedTuple):
@@ -86,18 +49,17 @@ class _Candidate(NamedTuple):
     names: frozenset[str]
 
     def draw(self) -> Any:
-        return self.block.draw(_DRAW, Plan(0, 0, 0, 1, self.shortcut, self.attention))
+        return blank_block(self.block, self.shortcut, self.attention)
 
 
 @cache
-def _candidates(block: Any) -> list[_Candidate]:
-    attentions = PLACES[block].get("attention", (NoAttention,))
-    found = []
+def _candidates(block: Any, attention: Any) -> list[_Candidate]:
+    """One for each shortcut that names tell."""
     shortcuts = [kind for kind in SHORTCUTS if kind is Identity or kind.names().units]
-    for shortcut, attention in product(shortcuts, attentions):
-        one = _Candidate(block, shortcut, attention, frozenset())
-        found.append(one._replace(names=_names_of(one.draw())))
-    return found
+    return [
+        _Candidate(block, kind, attention, _names_of(blank_block(block, kind, attention)))
+        for kind in shortcuts
+    ]
 
 
 def _names_of(node: Any) -> frozenset[str]:
@@ -117,15 +79,16 @@ def recognised(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
         raise FresnetError(
             "from_state_dict expects a head; got none: add an fc.weight [k c] and fc.bias [k]"
         )
-    block = _block_type([found for stage in stages for found in stage.values()], stride_in_1x1)
-    stem = _stem_type(given, block).draw(_DRAW, 0, 0)
+    found_in_blocks = [found for stage in stages for found in stage.values()]
+    block, attention = _block_types(found_in_blocks, stride_in_1x1)
+    stem = _stem_type(given, block).draw(Blanks(), 0, 0)
     channels = _channels(given, stem, "")
     pads = isinstance(stem, Stem3x3) and not any(".downsample." in name for name in given)
     drawn: list[tuple[Any, ...]] = []
     for stage in stages:
         blocks: list[Any] = []
         for prefix, found in stage.items():
-            best = _best(block, found)
+            best = _best(block, attention, found)
             out = _channels(given, best.draw(), prefix)
             changes = bool(drawn) or (None not in (out, channels) and out != channels)
             if best.shortcut is Identity and changes and not blocks:
@@ -133,7 +96,7 @@ def recognised(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
             blocks.append(best.draw())
             channels = out
         drawn.append(tuple(blocks))
-    last = LastNorm.draw(_DRAW, 0) if block is PreActivation else NoLastNorm()
+    last = LastNorm.draw(Blanks(), 0) if block is PreActivation else NoLastNorm()
     weights = Weights(stem, tuple(drawn), last, Head(BLANK, BLANK))
     return Params(weights, beside(blank_stats, weights))
 
@@ -168,18 +131,27 @@ def _stages(given: Mapping[str, Any]) -> list[dict[str, set[str]]]:
     ]
 
 
-def _block_type(blocks: list[set[str]], stride_in_1x1: bool) -> type[Any]:
-    """The type that explains the entries of all blocks best; names do not tell V1 from V1.5."""
+def _block_types(blocks: list[set[str]], stride_in_1x1: bool) -> tuple[type[Any], type[Any]]:
+    """The types of block and attention that explain the entries of all blocks best.
+
+    Names do not tell V1 from V1.5.
+    """
     other = Bottleneck if stride_in_1x1 else BottleneckV1
+    kinds: list[tuple[type[Any], type[Any]]] = [
+        (block, attention)
+        for block in BLOCKS
+        if block is not other
+        for attention in PLACES[block].get("attention", (NoAttention,))
+    ]
 
-    def explained(kind: type[Any]) -> int:
-        return sum(_score(_best(kind, found).names, found) for found in blocks)
+    def explained(kind: tuple[type[Any], type[Any]]) -> int:
+        return sum(_score(_best(*kind, found).names, found) for found in blocks)
 
-    return max((kind for kind in BLOCKS if kind is not other), key=explained)
+    return max(kinds, key=explained)
 
 
-def _best(block: Any, found: set[str]) -> _Candidate:
-    return max(_candidates(block), key=lambda candidate: _score(candidate.names, found))
+def _best(block: Any, attention: Any, found: set[str]) -> _Candidate:
+    return max(_candidates(block, attention), key=lambda one: _score(one.names, found))
 
 
 def _score(names: Set[str], found: Set[str]) -> int:
@@ -188,12 +160,16 @@ def _score(names: Set[str], found: Set[str]) -> int:
 
 
 def _stem_type(given: Mapping[str, Any], block: type[Any]) -> type[Any]:
+    kernel = getattr(given.get("conv1.weight"), "shape", ())[2:]
     if block is PreActivation:
+        if kernel and kernel != (7, 7):
+            raise FresnetError(
+                f"from_state_dict expects a 7x7 convolution in the stem of V2; got {tuple(kernel)}"
+            )
         return BareStem7x7
     entries = {name for name in given if re.match(r"(conv|bn)1\.", name)}
     kinds: tuple[type[Any], ...] = (Stem7x7, DeepStem)
-    best = max(kinds, key=lambda kind: _score(_names_of(kind.draw(_DRAW, 0, 0)), entries))
-    kernel = getattr(given.get("conv1.weight"), "shape", ())[2:]
+    best = max(kinds, key=lambda kind: _score(_names_of(kind.draw(Blanks(), 0, 0)), entries))
     return Stem3x3 if best is Stem7x7 and kernel == (3, 3) else best
 
 

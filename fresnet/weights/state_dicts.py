@@ -33,7 +33,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
 WRAPPINGS = 10
 
 STEM = re.compile(
-    r"((?:(?!layer\d)\w+\.)*?)"
+    r"((?:(?!layer\d|stages\.)\w+\.)*?)"
     r"(?:conv1\.(?:0\.)?|stem\.conv\.|resnet\.embedder\.embedder\.convolution\.)weight"
 )
 """The first convolution's name, behind the prefix that a parent module, DataParallel or
@@ -109,7 +109,7 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     layout = layout_of(params, layout)
     state = named_leaves(params)
     if layout == "timm":
-        state["fc.weight"] = state["fc.weight"][:, :, None, None]  # timm's V2 has a convolution
+        state["fc.weight"] = state["fc.weight"][..., None, None]  # timm's V2 has a convolution
     return {name_in(layout, name): value for name, value in state.items()}
 
 
@@ -117,8 +117,14 @@ def named_leaves(params: Params) -> dict[str, Tensor]:
     """Contiguous copies of a network's leaves by canonical name, with a counter for each norm.
 
     Entries of a module stand together, as in a module's state dict.
+
+    Raises:
+      FresnetError: if two leaves have one name, as where a norm stands in a bias's place.
     """
-    leaves = dict(zip(names(params), tree.leaves(params), strict=True))
+    listed = names(params)
+    if twice := [name for name in listed if listed.count(name) > 1]:
+        raise FresnetError(f"an entry expects a name of its own; got two {twice[0]}")
+    leaves = dict(zip(listed, tree.leaves(params), strict=True))
     modules: dict[str, list[str]] = {}
     for name in leaves:
         modules.setdefault(name.rpartition(".")[0], []).append(name)

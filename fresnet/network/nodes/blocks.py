@@ -137,12 +137,12 @@ def attention_of(block: Any) -> Any:
 
 def channels_of(at: Any) -> int:
     """The channels that a layer puts out."""
-    channels: int = at.unit.conv.shape[0]
-    return channels
+    shape: tuple[int, ...] = at.unit.conv.shape
+    return shape[0] if shape else 0  # what does not fit, the convolution refuses
 
 
 def groups_of(first: Any, second: Any) -> int:
     """The groups of the second of two layers, told by the channels between them."""
-    channels, weight = first.unit.conv.shape[0], second.unit.conv
+    channels, weight = channels_of(first), second.unit.conv
     inputs = weight.shape[1] if weight.ndim == 4 else 0
     return channels // inputs if inputs else 1  # what does not fit, the convolution refuses

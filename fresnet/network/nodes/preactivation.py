@@ -41,7 +41,7 @@ class PreActivation(NamedTuple, Generic[T, N]):
             d.normed(plan.channels),
             d.layer(plan.channels, plan.inner, 1),
             d.layer(plan.inner, plan.inner, 3, plan.groups),
-            d.bare(plan.inner, plan.out, 1),
+            d.bare(plan.inner, plan.out, 1, last=True),
             plan.shortcut.draw(d.bare, plan),
         )
 
@@ -51,7 +51,7 @@ class PreActivation(NamedTuple, Generic[T, N]):
             "before": ("", "norm1"),
             "layer1": ("conv1", "norm2"),
             "layer2": ("conv2", "norm3"),
-            "layer3": ("conv3", ""),
+            "layer3": ("conv3", "conv3"),
         }
         return Names(units, ("timm",))
 
@@ -75,7 +75,7 @@ class BareStem7x7(NamedTuple, Generic[T]):
 
     @staticmethod
     def names() -> Names:
-        return Names({"layer": ("conv1", "")}, ("timm",))
+        return Names({"layer": ("conv1", "conv1")}, ("timm",))
 
     @staticmethod
     def note() -> str:

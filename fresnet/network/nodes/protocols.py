@@ -4,6 +4,7 @@ A node says how it runs, how it is drawn and what checkpoints call it. It runs b
 is drawn by a `Drawer`.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -37,6 +38,7 @@ class Regime(Protocol):
     network runs as a tree of pairs.
     """
 
+    @abstractmethod
     def layer(
         self,
         at: Any,
@@ -48,6 +50,7 @@ class Regime(Protocol):
     ) -> tuple[Tensor, Any]:
         """relu(norm(conv(x)) + add), and what the layer leaves behind."""
 
+    @abstractmethod
     def normed(self, at: Any, x: Tensor) -> tuple[Tensor, Any]:
         """relu(norm(x)), and what the norm leaves behind."""
 
@@ -106,8 +109,8 @@ class Drawer(Protocol):
     def biased(self, channels: int, out: int) -> Layer:
         """A 1x1 convolution and a `Bias`."""
 
-    def bare(self, channels: int, out: int, side: int) -> Layer:
-        """A convolution and `NoNorm`."""
+    def bare(self, channels: int, out: int, side: int, *, last: bool = False) -> Layer:
+        """A convolution and `NoNorm`. Of the last layer of a block the weight may start at 0."""
 
     def normed(self, channels: int) -> Normed:
         """A `Norm` that no convolution precedes."""
