@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import fresnet
 from fresnet import FresnetError, Params, tree
 from fresnet.network import convolution
-from fresnet.network.nodes import BasicBlock, Bottleneck, Weights
+from fresnet.network.nodes import BasicBlock, Bias, Bottleneck, NoNorm, Weights
 
 MEANINGS = st.sampled_from(["running", "batch"])
 REGIMES = st.sampled_from(
@@ -203,6 +203,29 @@ def test_wrong_arguments(function: Any, arguments: dict[str, Any], message: str)
     with pytest.raises(FresnetError, match=re.escape(message)) as caught:
         function(**given | arguments)
     assert str(caught.value).startswith(function.__name__)
+
+
+def test_a_stem_without_a_norm_is_clipped_too() -> None:
+    """Its ReLU must not write over what the gradients start from."""
+    stem = NETWORK.weights.stem
+    bare = stem._replace(layer=stem.layer._replace(norm=NoNorm()))
+    weights = NETWORK.weights._replace(stem=bare)
+    stats = NETWORK.stats._replace(stem=NETWORK.stats.stem._replace(layer=()))
+    params = Params(weights, stats)
+    grads = fresnet.per_sample_grads(cross_entropy, params, X, Y, norms="running")
+    norms = fresnet.per_sample_norms(cross_entropy, params, X, Y, norms="running")
+    assert_close(norms, norms_of(grads), 1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_bias_of_another_width_is_refused(width: int) -> None:
+    """A bias of one value would otherwise be added to every channel."""
+    folded = fresnet.fold(NETWORK)
+    stem = folded.weights.stem
+    unfit = stem._replace(layer=stem.layer._replace(norm=Bias(torch.zeros(width))))
+    params = folded._replace(weights=folded.weights._replace(stem=unfit))
+    with pytest.raises(FresnetError, match=r"a bias of activations .* is \[4\]; got"):
+        fresnet.per_sample_norms(cross_entropy, params, X, Y)
 
 
 @pytest.mark.parametrize(

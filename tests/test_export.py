@@ -21,12 +21,15 @@ from torch import Tensor
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
 from fresnet.network.nodes import (
+    BareStem7x7,
     BasicBlock,
     Bottleneck,
     BottleneckV1,
     DeepStem,
+    LastNorm,
     NoShortcut,
     PooledProjection,
+    PreActivation,
     Stem3x3,
     ZeroPad,
 )
@@ -51,16 +54,18 @@ def network(spec: Spec, dtype: torch.dtype = torch.float32) -> Params:
 GROUPED_D = Spec(
     Bottleneck, (1, 1), 8, stem=DeepStem, shortcut=PooledProjection, groups=2, group_width=32
 )
+SMALL_V2 = Spec(PreActivation, (1, 1), 4, stem=BareStem7x7, last=LastNorm)
 NETWORKS = {
     "grouped resnet-d": network(GROUPED_D),
     "cifar, zero padding": network(Spec(BasicBlock, (1, 1, 1), 4, stem=Stem3x3, shortcut=ZeroPad)),
     "few channels": network(Spec(BasicBlock, (1, 1, 1), 4)),
     "plain": network(Spec(BasicBlock, (1, 1), 4, stem=Stem3x3, shortcut=NoShortcut)),
     "v1, frozen": fresnet.freeze(network(Spec(BottleneckV1, (2, 1), 4))),
+    "v2, folded": fresnet.fold(network(SMALL_V2)),
     "dilated": fresnet.dilate(network(Spec(Bottleneck, (1, 1), 4)), output_stride=4),
 }
 STRIDES = {"grouped resnet-d": 8, "cifar, zero padding": 4, "few channels": 16, "plain": 2}
-STRIDES |= {"v1, frozen": 8, "dilated": 4}
+STRIDES |= {"v1, frozen": 8, "v2, folded": 8, "dilated": 4}
 """The stride of each whole network: how many pixels its last stage's places are apart."""
 
 SMALL = network(Spec(BasicBlock, (1,), 4, stem=Stem3x3))

@@ -20,7 +20,12 @@ def imported(path: Path) -> set[str]:
     """The rooms that a file imports from."""
     rooms = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "fresnet":
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            rooms |= {name[1] for name in names if name[0] == "fresnet" and name[1:]}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path} imports relatively, which this test does not follow")
+        elif isinstance(node, ast.ImportFrom) and node.module == "fresnet":
             rooms |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fresnet."):
             rooms.add(room(str(node.module)))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,21 @@ from fresnet import FresnetError, Params, Spec, tree
 from fresnet.network.nodes import (
     BareStem7x7,
     BasicBlock,
+    Bias,
     Bottleneck,
     BottleneckV1,
     DeepStem,
     LastNorm,
+    Layer,
+    NoNorm,
     NoShortcut,
     PooledProjection,
     PreActivation,
+    Rescale,
     SqueezeExcite,
     Stem3x3,
     ZeroPad,
+    over,
 )
 
 
@@ -364,6 +370,62 @@ def test_what_hugging_face_has_not_is_not_written_for_it() -> None:
         params = fresnet.init(0, fresnet.SPECS[name], device="meta")
         with pytest.raises(FresnetError, match="huggingface has; got bottlenecks that are grouped"):
             fresnet.to_state_dict(params, "huggingface")
+
+
+def test_a_norm_where_others_have_none_or_another_is_not_written_for_them() -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet18"], num_classes=3)
+    stem, stats = params.weights.stem, params.stats.stem
+    bare = Params(
+        params.weights._replace(stem=stem._replace(layer=stem.layer._replace(norm=NoNorm()))),
+        params.stats._replace(stem=stats._replace(layer=())),
+    )
+    v2 = fresnet.init(0, fresnet.SPECS["resnetv2_50"], num_classes=3)
+    for layout, network, found in (
+        ("torchvision", fresnet.fold(params), "Bias"),
+        ("timm", fresnet.fold(params), "Bias"),
+        ("torchvision", bare, "NoNorm"),
+        ("timm", fresnet.fold(v2), "Bias and Rescale"),
+    ):
+        message = f"to_state_dict expects a network that {layout} has; got {found}"
+        with pytest.raises(FresnetError, match=re.escape(message)):
+            fresnet.to_state_dict(network, layout)
+    frozen = fresnet.freeze(params)
+    assert_same(fresnet.to_state_dict(frozen), fresnet.to_state_dict(params))
+
+
+def test_no_two_leaves_are_saved_under_one_name(tmp_path: Path) -> None:
+    """Of the two values one would be lost."""
+    params = fresnet.init(0, fresnet.SPECS["seresnet18"], num_classes=3)
+
+    def scaled(unit: Any) -> Any:
+        if isinstance(unit, Layer) and isinstance(unit.norm, Bias):
+            return unit._replace(norm=Rescale(torch.ones_like(unit.norm.bias), unit.norm.bias))
+        return unit
+
+    scaled_gates = params._replace(weights=over(scaled, params.weights))
+    with pytest.raises(FresnetError, match="an entry expects a name of its own; got two"):
+        fresnet.save(scaled_gates, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_entries_of_attention_that_are_lost_are_missed() -> None:
+    """Whether blocks have attention is told by all of them, not by each for itself."""
+    params = fresnet.init(0, fresnet.SPECS["seresnet18"], num_classes=3)
+    state = fresnet.to_state_dict(params, "timm")
+    kept = {name: value for name, value in state.items() if not name.startswith("layer2.1.se.")}
+    assert len(kept) == len(state) - 4
+    with pytest.raises(FresnetError, match=re.escape("layer2.1.se.fc1.weight is missing")):
+        fresnet.from_state_dict(kept)
+
+
+def test_a_v2_network_is_told_by_its_names_and_its_stem_by_its_shape() -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnetv2_50"], num_classes=3)
+    state = fresnet.to_state_dict(params, "timm")
+    prefixed = {f"module.backbone.{name}": value for name, value in state.items()}
+    assert_same(fresnet.from_state_dict(prefixed), params)
+    state["stem.conv.weight"] = torch.ones(64, 3, 3, 3)
+    with pytest.raises(FresnetError, match=r"7x7 convolution in the stem of V2; got \(3, 3\)"):
+        fresnet.from_state_dict(state)
 
 
 def test_the_paper_and_its_successors_share_names() -> None:

@@ -25,7 +25,21 @@ from fresnet.gradients.clipping import _Listening
 from fresnet.inference.cudnn import CuDNN
 from fresnet.inference.int8 import _Packing
 from fresnet.inference.onednn import OneDNN
-from fresnet.network.nodes import PLAIN, Layer, Norm, Normed, NormStats, Pair, Regime, over
+from fresnet.network.nodes import (
+    PLAIN,
+    BareStem7x7,
+    LastNorm,
+    Layer,
+    Norm,
+    Normed,
+    NormStats,
+    NoShortcut,
+    Pair,
+    PreActivation,
+    Regime,
+    ZeroPad,
+    over,
+)
 from fresnet.network.regimes import INFERENCE, TRAINING
 from fresnet.network.rewrites import _folded
 
@@ -165,11 +179,40 @@ def test_a_norm_that_a_regime_does_not_know_is_refused(
         _folded(unit, beside)
 
 
-@pytest.mark.parametrize("regime", [name for name in REGIMES if name != "training"])
+@pytest.mark.parametrize("regime", REGIMES)
 def test_a_norm_without_its_statistics_is_refused(regime: str) -> None:
     unit = Layer(torch.ones(4, 4, 3, 3), Norm(torch.ones(4), torch.zeros(4)))
     with pytest.raises(FresnetError):
         run_by(REGIMES[regime](), unit, ())
+
+
+def test_dilated_v2_equals_timms() -> None:
+    model = timm.create_model("resnetv2_50", num_classes=7, output_stride=8)
+    model = reference.perturbed(model, seed=0).eval()
+    params = fresnet.dilate(fresnet.from_state_dict(model.state_dict()), output_stride=8)
+    with torch.no_grad():
+        assert_close(fresnet.forward(params, X), model(X), 1e-12)
+
+
+def test_zero_init_makes_each_v2_block_its_shortcut() -> None:
+    spec = fresnet.SPECS["resnetv2_50"]
+    params = fresnet.init(0, spec, num_classes=5, zero_init_residual=True)
+    for stage in params.weights.stages:
+        for block in stage:
+            assert not block.layer3.conv.any()
+            assert block.layer2.norm.scale.all()
+
+
+@pytest.mark.parametrize("shortcut", [ZeroPad, NoShortcut])
+def test_a_v2_shortcut_that_changes_the_map_reads_it_activated(shortcut: type[Any]) -> None:
+    """So does a projection, which is compared with timm's."""
+    spec = fresnet.Spec(PreActivation, (1,), 4, stem=BareStem7x7, last=LastNorm, shortcut=shortcut)
+    params = fresnet.init(0, spec, num_classes=5, zero_init_residual=True, dtype=torch.float64)
+    block = over(Pair, params.weights.stages[0][0], params.stats.stages[0][0])
+    x = X.new_zeros(2, 4, 6, 6) + torch.arange(-18.0, 18).reshape(6, 6)
+    y, _ = block.run(x, fresnet.nodes.Grid(), INFERENCE)
+    active = nn.functional.pad(x.relu(), (0, 0, 0, 0, 0, 12))
+    assert_close(y, active if shortcut is ZeroPad else torch.zeros_like(y), 1e-4)
 
 
 def test_a_v2_block_is_a_function_of_its_parts() -> None:
