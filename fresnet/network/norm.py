@@ -25,7 +25,7 @@ from fresnet.network.nodes import (
     NormStats,
     Rescale,
 )
-from fresnet.network.ops import add
+from fresnet.network.ops import add_over
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group
 
@@ -219,7 +219,7 @@ def _without_statistics(norm: Bias | Rescale | NoNorm, x: Tensor) -> Tensor:
     if isinstance(norm, NoNorm):
         return x
     *scale, bias = (leaf.to(x.dtype)[:, None, None] for leaf in norm)
-    return torch.addcmul(bias, x, *scale) if scale else add(x, bias.expand_as(x))
+    return torch.addcmul(bias, x, *scale) if scale else add_over(x, bias)
 
 
 def _check_channels(x: Tensor, norm: Norm | FrozenNorm, stats: NormStats) -> None:

@@ -80,9 +80,14 @@ def add(y: Tensor, shortcut: Tensor) -> Tensor:
             f"a block with output {tuple(y.shape)} expects a shortcut of the same shape; "
             f"got {tuple(shortcut.shape)}"
         )
+    return add_over(y, shortcut)
+
+
+def add_over(y: Tensor, term: Tensor) -> Tensor:
+    """y + term, broadcast to y's shape and written over y."""
     if torch.compiler.is_compiling() or transform_stack.active():
-        return y + shortcut  # vmap refuses to write a mapped tensor over one that is not mapped
-    return y.add_(shortcut)
+        return y + term  # vmap refuses to write a mapped tensor over one that is not mapped
+    return y.add_(term)
 
 
 def gate(x: Tensor, gates: Tensor) -> Tensor:
