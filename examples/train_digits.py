@@ -90,9 +90,8 @@ def main() -> None:
     train, test = load()
     per_epoch = len(train.labels) // BATCH
     steps = args.epochs * per_epoch
-    params = fresnet.init(
-        args.seed, fresnet.SPECS[args.arch], num_classes=10, zero_init_residual=True
-    )
+    spec = fresnet.SPECS[args.arch]
+    params = fresnet.init(args.seed, spec, num_classes=10, zero_init_residual=True)
     optimizer = optim.sgd(rate_for(args.epochs, per_epoch), momentum=0.9, weight_decay=WEIGHT_DECAY)
     state, history = start(params, optimizer), History()
     if args.resume:

@@ -12,17 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet import (
-    __version__,
-    export,
-    forward,
-    init,
-    load,
-    preprocess,
-    save,
-    summary,
-    to_state_dict,
-)
+import fresnet
 from fresnet.data.preprocess import PRESETS, Preset
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.check import first_conv
@@ -54,6 +44,7 @@ EXAMPLES = {
 The same command again goes on from the last checkpoint in --out.""",
 }
 WEIGHTS = "a checkpoint (.safetensors, .pth), or owner/name at Hugging Face"
+OUTPUTS = "a .safetensors, .pth, .pt or .bin, or to run: an .onnx or .pt2"
 BATCH = 16
 
 
@@ -85,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.partition(": ")[2].capitalize(),
         epilog="exit status: 0 done, 1 refused (the reason is on stderr), 2 misspelt command",
     )
-    parser.add_argument("--version", action="version", version=f"fresnet {__version__}")
+    parser.add_argument("--version", action="version", version=f"fresnet {fresnet.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
@@ -129,12 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     what = "a checkpoint under another library's names, or exported to run without fresnet"
     sub = command("convert", _convert, what)
     sub.add_argument("source", metavar="IN", help=WEIGHTS)
-    sub.add_argument(
-        "target",
-        metavar="OUT",
-        type=Path,
-        help="a .safetensors, .pth, .pt or .bin, or to run: an .onnx or .pt2",
-    )
+    sub.add_argument("target", metavar="OUT", type=Path, help=OUTPUTS)
     sub.add_argument("--layout", choices=LAYOUTS, default="torchvision", help="default torchvision")
     _add_stride(sub)
 
@@ -197,7 +183,7 @@ def _train(args: argparse.Namespace) -> str:
 
 
 def _summary(args: argparse.Namespace) -> str:
-    table = summary(_network(args), args.image_size)
+    table = fresnet.summary(_network(args), args.image_size)
     return table.markdown() if args.markdown else str(table)
 
 
@@ -205,14 +191,14 @@ def _network(args: argparse.Namespace) -> Params:
     """A member of the family without values, or the network in a checkpoint."""
     name = args.network
     if name in SPECS:
-        return init(0, SPECS[name], num_classes=args.classes, device="meta")
+        return fresnet.init(0, SPECS[name], num_classes=args.classes, device="meta")
     if Path(name).exists() or "/" in name or "." in name:
-        return load(name, stride_in_1x1=args.stride_in_1x1)
+        return fresnet.load(name, stride_in_1x1=args.stride_in_1x1)
     raise FresnetError(f"unknown network {name!r}; {suggestion(name, SPECS)}")
 
 
 def _predict(args: argparse.Namespace) -> str:
-    params = load(args.weights, stride_in_1x1=args.stride_in_1x1)
+    params = fresnet.load(args.weights, stride_in_1x1=args.stride_in_1x1)
     classes = len(params.weights.head.bias)
     labels = _labels(args.labels, classes)
     top = min(5, classes) if args.top is None else args.top
@@ -245,9 +231,9 @@ def _preset(text: str) -> str | Preset:
 def _probabilities(params: Params, images: Sequence[str], preset: str | Preset) -> Iterator[Tensor]:
     stem = first_conv(params.weights)
     for start in range(0, len(images), BATCH):
-        x = preprocess(images[start : start + BATCH], preset)
+        x = fresnet.preprocess(images[start : start + BATCH], preset)
         with torch.no_grad():
-            logits = forward(params, x.to(stem.dtype)).float()
+            logits = fresnet.forward(params, x.to(stem.dtype)).float()
         if not logits.isfinite().all():
             raise FresnetError("the network's logits are not finite: these weights overflow")
         yield from logits.softmax(1)
@@ -282,16 +268,16 @@ def _convert(args: argparse.Namespace) -> str:
         raise FresnetError(
             f"{args.target} expects no --layout: it holds a program; got {args.layout}"
         )
-    params = load(args.source, stride_in_1x1=args.stride_in_1x1)
+    params = fresnet.load(args.source, stride_in_1x1=args.stride_in_1x1)
     if exported:
-        export(params, args.target)
+        fresnet.export(params, args.target)
         return f"wrote {args.target}"
     if args.target.suffix != ".safetensors":
-        write_pickle("convert", to_state_dict(params, args.layout), args.target)
+        write_pickle("convert", fresnet.to_state_dict(params, args.layout), args.target)
     elif args.layout != "torchvision":
-        write_safetensors("convert", to_state_dict(params, args.layout), args.target)
+        write_safetensors("convert", fresnet.to_state_dict(params, args.layout), args.target)
     else:
-        save(params, args.target)
+        fresnet.save(params, args.target)
         foreign = foreign_to("torchvision", params)
         return f"wrote {args.target}" + (
             f"; torchvision has no {foreign}, so it is for fresnet alone" if foreign else ""

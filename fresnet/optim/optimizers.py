@@ -15,10 +15,7 @@ from fresnet.tree import Tree
 Rate: TypeAlias = float | Tensor | Schedule
 Where: TypeAlias = Callable[[tree.Path], bool]
 Move: TypeAlias = Callable[..., tuple[Tensor, ...]]
-"""The update of one leaf, `(where, w, g, *moments) -> (w, *moments)`.
-
-`where` is the answer of the optimizer's `Where` for this leaf.
-"""
+"""The update of one leaf, `(selected, w, g, *moments) -> (w, *moments)`, selected by a `Where`."""
 
 
 class Update(Protocol):
