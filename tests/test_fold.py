@@ -12,8 +12,8 @@ from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
 import fresnet
-from fresnet import FresnetError, Params, tree
-from fresnet.network.nodes import Bias
+from fresnet import FresnetError, Params, Spec, tree
+from fresnet.network.nodes import BasicBlock, Bias, Rescale
 
 
 @examples(50)
@@ -102,3 +102,16 @@ def test_a_folded_network_is_saved_described_and_refused_where_norms_are_asked_f
         FresnetError, match=r"expects stats\.stem to be as weights\.stem, a Stem3x3; got a tuple"
     ):
         fresnet.forward(unfit, x)
+
+
+def test_a_rescale_after_a_convolution_is_folded_into_it() -> None:
+    """`quantize` makes such layers; kernels want a bias alone."""
+    folded = fresnet.fold(fresnet.init(0, Spec(BasicBlock, (1,), width=4), num_classes=5))
+    stem = folded.weights.stem
+    scale = torch.linspace(0.5, 2, 4)
+    scaled = stem.layer._replace(norm=Rescale(scale, stem.layer.norm.bias + 1))
+    params = folded._replace(weights=folded.weights._replace(stem=stem._replace(layer=scaled)))
+    again = fresnet.fold(params)
+    assert type(again.weights.stem.layer.norm) is Bias
+    x = torch.randn(2, 3, 40, 36, generator=torch.Generator().manual_seed(0))
+    assert_close(fresnet.forward(again, x), fresnet.forward(params, x), 1e-5)

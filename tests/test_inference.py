@@ -368,3 +368,12 @@ def test_what_forward_refuses_is_refused() -> None:
         infer(x[0])
     with pytest.raises(FresnetError, match=r"in the weights' torch\.float32; got torch\.float64"):
         infer(x.double())
+
+
+def test_networks_without_values_are_refused() -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5, device="meta")
+    x = torch.ones(1, 3, 16, 16, device="meta")
+    with pytest.raises(FresnetError, match="compile_inference expects images and a network with"):
+        fresnet.compile_inference(params, x)
+    with pytest.raises(FresnetError, match="quantize expects a network with values"):
+        fresnet.quantize(params, [x])

@@ -45,6 +45,9 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     What is not finite may not be seen in the logits: a fused ReLU may make NaN 0, and int8 has
     none. Where that matters, look at the images.
 
+    What is prepared for a shape is compared with `forward` once. If they differ by more than
+    rounding, a warning says so, and images of that shape are run by `forward`.
+
     Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, for as
     many threads as PyTorch then has; they stay for the process, and weights packed for the shape
     with the callable. Several threads may use it; on a GPU they take turns.
@@ -64,8 +67,9 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
       A function of images to logits `[b k]` without derivatives. It takes x of any shape, and
       raises a `FresnetError` for what `forward` would refuse.
     Raises:
-      FresnetError: as `forward` does, or for a quantised network that is not on the CPU, or where
-        PyTorch has no kernels for it, or the processor none whose sums are exact (VNNI).
+      FresnetError: as `forward` does, or for tensors on meta, or for a quantised network that is
+        not on the CPU, or where PyTorch has no kernels for it, or the processor none whose sums
+        are exact (VNNI).
     """
     network: Any
     prepare: Callable[[Any, Tensor], Inference]

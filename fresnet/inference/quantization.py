@@ -58,8 +58,8 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
       highest `[2]` of each layer's results, where `params.stats` has its norm's statistics. images:
       the range `[2]` of the images.
     Raises:
-      FresnetError: if params is not a network in float32, if batches is a tensor or holds none,
-        if blocks have attention, if activations are not finite, or as `forward` does.
+      FresnetError: if params is not a network in float32, or is on meta, if batches is a tensor or
+        holds none, if blocks have attention, if activations are not finite, or as `forward` does.
     Source: Jacob et al. 2017, arXiv:1712.05877, Sec. 2.1; Krishnamoorthi 2018, arXiv:1806.08342,
       Sec. 3.1, per channel.
     """

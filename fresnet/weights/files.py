@@ -53,8 +53,9 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
       params: the network.
       path: the file to write. An existing file is replaced.
     Raises:
-      FresnetError: if params is not a network, if `load` would refuse its values, if the path ends
-        like those of `torch.save`, or if the file cannot be written.
+      FresnetError: if params is not a network, if two leaves would have one name, if `load` would
+        refuse its values, if the path ends like those of `torch.save`, or if the file cannot be
+        written.
     """
     check_params("save", params)
     if str(path).endswith((".pth", ".pt", ".bin")):

@@ -95,8 +95,8 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     Returns:
       Names to tensors, for `load_state_dict(strict=True)`.
     Raises:
-      FresnetError: if params is not a network, or has nodes that the layout's library does not
-        have. Sizes are not held against what that library can build.
+      FresnetError: if params is not a network, or has nodes or norms that the layout's library does
+        not have. Sizes are not held against what that library can build.
     """
     check_params("to_state_dict", params)
     if layout not in LAYOUTS:
