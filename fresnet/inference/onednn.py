@@ -13,7 +13,7 @@ from torch import Tensor
 from fresnet.inference import side_by_side, winograd
 from fresnet.inference.fused import Fused, FusedLayer, Inference
 from fresnet.network.net import run_network
-from fresnet.network.nodes import Geometry, Head, Params
+from fresnet.network.nodes import Geometry, Head, Normed, Params, Unit, Weights, over
 from fresnet.network.ops import linear
 
 TRACE, FUNCTION = "_create_graph_by_tracing", "_create_function_from_graph"
@@ -89,8 +89,17 @@ def prepare(params: Params, x: Tensor) -> Inference:
     def run(x: Tensor) -> Tensor:
         return last.head(params.weights.head, run_network(ready, x, do, last=last).y)
 
-    fused = fuse(run, images)
+    # The fuser ends the process on some small networks in which a norm stands alone, as in V2.
+    alone = [unit for unit in units_of(params.weights) if isinstance(unit, Normed)]
+    fused = run if alone else fuse(run, images)
     return lambda x: fused(x.contiguous(memory_format=torch.channels_last))
+
+
+def units_of(weights: Weights) -> list[Unit]:
+    """The units of a network in order."""
+    found: list[Unit] = []
+    over(found.append, weights)
+    return found
 
 
 def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
