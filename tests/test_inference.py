@@ -16,6 +16,7 @@ from strategies import examples, images, seeds, tiny_params
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import conv2d
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fresnet
 from fresnet import FresnetError, Params, tree
@@ -39,6 +40,45 @@ def test_every_network_runs_as_it_does_uncompiled(
         logits = infer(x.to(dtype))
     assert logits.dtype == dtype
     assert_logits_close(params, x, logits, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@examples(30)
+@given(params=tiny_params(), x=images())
+def test_onednn_takes_every_convolution_of_every_network(
+    dtype: torch.dtype, params: Params, x: Tensor
+) -> None:
+    """What it hands back when it runs is seen here. It refuses some images of a few pixels."""
+    if not onednn.is_supported(dtype, torch.device("cpu")):
+        pytest.skip("bfloat16 needs a processor with AVX-512")
+
+    def watched_fuse(function: Any, x: Tensor) -> Any:
+        made = fuse(function, x)
+        if made is function:
+            assert min(x.shape[2:]) <= 4
+            return made
+        with Watch() as watch:
+            made(x)
+        assert not [name for name in watch.names if "convolution" in name]
+        return made
+
+    fuse = onednn.fuse
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "fuse", watched_fuse)
+        network = tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(params))
+        fresnet.compile_inference(network, x.to(dtype))
+
+
+class Watch(TorchDispatchMode):
+    """Lists the operations that PyTorch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(f.__name__)
+        return f(*args, **(kwargs or {}))
 
 
 def assert_logits_close(params: Params, x: Tensor, logits: Tensor, bound: float) -> None:

@@ -234,7 +234,7 @@ def test_a_v2_block_is_a_function_of_its_parts() -> None:
 
 
 def test_a_small_v2_network_is_compiled_without_ending_the_process() -> None:
-    """oneDNN's fuser, given this network, ends the process with a segmentation fault."""
+    """A map of one pixel with other strides than expected ended it, with a segmentation fault."""
     spec = fresnet.Spec(PreActivation, (2, 1, 2, 1), 6, stem=BareStem7x7, last=LastNorm)
     params = fresnet.init(0, spec, num_classes=8)
     x = torch.ones(1, 9, 8, 3).permute(0, 3, 1, 2)

@@ -39,8 +39,6 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     rectify too, and the network is one CUDA graph; float32 is TF32 if PyTorch's setting says so
     when a shape is prepared. On other devices and in other dtypes `torch.compile` does what it can.
 
-    ResNet V2 on a CPU is run by oneDNN's convolutions one at a time: its compiler fails on some.
-
     What `quantize` returns runs in int8: activations are uint8 from the images to the last layer,
     and the head is float32.
 

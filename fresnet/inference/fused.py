@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fresnet.errors import FresnetError, describe
-from fresnet.network import ops
 from fresnet.network.faults import missing_columns
 from fresnet.network.nodes import Bias, Geometry, Layer, NoNorm, Normed, Pair, Rescale, Unit
 from fresnet.network.regimes import Floating
@@ -83,6 +82,10 @@ class Fused(Floating):
         run = at.beside if callable(at.beside) else _rescaling(at.unit)
         return run(x, None), run
 
+    def join(self, y: Tensor, add: Tensor | None) -> Tensor:
+        # Not written over y, for oneDNN's compiler refuses such a function in bfloat16.
+        return F.relu(y if add is None else y + add)
+
 
 def _folded(unit: Unit) -> tuple[Tensor, Tensor | None]:
     """The convolution and the bias of a folded layer."""
@@ -98,8 +101,9 @@ def _rescaling(unit: Unit) -> FusedLayer:
     match unit:
         case Normed(Rescale(scale, bias)):
             factor, shift = scale[:, None, None].clone(), bias[:, None, None].clone()
-            # As one operation: of a product and a sum oneDNN's fuser makes wrong results in V2.
-            return lambda x, _: ops.relu(torch.addcmul(shift, x, factor))
+            # oneDNN's compiler would write a product and a sum over x, which the shortcut reads. It
+            # leaves this one operation to PyTorch.
+            return lambda x, _: F.relu(torch.addcmul(shift, x, factor))
     _refuse(unit)
 
 

@@ -6,6 +6,7 @@ here touches them.
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from fresnet.inference import side_by_side, winograd
 from fresnet.inference.fused import Fused, FusedLayer, Inference
 from fresnet.network.net import run_network
-from fresnet.network.nodes import Geometry, Head, Normed, Params, Unit, Weights, over
+from fresnet.network.nodes import Geometry, Head, Pair, Params
 from fresnet.network.ops import linear
 
 TRACE, FUNCTION = "_create_graph_by_tracing", "_create_function_from_graph"
@@ -40,6 +41,23 @@ class OneDNN(Fused):
         if bias is not None and winograd.is_faster(shape, weight, how):
             return winograd.convolution(shape, weight, bias, relu=relu)
         return super().convolution(shape, weight, bias, how, relu=relu)
+
+    def layer(
+        self,
+        at: Pair,
+        x: Tensor,
+        how: Geometry,
+        *,
+        add: Tensor | None = None,
+        relu: bool = True,
+    ) -> tuple[Tensor, Any]:
+        return super().layer(at, x, how, add=None if add is None else _one_way(add), relu=relu)
+
+    def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Any]:
+        return super().normed(at, _one_way(x))
+
+    def join(self, y: Tensor, add: Tensor | None) -> Tensor:
+        return super().join(_one_way(y), None if add is None else _one_way(add))
 
 
 class SideBySide(OneDNN):
@@ -89,17 +107,8 @@ def prepare(params: Params, x: Tensor) -> Inference:
     def run(x: Tensor) -> Tensor:
         return last.head(params.weights.head, run_network(ready, x, do, last=last).y)
 
-    # The fuser ends the process on some small networks in which a norm stands alone, as in V2.
-    alone = [unit for unit in units_of(params.weights) if isinstance(unit, Normed)]
-    fused = run if alone else fuse(run, images)
+    fused = fuse(run, images)
     return lambda x: fused(x.contiguous(memory_format=torch.channels_last))
-
-
-def units_of(weights: Weights) -> list[Unit]:
-    """The units of a network in order."""
-    found: list[Unit] = []
-    over(found.append, weights)
-    return found
 
 
 def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -107,7 +116,7 @@ def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], 
 
     The compiler takes a block of a network, or a stage, at once. It packs weights, and keeps what
     PyTorch's operators prepare anew in each call. PyTorch reaches it by TorchScript alone. A
-    function that it refuses is run as it is, such as some networks on images of a single pixel.
+    function that it refuses is run as it is, such as some networks on images of a few pixels.
     """
     enabled = torch.jit.onednn_fusion_enabled()
     torch.jit.enable_onednn_fusion(True)
@@ -123,3 +132,13 @@ def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], 
     finally:
         torch.jit.enable_onednn_fusion(enabled)
     return fused
+
+
+def _one_way(x: Tensor) -> Tensor:
+    """The activations; maps of one pixel with the strides that sums and ReLU give them.
+
+    Many strides say the same of such maps. What oneDNN compiles expects those that it once saw. It
+    hands others to PyTorch's convolution, along with tensors that only oneDNN can read, and that
+    ends the process.
+    """
+    return x.flatten(1)[:, :, None, None] if x.shape[2:] == (1, 1) else x
