@@ -33,24 +33,8 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 def test_every_network_runs_as_it_does_uncompiled(
     dtype: torch.dtype, params: Params, x: Tensor
 ) -> None:
-    folded = fresnet.fold(params)
-    network = tree.map(lambda leaf: leaf.to(dtype), folded)
-    with unmutated(network, x):
-        infer = fresnet.compile_inference(network, x.to(dtype))
-        logits = infer(x.to(dtype))
-    assert logits.dtype == dtype
-    assert_logits_close(params, x, logits, BOUNDS[dtype])
-
-
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@examples(30)
-@given(params=tiny_params(), x=images())
-def test_onednn_takes_every_convolution_of_every_network(
-    dtype: torch.dtype, params: Params, x: Tensor
-) -> None:
-    """What it hands back when it runs is seen here. It refuses some images of a few pixels."""
-    if not onednn.is_supported(dtype, torch.device("cpu")):
-        pytest.skip("bfloat16 needs a processor with AVX-512")
+    """oneDNN takes every convolution; it may refuse images of a few pixels."""
+    network = tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(params))
 
     def watched_fuse(function: Any, x: Tensor) -> Any:
         made = fuse(function, x)
@@ -63,14 +47,16 @@ def test_onednn_takes_every_convolution_of_every_network(
         return made
 
     fuse = onednn.fuse
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, unmutated(network, x):
         patch.setattr(onednn, "fuse", watched_fuse)
-        network = tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(params))
-        fresnet.compile_inference(network, x.to(dtype))
+        infer = fresnet.compile_inference(network, x.to(dtype))
+        logits = infer(x.to(dtype))
+    assert logits.dtype == dtype
+    assert_logits_close(params, x, logits, BOUNDS[dtype])
 
 
 class Watch(TorchDispatchMode):
-    """Lists the operations that PyTorch runs."""
+    """The operations that PyTorch runs meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
