@@ -292,3 +292,37 @@ def test_gradients_of_another_network_are_refused() -> None:
     optimizer = optim.sgd(0.1)
     with pytest.raises(FresnetError, match="expects trees of one structure"):
         optimizer.update(other, optimizer.init(one), one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "law",
+    [
+        optim.sgd(
+            torch.tensor(0.1), momentum=torch.tensor(0.9), weight_decay=optim.cosine(1, over=3)
+        ),
+        optim.adamw(optim.cosine(torch.tensor(0.1), over=3)),
+        optim.lars(torch.tensor(0.1), weight_decay=torch.tensor(0.1)),
+    ],
+)
+def test_leaves_without_dimensions_keep_their_dtype(
+    law: optim.Optimizer, dtype: torch.dtype
+) -> None:
+    weights = (torch.tensor(1.0, dtype=dtype), torch.ones(2, dtype=dtype))
+    state = law.init(weights)
+    for _ in range(2):
+        weights, state = law.update(weights, state, weights)
+        assert {leaf.dtype for leaf in weights} == {dtype}
+        assert {leaf.dtype for leaf in tree.leaves(state.moments)} == {dtype}
+
+
+def test_schedules_over_no_step() -> None:
+    """No step of warm-up is none; a fall within no step is refused."""
+    after = optim.cosine(1.0, over=4)
+    assert optim.warm_up(after, over=0) is after
+    for wrong in (0, -1, True, "4", float("nan")):
+        with pytest.raises(FresnetError, match="cosine expects over to be at least 1 step; got"):
+            optim.cosine(1.0, over=wrong)  # type: ignore[arg-type]
+    for negative in (-1, True, None):
+        with pytest.raises(FresnetError, match="warm_up expects over to be a number of steps from"):
+            optim.warm_up(after, over=negative)  # type: ignore[arg-type]

@@ -111,7 +111,7 @@ def test_tables_fit_80_columns_and_add_up(name: str) -> None:
     assert f"{exact:,}" in total
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.0, True, "224", None, (1, 2, 3), (0, 1), [224, 224]])
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "224", None, (1, 2, 3), (0, 1), [224, True]])
 def test_sizes_that_are_none_are_refused(size: Any) -> None:
     params = fresnet.init(0, fresnet.RESNET18, device="meta")
     with pytest.raises(FresnetError, match="expects image_size to be an integer from 1"):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from fresnet import tree
 from fresnet.errors import FresnetError, describe
 from fresnet.network.nodes import (
     BLOCKS,
@@ -28,6 +29,7 @@ from fresnet.network.nodes import (
     Weights,
     blocks_of,
 )
+from fresnet.numbers import as_integer, as_number
 from fresnet.pytorch.collectives import Group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,8 +55,8 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
     check_images(caller, params, x)
 
 
-def check_images(caller: str, params: Params | Quantized, x: Tensor) -> None:
-    """Refuse images that this network does not take.
+def check_images(caller: str, params: Params | Quantized, x: Tensor, *, least: int = 1) -> None:
+    """Refuse images that this network does not take, and fewer than so many.
 
     Raises:
       FresnetError: naming what was expected and what came.
@@ -67,12 +69,47 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor) -> None:
         one = x.ndim == 3 and x.shape[0] == stem.shape[1]
         hint = " (one image? x[None])" if one else ""
         raise FresnetError(f"{expected}; got {tuple(x.shape)}{hint}")
-    if 0 in x.shape:
+    if x.shape[0] < least or 0 in x.shape[1:]:
         raise FresnetError(f"{expected} with at least one image and pixel; got {tuple(x.shape)}")
+    if x.layout is not torch.strided:
+        raise FresnetError(f"{expected} without gaps; got {describe(x)}: x.to_dense()?")
     if x.dtype != head.dtype:  # a quantised network's convolutions are int8
         raise FresnetError(f"{expected} in the weights' {head.dtype}; got {x.dtype}")
     if x.device != head.device:
         raise FresnetError(f"{expected} on the weights' device {head.device}; got {x.device}")
+
+
+def check_differentiable(caller: str, *trees: object) -> None:
+    """Refuse tensors of `torch.inference_mode`, of which PyTorch takes no derivative.
+
+    Raises:
+      FresnetError: saying what to do.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(leaf.is_inference() for leaf in tree.leaves(trees)):
+        raise FresnetError(
+            f"{caller} expects tensors that can be differentiated; got some of "
+            "torch.inference_mode: make them, or clone() them, outside of it, or under no_grad"
+        )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether this is neither on meta nor made under PyTorch's `FakeTensorMode`."""
+    return not tensor.is_meta and not hasattr(tensor, "fake_mode")
+
+
+def check_values(caller: str, *trees: object) -> None:
+    """Refuse tensors without values.
+
+    Raises:
+      FresnetError: saying what to do.
+    """
+    if not all(map(has_values, tree.leaves(trees))):
+        raise FresnetError(
+            f"{caller} expects tensors with values; got some that are on meta or were made under "
+            "FakeTensorMode"
+        )
 
 
 def first_conv(weights: Weights) -> Any:
@@ -82,21 +119,23 @@ def first_conv(weights: Weights) -> Any:
     return first[0] if isinstance(first, tuple) and first else None
 
 
-def check_momentum(caller: str, momentum: float | Tensor) -> None:
-    """Refuse a momentum that is neither a number from 0 to 1 nor a 0-d float tensor.
+def check_momentum(caller: str, momentum: float | Tensor) -> float | Tensor:
+    """The momentum, a number from 0 to 1 or a 0-d float tensor.
 
     Raises:
-      FresnetError: saying what came.
+      FresnetError: if it is neither, saying what came.
     """
     if isinstance(momentum, Tensor):
-        fits = momentum.ndim == 0 and momentum.is_floating_point()
+        if momentum.ndim == 0 and momentum.is_floating_point():
+            return momentum
     else:
-        fits = type(momentum) in (int, float) and 0 <= momentum <= 1
-    if not fits:
-        got = describe(momentum) if isinstance(momentum, Tensor) else repr(momentum)
-        raise FresnetError(
-            f"{caller} expects momentum to be a number from 0 to 1 or a 0-d float tensor; got {got}"
-        )
+        number = as_number(momentum)
+        if number is not None and 0 <= number <= 1:
+            return number
+    got = describe(momentum) if isinstance(momentum, Tensor) else repr(momentum)
+    raise FresnetError(
+        f"{caller} expects momentum to be a number from 0 to 1 or a 0-d float tensor; got {got}"
+    )
 
 
 def check_group(caller: str, group: Group | None) -> None:
@@ -118,10 +157,11 @@ def check_image_size(caller: str, image_size: int | tuple[int, int]) -> tuple[in
     Raises:
       FresnetError: if they are not integers from 1 to 2**20.
     """
-    size: object = (image_size, image_size) if type(image_size) is int else image_size
-    if type(size) is tuple and len(size) == 2:
-        height, width = size
-        if all(type(n) is int and 0 < n <= 2**20 for n in size):
+    side = as_integer(image_size)
+    size: Any = image_size if side is None else (side, side)
+    if isinstance(size, tuple | list) and len(size) == 2:
+        height, width = map(as_integer, size)
+        if height and width and all(0 < n <= 2**20 for n in (height, width)):
             return height, width
     raise FresnetError(
         f"{caller} expects image_size to be an integer from 1 to 2**20, or two; got {image_size!r}"
@@ -212,6 +252,8 @@ class _Walk(NamedTuple):
     def leaf(self, tree: str, where: str, field: str, leaf: object, dtype: torch.dtype) -> None:
         if not isinstance(leaf, Tensor):
             self.fail(f"{tree}.{where}.{field}", "a tensor", describe(leaf))
+        if leaf.layout is not torch.strided:
+            self.fail(f"{tree}.{where}.{field}", "a tensor without gaps", describe(leaf))
         if leaf.dtype != dtype or leaf.device != self.device:
             expected = f"{dtype} on {self.device}, to go with the stem"
             self.fail(f"{tree}.{where}.{field}", expected, f"{leaf.dtype} on {leaf.device}")

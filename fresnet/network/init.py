@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, reason
 from fresnet.network.check import DTYPES, stats_dtype
 from fresnet.network.nodes import (
     Bias,
@@ -24,6 +24,7 @@ from fresnet.network.nodes import (
     beside,
 )
 from fresnet.network.specs import RESNET50, Spec
+from fresnet.numbers import as_integer
 
 
 def init(
@@ -64,25 +65,31 @@ def init(
       FresnetError: if generator, spec, num_classes, in_channels, dtype or device is not as above.
     Source: He et al. 2015, arXiv:1502.01852, Eq. 14, in the backward direction.
     """
-    if type(generator) is int and -(2**63) <= generator < 2**64:
-        generator = torch.Generator().manual_seed(generator)
+    seed = as_integer(generator)
+    if seed is not None and -(2**63) <= seed < 2**64:
+        generator = torch.Generator().manual_seed(seed)
     if not isinstance(generator, torch.Generator):
         raise FresnetError(f"init expects a torch.Generator or an int; got {generator!r}")
     if not isinstance(spec, Spec):
         raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {spec!r}")
-    if not all(type(n) is int and 0 < n < 2**31 for n in (num_classes, in_channels)):
+    classes, channels = as_integer(num_classes), as_integer(in_channels)
+    if not classes or not channels or not all(0 < n < 2**31 for n in (classes, channels)):
         raise FresnetError(
             "init expects num_classes and in_channels to be positive integers below 2**31; "
-            f"got num_classes={num_classes}, in_channels={in_channels}"
+            f"got num_classes={num_classes!r}, in_channels={in_channels!r}"
         )
     if dtype not in DTYPES:
         raise FresnetError(f"init expects dtype to be one of {DTYPES}; got {dtype!r}")
     try:
         device = generator.device if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise FresnetError(f"init expects device to be a torch.device; got {device!r}") from error
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise FresnetError(
+            f"init expects device to be a torch.device that is there; got {device!r}: "
+            f"{reason(error)}"
+        ) from error
     draw = _Values(generator, dtype, device, last_scale=0.0 if zero_init_residual else 1.0)
-    weights = _weights(draw, spec, num_classes, in_channels)
+    weights = _weights(draw, spec, classes, channels)
     return Params(weights, fresh_stats(weights))
 
 

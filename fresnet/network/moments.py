@@ -102,7 +102,7 @@ def update(stats: Tree, moments: object, *, momentum: float | Tensor = 0.1) -> T
     Raises:
       FresnetError: if the trees differ, or if the momentum is not such a number.
     """
-    check_momentum("update", momentum)
+    momentum = check_momentum("update", momentum)
     pairs: list[tuple[NormStats, Moments]] = []
     _map("update", lambda *pair: pairs.append(pair), stats, moments, first=NormStats)
     if not pairs:

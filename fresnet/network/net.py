@@ -77,7 +77,7 @@ def forward_train(
       FresnetError: if the tree, the images, the momentum or the group are not what a network
         takes, or if some norm would see one value per channel.
     """
-    check_momentum("forward_train", momentum)
+    momentum = check_momentum("forward_train", momentum)
     check_call("forward_train", params, x)
     check_group("forward_train", group)
     logits, moments = run_training(params, x, training(group))

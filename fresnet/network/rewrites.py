@@ -32,6 +32,7 @@ from fresnet.network.nodes import (
     replaced,
 )
 from fresnet.network.norm import EPS
+from fresnet.numbers import as_integer
 
 T = TypeVar("T")
 
@@ -135,7 +136,7 @@ def _folded(unit: Unit, stats: Any) -> Unit:
 def _affine(norm: Norm | FrozenNorm, stats: NormStats, like: Tensor) -> tuple[Tensor, Tensor]:
     """A norm's factor and bias for each channel, of which `like` has as many."""
     shapes = [leaf.shape for leaf in (*norm, *stats)]
-    if set(shapes) != {like.shape[:1]}:
+    if any(shape != like.shape[:1] for shape in shapes):
         got = ", ".join(str(tuple(shape)) for shape in shapes)
         raise FresnetError(
             f"fold expects scale, bias, mean and var [{len(like)}] each, beside a weight "
@@ -170,17 +171,18 @@ def dilate(params: Params, *, output_stride: int) -> Params:
     check_params("dilate", params)
     weights = params.weights
     strides = [weights.stem.stride() * 2**i for i in range(len(weights.stages))]
-    if type(output_stride) is not int or output_stride not in strides:
+    wanted = as_integer(output_stride)
+    if wanted is None or wanted not in strides:
         raise FresnetError(
             f"dilate expects output_stride to be one of {strides}; got {output_stride!r}"
         )
     for stage, stride in zip(weights.stages, strides, strict=True):
-        if stride > output_stride and isinstance(blocks_of(stage)[0].shortcut, PooledProjection):
+        if stride > wanted and isinstance(blocks_of(stage)[0].shortcut, PooledProjection):
             raise FresnetError("dilate expects shortcuts without pooling; got PooledProjection")
 
     def dilated(stages: tuple[Any, ...]) -> tuple[Any, ...]:
         each = zip(map(blocks_of, stages), strides, strict=True)
-        return tuple(DilatedStage(b) if stride > output_stride else b for b, stride in each)
+        return tuple(DilatedStage(b) if stride > wanted else b for b, stride in each)
 
     return Params(
         weights._replace(stages=dilated(weights.stages)),

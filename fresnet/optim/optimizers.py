@@ -1,13 +1,14 @@
 """Optimizers as pure functions of trees: SGD, AdamW and LARS."""
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
+from fresnet.numbers import as_number
 from fresnet.optim.schedules import Schedule
 from fresnet.pytorch import transform_stack
 from fresnet.tree import Tree
@@ -102,7 +103,10 @@ def sgd(
     Raises:
       FresnetError: if a number is negative, or if nesterov comes without momentum.
     """
-    _check("sgd", learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    learning_rate, weight_decay = _rates(
+        "sgd", learning_rate=learning_rate, weight_decay=weight_decay
+    )
+    (momentum,) = _numbers("sgd", momentum=momentum)
     has_velocity = isinstance(momentum, Tensor) or momentum > 0
     if nesterov and not has_velocity:
         raise FresnetError("sgd expects a momentum above 0 with nesterov; got 0")
@@ -150,8 +154,12 @@ def adamw(
       FresnetError: if a number is negative, or if a beta is not below 1.
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2.
     """
-    _check("adamw", learning_rate=learning_rate, weight_decay=weight_decay, eps=eps)
-    b1, b2 = betas
+    learning_rate, weight_decay = _rates(
+        "adamw", learning_rate=learning_rate, weight_decay=weight_decay
+    )
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise FresnetError(f"adamw expects betas to be two numbers; got {betas!r}")
+    eps, b1, b2 = _numbers("adamw", eps=eps, beta1=betas[0], beta2=betas[1])
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise FresnetError(f"adamw expects betas from 0 to below 1; got {betas}")
 
@@ -199,7 +207,10 @@ def lars(
       FresnetError: if a number is negative.
     Source: You, Gitman & Ginsburg 2017, arXiv:1708.03888, Alg. 1.
     """
-    _check("lars", learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    learning_rate, weight_decay = _rates(
+        "lars", learning_rate=learning_rate, weight_decay=weight_decay
+    )
+    momentum, trust = _numbers("lars", momentum=momentum, trust=trust)
 
     def at(step: Tensor) -> Move:
         rate, decay = _at(learning_rate, step), _at(weight_decay, step)
@@ -229,7 +240,7 @@ def clip_by_norm(grads: Tree, max_norm: float | Tensor) -> Tree:
       FresnetError: if max_norm is negative.
     Source: Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063, Alg. 1.
     """
-    _check("clip_by_norm", max_norm=max_norm)
+    (max_norm,) = _numbers("clip_by_norm", max_norm=max_norm)
     norm = torch.stack([g.norm() for g in tree.leaves(grads)]).norm()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
     return tree.map(lambda g: g * factor, grads)
@@ -255,13 +266,18 @@ def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where
         del grads  # so gradients that only this call holds are freed one by one
         others = zip(*map(tree.leaves, (weights, *state.moments)), strict=True)
         moved = [
-            move(decays, w, taken.pop(), *moments)
-            for decays, (w, *moments) in zip(where, others, strict=True)
+            _in_dtype_of(old, move(decays, old[0], taken.pop(), *old[1:]))
+            for decays, old in zip(where, others, strict=True)
         ]
         weights, *new = (tree.unflatten(weights, leaves) for leaves in zip(*moved, strict=True))
         return weights, State(state.step + 1, tuple(new))
 
     return Optimizer(init, update)
+
+
+def _in_dtype_of(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    """The new tensors; a rate that is a tensor widens those without dimensions."""
+    return [leaf.to(before.dtype) for before, leaf in zip(old, new, strict=True)]
 
 
 def _plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
@@ -284,16 +300,33 @@ def _at(rate: Rate, step: Tensor) -> float | Tensor:
     return rate(step) if callable(rate) else rate
 
 
-def _check(caller: str, **values: Rate) -> None:
-    """Refuse a value that is neither a number from 0 on, nor a 0-d float tensor, nor a function."""
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            fits = value.ndim == 0 and value.is_floating_point()
-        else:
-            fits = callable(value) or (type(value) in (int, float) and value >= 0)
-        if not fits:
-            got = describe(value) if isinstance(value, Tensor) else repr(value)
-            raise FresnetError(
-                f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor or a "
-                f"schedule; got {got}"
-            )
+def _rates(caller: str, **values: Any) -> list[Any]:
+    """The values, of which each is a number from 0 on, a 0-d float tensor or a schedule.
+
+    Raises:
+      FresnetError: naming the first that is none of these.
+    """
+    return [
+        value if callable(value) else _number(caller, name, value, " or a schedule")
+        for name, value in values.items()
+    ]
+
+
+def _numbers(caller: str, **values: Any) -> list[Any]:
+    """The values, of which each is a number from 0 on or a 0-d float tensor."""
+    return [_number(caller, name, value, "") for name, value in values.items()]
+
+
+def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
+    if isinstance(value, Tensor):
+        if value.ndim == 0 and value.is_floating_point():
+            return value
+    else:
+        number = as_number(value)
+        if number is not None and number >= 0:
+            return number
+    got = describe(value) if isinstance(value, Tensor) else repr(value)
+    raise FresnetError(
+        f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor{otherwise}; "
+        f"got {got}"
+    )

@@ -6,6 +6,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fresnet.errors import FresnetError
+from fresnet.numbers import as_number
+
 Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
 """From the step, `[]`, to a rate. The step is 0 at the first update."""
 
@@ -25,8 +28,12 @@ def steps(peak: float | Tensor, *, at: Sequence[int], factor: float = 0.1) -> Sc
 def cosine(peak: float | Tensor, *, over: int, end: float | Tensor = 0.0) -> Schedule:
     """A schedule that falls from `peak` to `end` by half a cosine in `over` steps, and then stays.
 
+    Raises:
+      FresnetError: if `over` is not at least 1.
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts.
     """
+    if not (as_number(over) or 0) >= 1:
+        raise FresnetError(f"cosine expects over to be at least 1 step; got {over!r}")
 
     def schedule(step: Tensor) -> Tensor:
         progress = (step / over).clamp(max=1)
@@ -39,14 +46,21 @@ def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
     """Put `over` steps of linear warm-up before a schedule.
 
     The rate rises from `start` times the schedule's first value to that value. Then the schedule
-    begins.
+    begins; it begins at once if `over` is 0.
 
     >>> rate = warm_up(cosine(1.0, over=4), over=2, start=0.5)
     >>> [round(float(rate(torch.tensor(step))), 3) for step in range(7)]
     [0.5, 0.75, 1.0, 0.854, 0.5, 0.146, 0.0]
 
+    Raises:
+      FresnetError: if `over` is negative.
     Source: Goyal et al. 2017, arXiv:1706.02677, Sec. 2.2.
     """
+    number = as_number(over)
+    if number is None or number < 0:
+        raise FresnetError(f"warm_up expects over to be a number of steps from 0 on; got {over!r}")
+    if number == 0:
+        return schedule
 
     def warmed(step: Tensor) -> Tensor:
         after = schedule((step - over).clamp(min=0))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.errors import FresnetError, describe, reason
 from fresnet.network.nodes import Params
+from fresnet.numbers import as_integer
 from fresnet.weights.files import BESIDES, NETWORK, structure_of
 from fresnet.weights.names import names
 from fresnet.weights.storage import as_path, read_safetensors, remove_leftovers, write_safetensors
@@ -58,13 +59,14 @@ def save_state(
         there before is then still there.
     """
     folder = as_path(folder)
-    if type(keep) is not int or keep < 1:
+    files, number = as_integer(keep), as_integer(step)
+    if files is None or files < 1:
         raise FresnetError(f"save_state expects keep to be a positive integer; got {keep!r}")
-    if type(step) is not int or step < 0:
+    if number is None or number < 0:
         raise FresnetError(f"save_state expects step to be an integer from 0 on; got {step!r}")
     entries = _entries("save_state", state)
     about = {
-        "step": step,
+        "step": number,
         "notes": dict(notes or {}),
         "strides": {name: leaf.stride() for name, leaf in entries.items()},
         "nodes": _nodes(state),
@@ -79,10 +81,10 @@ def save_state(
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise FresnetError(f"save_state cannot make {folder}: {reason(error)}") from error
-    path = folder / f"step-{step:012}.safetensors"
+    path = folder / f"step-{number:012}.safetensors"
     write_safetensors("save_state", _apart(entries), path, texts)
     # Files of higher steps are damaged, or training went back to before them. They do not count.
-    for old in [file for file in saved_states(folder) if _step_of(file) <= step][keep:]:
+    for old in [file for file in saved_states(folder) if _step_of(file) <= number][files:]:
         try:
             old.unlink(missing_ok=True)
         except OSError as error:

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Generator, Tensor
 
 from fresnet.errors import FresnetError
+from fresnet.numbers import as_number
 
 Mixing: TypeAlias = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
 
@@ -86,7 +87,7 @@ def _share(alpha: float, generator: Generator) -> float:
     it no more, the draw is numpy's, from a seed that the generator gives.
     """
     if not hasattr(torch, "_sample_dirichlet"):
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         return float(numpy.random.default_rng(seed).beta(alpha, alpha))
     concentrations = torch.full((2,), alpha, dtype=torch.float32, device="cpu")
     return float(torch._sample_dirichlet(concentrations, generator=generator)[0])
@@ -98,6 +99,7 @@ def _blend(values: Tensor, share: float) -> Tensor:
 
 
 def _positive(caller: str, alpha: float) -> float:
-    if type(alpha) not in (int, float) or not 0 < alpha < inf:
+    number = as_number(alpha)
+    if number is None or not 0 < number < inf:
         raise FresnetError(f"{caller} expects alpha to be a positive number; got {alpha!r}")
-    return float(alpha)
+    return float(number)

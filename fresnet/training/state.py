@@ -9,6 +9,7 @@ from fresnet import optim, tree
 from fresnet.errors import FresnetError
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.nodes import Params
+from fresnet.numbers import as_integer
 
 NoAverage: TypeAlias = tuple[()]
 
@@ -58,12 +59,15 @@ def start(
             f"start expects weights in float32 or float64; got {stem.dtype}: make_train_step(..., "
             "precision=torch.bfloat16) computes in it, with float32 weights behind"
         )
+    number = as_integer(seed)
+    if number is None or not -(2**63) <= number < 2**64:
+        raise FresnetError(f"start expects seed to be an integer; got {seed!r}")
     zero = torch.zeros((), dtype=torch.int64, device=stem.device)
     return TrainState(
         step=zero,
         params=params,
         optimizer=optimizer.init(params.weights),
         average=tree.map(Tensor.clone, params) if average else (),
-        rng=torch.Generator().manual_seed(seed).get_state(),
+        rng=torch.Generator().manual_seed(number).get_state(),
         position=zero,
     )

@@ -1,0 +1,29 @@
+"""Numbers as users have them: Python's own and numpy's. A bool is no number, nor is a tensor."""
+
+from numbers import Integral, Real
+
+
+def as_integer(value: object) -> int | None:
+    """The value as Python's int, or None if it is no integer.
+
+    >>> import numpy
+    >>> as_integer(numpy.int64(4)), as_integer(True), as_integer(4.0)
+    (4, None, None)
+    """
+    if type(value) is int:
+        return value
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def as_number(value: object) -> float | None:
+    """The value as Python's int or float, or None if it is no real number.
+
+    >>> import numpy
+    >>> as_number(numpy.float32(0.5)), as_number(2), as_number(True), as_number("2")
+    (0.5, 2, None, None)
+    """
+    if type(value) is int or type(value) is float:
+        return value
+    if isinstance(value, Integral):
+        return as_integer(value)
+    return float(value) if isinstance(value, Real) else None
