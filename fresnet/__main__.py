@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fresnet
+from fresnet.data.folder import read_labels
 from fresnet.data.preprocess import PRESETS, Preset
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.check import first_conv
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "--classes", type=int, default=1000, metavar="N", help="if not a file; default 1000"
     )
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
-    _add_stride(sub)
+    _add_architecture(sub)
 
     sub = command("predict", _predict, "the most probable classes of images")
     sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
@@ -115,14 +116,14 @@ def _parser() -> argparse.ArgumentParser:
         "default imagenet-v1",
     )
     sub.add_argument("--json", action="store_true", help="as JSON")
-    _add_stride(sub)
+    _add_architecture(sub)
 
     what = "a checkpoint under another library's names, or exported to run without fresnet"
     sub = command("convert", _convert, what)
     sub.add_argument("source", metavar="IN", help=WEIGHTS)
     sub.add_argument("target", metavar="OUT", type=Path, help=OUTPUTS)
     sub.add_argument("--layout", choices=LAYOUTS, default="torchvision", help="default torchvision")
-    _add_stride(sub)
+    _add_architecture(sub)
 
     sub = command("train", _train, "a network on a folder of images by a published recipe")
     _add_training(sub)
@@ -134,11 +135,11 @@ def _size(text: str) -> int | tuple[int, int]:
     return (int(height), int(width)) if width else int(height)
 
 
-def _add_stride(parser: argparse.ArgumentParser) -> None:
+def _add_architecture(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--stride-in-1x1",
-        action="store_true",
-        help="bottlenecks stride in their first convolution, as in the paper",
+        "--arch",
+        metavar="NAME",
+        help="the network, where names in a checkpoint do not tell, such as resnet50_v1",
     )
 
 
@@ -147,7 +148,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     option("folder", type=Path, metavar="DIR", help="holds train/CLASS/IMAGE and val/CLASS/IMAGE")
     option("--validation", type=Path, metavar="DIR", help="holds CLASS/IMAGE; default DIR/val")
     option("--recipe", default="v1", metavar="NAME", help="paper, v1 or v2; default v1")
-    option("--arch", metavar="NAME", help="default resnet50")
+    option("--arch", metavar="NAME", help="default resnet50, or what --weights tell")
     option("--weights", metavar="FILE", help="to begin with; other classes: a fresh head")
     for name, kind, what in (
         ("epochs", int, "instead of the recipe's"),
@@ -193,32 +194,39 @@ def _network(args: argparse.Namespace) -> Params:
     if name in SPECS:
         return fresnet.init(0, SPECS[name], num_classes=args.classes, device="meta")
     if Path(name).exists() or "/" in name or "." in name:
-        return fresnet.load(name, stride_in_1x1=args.stride_in_1x1)
+        return fresnet.load(name, architecture=args.arch)
     raise FresnetError(f"unknown network {name!r}; {suggestion(name, SPECS)}")
 
 
 def _predict(args: argparse.Namespace) -> str:
-    params = fresnet.load(args.weights, stride_in_1x1=args.stride_in_1x1)
+    params = fresnet.load(args.weights, architecture=args.arch)
     classes = len(params.weights.head.bias)
     labels = _labels(args.labels, classes)
     top = min(5, classes) if args.top is None else args.top
     if not 1 <= top <= classes:
         raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")
-    found = []
-    for image, probabilities in zip(
-        args.images, _probabilities(params, args.images, _preset(args.preset)), strict=True
-    ):
+    found: list[Mapping[str, Any]] = []
+    broken: list[str] = []
+    for image, probabilities in _probabilities(params, args.images, _preset(args.preset), broken):
         predictions = [
             {"class": index, "label": labels[index], "probability": probability}
             for probability, index in zip(*map(Tensor.tolist, probabilities.topk(top)), strict=True)
         ]
         found.append({"image": image, "preset": args.preset, "predictions": predictions})
-    return json.dumps(found, indent=2) if args.json else "\n\n".join(map(_table, found))
+    said = json.dumps(found, indent=2) if args.json else "\n\n".join(map(_table, found))
+    if broken:
+        if found:
+            print(said, flush=True)
+        count = f"{len(broken)} of {len(args.images)} images cannot be read:"
+        raise FresnetError("\n  ".join([count, *broken] if len(args.images) > 1 else broken))
+    return said
 
 
 def _preset(text: str) -> str | Preset:
     """The name of a preset, or a preset made from a text such as "256,224,bilinear"."""
     if "," not in text:
+        if text not in PRESETS:
+            raise FresnetError(f"unknown preset {text!r}; {suggestion(text, PRESETS)}")
         return text
     match text.split(","):
         case [resize, crop, "bilinear" | "bicubic" as interpolation] if (
@@ -228,15 +236,26 @@ def _preset(text: str) -> str | Preset:
     raise FresnetError(f"--preset expects a name or, say, 256,224,bilinear; got {text}")
 
 
-def _probabilities(params: Params, images: Sequence[str], preset: str | Preset) -> Iterator[Tensor]:
+def _probabilities(
+    params: Params, images: Sequence[str], preset: str | Preset, broken: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each image with its probabilities `[k]`; what cannot be read is put to `broken`."""
     stem = first_conv(params.weights)
     for start in range(0, len(images), BATCH):
-        x = fresnet.preprocess(images[start : start + BATCH], preset)
+        read: list[tuple[str, Tensor]] = []
+        for image in images[start : start + BATCH]:
+            try:
+                read.append((image, fresnet.preprocess([image], preset)))
+            except FresnetError as error:
+                broken.append(str(error).replace("preprocess cannot read images[0], ", ""))
+        if not read:
+            continue
+        names, xs = zip(*read, strict=True)
         with torch.no_grad():
-            logits = fresnet.forward(params, x.to(stem.dtype)).float()
+            logits = fresnet.forward(params, torch.cat(xs).to(stem.dtype)).float()
         if not logits.isfinite().all():
             raise FresnetError("the network's logits are not finite: these weights overflow")
-        yield from logits.softmax(1)
+        yield from zip(names, logits.softmax(1), strict=True)
 
 
 def _table(found: Mapping[str, Any]) -> str:
@@ -251,8 +270,8 @@ def _labels(path: Path | None, classes: int) -> Sequence[str | None]:
     if path is None:
         return [None] * classes
     try:
-        labels = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        labels = read_labels(path)
+    except (OSError, FresnetError) as error:
         raise FresnetError(f"cannot read labels {path}: {reason(error)}") from error
     if len(labels) != classes:
         raise FresnetError(f"{path} has {len(labels)} labels; the network has {classes} classes")
@@ -268,7 +287,7 @@ def _convert(args: argparse.Namespace) -> str:
         raise FresnetError(
             f"{args.target} expects no --layout: it holds a program; got {args.layout}"
         )
-    params = fresnet.load(args.source, stride_in_1x1=args.stride_in_1x1)
+    params = fresnet.load(args.source, architecture=args.arch)
     if exported:
         fresnet.export(params, args.target)
         return f"wrote {args.target}"

@@ -179,3 +179,19 @@ __all__ = [
     "torchvision",
     "v1",
 ]
+
+
+def architecture(params: fresnet.Params) -> fresnet.Spec | None:
+    """What the names of a network's entries do not tell: that its bottlenecks are the paper's."""
+    stages = [fresnet.nodes.blocks_of(stage) for stage in params.weights.stages]
+    if not isinstance(stages[0][0], fresnet.nodes.BottleneckV1):
+        return None
+    shortcuts = [type(block.shortcut) for stage in stages for block in stage]
+    changing = [kind for kind in shortcuts if kind is not fresnet.nodes.Identity]
+    return fresnet.Spec(
+        fresnet.nodes.BottleneckV1,
+        tuple(map(len, stages)),
+        shortcut=changing[0] if changing else fresnet.nodes.Projection,
+        stem=type(params.weights.stem),
+        attention=type(stages[0][0].attention),
+    )

@@ -16,9 +16,11 @@ from sklearn.datasets import load_sample_images
 import fresnet
 from fresnet import Spec
 from fresnet.__main__ import main
-from fresnet.network.nodes import BottleneckV1
+from fresnet.network.nodes import BottleneckV1, CentredZeroPad
+from fresnet.weights.state_dicts import named_leaves
 
-PARAMS = fresnet.init(0, Spec(BottleneckV1, (1, 1), width=8), num_classes=4)
+SPEC = Spec(BottleneckV1, (1, 1), width=8)
+PARAMS = fresnet.init(0, SPEC, num_classes=4)
 
 
 @pytest.fixture
@@ -100,6 +102,25 @@ def test_predict_takes_any_number_of_images_and_any_dtype(
     assert found[0] == found[2] != found[1]
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_predict_says_what_it_can_and_names_what_it_cannot(
+    capsys: pytest.CaptureFixture[str], folder: Path, as_json: bool
+) -> None:
+    images = ["china.png", "labels.txt", "flower.jpg", "no.png"]
+    net = ("--weights", "net.safetensors", *["--json"] * as_json)
+    _, expected, _ = call(capsys, "predict", "china.png", "flower.jpg", *net)
+    code, out, err = call(capsys, "predict", *images, *net)
+    assert (code, out) == (1, expected)
+    first, *named = err.splitlines()
+    assert first == "fresnet predict: 2 of 4 images cannot be read:"
+    assert ["labels.txt: cannot identify" in named[0], "no.png: No such file" in named[1]] == [
+        True,
+        True,
+    ]
+    code, out, err = call(capsys, "predict", "no.png", *net)
+    assert (code, out) == (1, "")
+
+
 def test_predictions_that_are_no_numbers_are_refused(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -120,15 +141,33 @@ def test_convert(
     told = (layout, suffix) == ("torchvision", ".safetensors")
     lost = "" if told else "; its names do not tell BottleneckV1"
     assert (code, out) == (0, f"wrote {target}{lost}\n")
-    assert_same(fresnet.load(target, stride_in_1x1=True), PARAMS)
+    assert_same(fresnet.load(target, architecture=SPEC), PARAMS)
     assert (folder / target).stat().st_mode == (folder / "labels.txt").stat().st_mode
-    code, _, _ = call(capsys, "convert", target, "back.safetensors", "--stride-in-1x1")
+
+
+def test_convert_is_told_what_names_do_not_tell(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet20_centred"], num_classes=2)
+    torch.save(named_leaves(params), "names.pth")
+    arguments = ("convert", "names.pth", "back.safetensors", "--arch")
+    code, _, _ = call(capsys, *arguments, "resnet20_centred")
     assert code == 0
-    assert_same(fresnet.load("back.safetensors"), PARAMS)
-    assert torch.equal(
-        fresnet.forward(PARAMS, torch.ones(1, 3, 32, 32)),
-        fresnet.forward(fresnet.load("back.safetensors"), torch.ones(1, 3, 32, 32)),
+    assert_same(fresnet.load("back.safetensors"), params)
+    block = fresnet.load("back.safetensors").weights.stages[1][0]
+    assert type(block.shortcut) is CentredZeroPad
+    for arch, message in (
+        ("resnet32", "expects stages of (5, 5, 5), as architecture says; got entries of (3, 3"),
+        ("resnet20b", "downsample.0.weight is missing"),
+    ):
+        code, _, err = call(capsys, *arguments, arch)
+        assert code == 1
+        assert message in err
+    code, _, err = call(
+        capsys, "summary", "back.safetensors", "--arch", "plain20", "--image-size", "32"
     )
+    assert code == 1
+    assert "as architecture says; the network has" in err
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from assertions import assert_close, global_generators_untouched, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, images, tiny_params
-from torch import Tensor
+from torch import Tensor, nn
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
@@ -30,6 +30,7 @@ from fresnet.network.nodes import (
     NoShortcut,
     PooledProjection,
     PreActivation,
+    SqueezeExcite,
     Stem3x3,
     ZeroPad,
 )
@@ -352,7 +353,7 @@ HALF = SMALL._replace(weights=tree.map(Tensor.bfloat16, SMALL.weights))
     ("params", "name", "options", "reason"),
     [
         (SMALL.weights, "a.onnx", {}, r"export expects Params\(weights, stats\); got a Weights"),
-        (META, "a.onnx", {}, "export expects a network with values; got one on meta"),
+        (META, "a.onnx", {}, "export expects tensors with values; got some that are on meta"),
         (SMALL, "a.pth", {}, r"export expects a path that ends in \.onnx or \.pt2; got .*a\.pth"),
         (SMALL, "onnx", {}, r"export expects a path that ends in \.onnx or \.pt2; got .*onnx"),
         (SMALL, "a.onnx", {"compiled": True}, r"ends in \.pt2 if compiled; got .*a\.onnx"),
@@ -407,3 +408,58 @@ def test_fresnet_needs_none_of_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "fresnet.errors.FresnetError: export cannot write /dev/null/net.pt2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("opset", "name"),
+    [(13, "grouped resnet-d"), (13, "cifar, zero padding"), (17, "v2, folded"), (21, "attention")],
+)
+def test_an_opset_for_older_runtimes(opset: int, name: str, tmp_path: Path) -> None:
+    attention = Spec(BasicBlock, (1, 1), 8, attention=SqueezeExcite)
+    params = network(attention) if name == "attention" else NETWORKS[name]
+    path = tmp_path / "net.onnx"
+    fresnet.export(params, path, opset=opset)
+    (imported,) = (o.version for o in onnx.load(path).opset_import if not o.domain)
+    assert imported == opset
+    session = onnxruntime.InferenceSession(path)
+    for size in ((2, 3, 40, 48), (3, 3, 33, 65)):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        (found,) = session.run(None, {"x": x.numpy()})
+        assert_close(torch.from_numpy(found), fresnet.forward(params, x), BOUND)
+
+
+@pytest.mark.parametrize("opset", [12, True, "17", 17.0])
+def test_no_opset(opset: Any, tmp_path: Path) -> None:
+    params = next(iter(NETWORKS.values()))
+    with pytest.raises(
+        FresnetError, match=r"opset to be an integer from 13 on, for an \.onnx; got"
+    ):
+        fresnet.export(params, tmp_path / "net.onnx", opset=opset)
+    with pytest.raises(FresnetError, match=r"for an \.onnx; got 17"):
+        fresnet.export(params, tmp_path / "net.pt2", opset=17)
+
+
+class Traced(nn.Module):
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        self.params = params
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fresnet.forward(self.params, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:Constant folding:UserWarning")
+@pytest.mark.parametrize("name", ["grouped resnet-d", "cifar, zero padding", "v1, frozen"])
+def test_the_older_tracers_of_pytorch_take_a_network(name: str, tmp_path: Path) -> None:
+    params, generator = NETWORKS[name], torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 40, 48, generator=generator)
+    expected = fresnet.forward(params, x)
+    traced = torch.jit.trace(Traced(params), (x,))
+    assert_close(traced(x), expected, 1e-6)
+    batch = torch.randn(3, 3, 40, 48, generator=generator)
+    assert_close(traced(batch), fresnet.forward(params, batch), 1e-6)
+    path = tmp_path / "traced.onnx"
+    torch.onnx.export(Traced(params), (x,), path, dynamo=False, input_names=["x"])
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"x": x.numpy()})
+    assert_close(torch.from_numpy(found), expected, 1e-5)

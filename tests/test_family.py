@@ -1,6 +1,7 @@
 """The members beyond the paper's five equal independent implementations."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,14 @@ from torch.nn.functional import cross_entropy
 import fresnet
 from fresnet import Params, Spec, tree
 from fresnet.network.nodes import (
+    BasicBlock,
     Bottleneck,
     BottleneckV1,
+    CentredZeroPad,
     DilatedStage,
     NoShortcut,
     PooledProjection,
+    Projection,
     Stem3x3,
     Weights,
     ZeroPad,
@@ -73,7 +77,8 @@ def test_their_deeper_forms_equal_torchvision_in_forward(name: str) -> None:
 @given(x=training_images(), seed=seeds, spec=small_specs(block=Bottleneck))
 def test_v1_strides_in_the_first_convolution(x: Tensor, seed: int, spec: Spec) -> None:
     model = reference.v1(reference.module(spec, seed))
-    check(model, partial(fresnet.from_state_dict, stride_in_1x1=True), x)
+    v1 = replace(spec, block=BottleneckV1)
+    check(model, partial(fresnet.from_state_dict, architecture=v1), x)
 
 
 @pytest.mark.slow
@@ -91,16 +96,6 @@ def test_resnet_d_equals_timm(x: Tensor, seed: int, depths: tuple[int, ...], blo
     check(reference.perturbed(model, seed), fresnet.from_state_dict, x)
 
 
-def plain(params: Params) -> Params:
-    """Without shortcuts."""
-
-    def without(tree: Any) -> Any:
-        blocks = (tuple(b._replace(shortcut=NoShortcut()) for b in stage) for stage in tree.stages)
-        return tree._replace(stages=tuple(blocks))
-
-    return Params(*map(without, params))
-
-
 @pytest.mark.parametrize("option", ["A", "B", "plain"])
 @examples(6)
 @given(
@@ -113,8 +108,9 @@ def test_cifar_nets_equal_torchvisions_blocks(
     option: str, x: Tensor, seed: int, depths: list[int], width: int
 ) -> None:
     def read(state: Mapping[str, Tensor]) -> Params:
-        params = fresnet.from_state_dict(state)
-        return plain(params) if option == "plain" else params
+        shortcut = {"A": ZeroPad, "B": Projection, "plain": NoShortcut}[option]
+        spec = Spec(BasicBlock, tuple(depths), stem=Stem3x3, shortcut=shortcut)
+        return fresnet.from_state_dict(state, architecture=spec)
 
     check(reference.perturbed(reference.Cifar(depths, option, width, 10), seed), read, x)
 
@@ -168,7 +164,8 @@ def test_every_member_is_what_its_name_says(name: str) -> None:
     assert (PooledProjection in shortcuts) == (name in ("resnet26d", "resnet50d"))
     assert {type(b).__name__ == "BottleneckV1" for b in blocks} == {name.endswith("_v1")}
     cifar = len(weights.stages) == 3
-    assert (ZeroPad in shortcuts) == (cifar and name.startswith("resnet") and name[-1] != "b")
+    assert (CentredZeroPad in shortcuts) == name.endswith("_centred")
+    assert (ZeroPad in shortcuts) == (cifar and name[:6] == "resnet" and name[-1].isdecimal())
     assert isinstance(weights.stem, Stem3x3) == cifar
     if len(blocks) < 60:
         pyramid = fresnet.features(params, torch.empty(1, 3, 64, 64, device="meta"))

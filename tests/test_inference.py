@@ -399,7 +399,7 @@ def test_what_forward_refuses_is_refused() -> None:
 def test_networks_without_values_are_refused() -> None:
     params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5, device="meta")
     x = torch.ones(1, 3, 16, 16, device="meta")
-    with pytest.raises(FresnetError, match="compile_inference expects images and a network with"):
+    with pytest.raises(FresnetError, match="compile_inference expects tensors with values"):
         fresnet.compile_inference(params, x)
-    with pytest.raises(FresnetError, match="quantize expects a network with values"):
+    with pytest.raises(FresnetError, match="quantize expects tensors with values"):
         fresnet.quantize(params, [x])

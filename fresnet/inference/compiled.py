@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError
 from fresnet.inference import cudnn, int8, onednn
 from fresnet.inference.fused import Inference
-from fresnet.network.check import check_images, check_params
+from fresnet.network.check import check_images, check_params, check_values
 from fresnet.network.net import forward, run_network
 from fresnet.network.nodes import Params, Quantized
 from fresnet.network.regimes import INFERENCE
@@ -82,8 +81,7 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
             network = tree.map(torch.clone, tree.map(Tensor.detach, fold(params)))
         prepare = _prepare
     check_images("compile_inference", network, x)
-    if x.is_meta:
-        raise FresnetError("compile_inference expects images and a network with values; got meta")
+    check_values("compile_inference", network, x)
     if isinstance(params, Params):
         with torch.no_grad():  # what does not fit, packed layers would refuse less well, or not
             forward(*tree.map(lambda leaf: leaf.to("meta"), (params, x)))

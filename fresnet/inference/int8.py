@@ -73,9 +73,9 @@ def is_supported() -> bool:
     ):
         return False
     with torch.device("cpu"):
-        x = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8)
-        weight = torch.full((1, 64, 3, 3), 127, dtype=torch.int8)
-        one, none = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
+        x = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8, device="cpu")
+        weight = torch.full((1, 64, 3, 3), 127, dtype=torch.int8, device="cpu")
+        one, none = (torch.tensor([n], dtype=torch.float32, device="cpu") for n in (1.0, 0.0))
     source, result = Affine(1.0, 0), Affine(255 * 127 * weight.numel() / 200, 0)
     layer = convolution(x.shape, weight, one, none, source=source, result=result, relu=False)
     return bool(layer(x, None)[0, 0, 1, 1] == 200)
@@ -158,10 +158,10 @@ class _Packing(Floating):
                 _refuse(at.unit)
         return _filled(at.beside, *x.shape[1:]), layer
 
-    def zero_pad(self, x: Tensor, channels: int) -> Tensor:
+    def zero_pad(self, x: Tensor, before: int, after: int) -> Tensor:
         if x.min() < 0:  # then the level 0 does not stand for zero
             raise FresnetError("int8 pads with zeros activations after ReLU alone")
-        return super().zero_pad(x, channels)
+        return super().zero_pad(x, before, after)
 
 
 class _Levels(Floating):

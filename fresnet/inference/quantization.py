@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.network.check import check_call, check_params
+from fresnet.network.check import check_call, check_params, check_values
 from fresnet.network.net import run_network
 from fresnet.network.nodes import (
     Bias,
@@ -67,8 +67,7 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
     dtype = params.weights.head.weight.dtype
     if dtype is not torch.float32:
         raise FresnetError(f"quantize expects weights in torch.float32; got {dtype}")
-    if params.weights.head.weight.is_meta:
-        raise FresnetError("quantize expects a network with values; got one on meta")
+    check_values("quantize", params)
     with torch.no_grad(), torch.autocast(params.weights.head.weight.device.type, enabled=False):
         folded = fold(params)
         seen = merge_over("quantize", batches, partial(_ranges, folded), _merge)

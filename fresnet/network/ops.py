@@ -5,6 +5,8 @@ forward. In a network that argument is always the result of a norm or a sum that
 and never a caller's tensor.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import reduce
@@ -14,6 +16,9 @@ from fresnet.errors import FresnetError
 from fresnet.network.convolution import convolve
 from fresnet.network.nodes import PLAIN, Geometry
 from fresnet.pytorch import transform_stack
+
+POOLING = 3, 2, 1
+"""The side of max pooling's window, its stride and its padding."""
 
 
 def conv2d(x: Tensor, weight: Tensor, how: Geometry = PLAIN) -> Tensor:
@@ -35,8 +40,48 @@ def conv2d(x: Tensor, weight: Tensor, how: Geometry = PLAIN) -> Tensor:
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """3x3 max pooling of stride 2, padded by one: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`."""
-    return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    """3x3 max pooling of stride 2, padded by one: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`.
+
+    Where several derivatives are to come, it takes the values at the places of the maxima. All
+    derivatives of that have rules for every transform.
+    """
+    if torch.compiler.is_compiling():
+        return F.max_pool2d(x, *POOLING)
+    if not transform_stack.one_derivative(x):
+        y, places = _pooled(x.detach())
+        return x.flatten(2).gather(2, places.flatten(2)).view(y.shape)
+    if transform_stack.active() or not (torch.is_grad_enabled() and x.requires_grad):
+        return F.max_pool2d(x, *POOLING)
+    pooled: Tensor = _MaxPool.apply(x)
+    return pooled
+
+
+def _pooled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The maxima and their places, as numbers of the values in each map."""
+    side, stride, padding = ([n, n] for n in POOLING)
+    y, places = F.max_pool2d_with_indices(x, side, stride, padding)
+    return y, places
+
+
+class _MaxPool(torch.autograd.Function):
+    """PyTorch's kernel for `torch.autograd`, with a derivative that can be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y, places = _pooled(x)
+        ctx.save_for_backward(x, places)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        x, places = ctx.saved_tensors
+        kernel = getattr(torch.ops.aten, "max_pool2d_with_indices_backward", None)
+        if torch.is_grad_enabled() or kernel is None:
+            zeros = torch.zeros_like(x).flatten(2)
+            return zeros.scatter_add(2, places.flatten(2), cotangent.flatten(2)).view(x.shape)
+        side, stride, padding = ([n] * 2 for n in POOLING)
+        grad: Tensor = kernel(cotangent, x, side, stride, padding, [1, 1], False, places)
+        return grad
 
 
 def average_pool(x: Tensor) -> Tensor:
@@ -53,15 +98,18 @@ def subsample(x: Tensor, stride: int) -> Tensor:
     return x if stride == 1 else F.avg_pool2d(x, kernel_size=1, stride=stride)
 
 
-def zero_pad(x: Tensor, channels: int) -> Tensor:
-    """x `[b c h w]` with zeros for the channels that it lacks: `[b channels h w]`.
+def zero_pad(x: Tensor, before: int, after: int) -> Tensor:
+    """x `[b c h w]` with channels of zeros around its own: `[b before+c+after h w]`.
 
     Raises:
-      FresnetError: if x has more channels.
+      FresnetError: if one of the numbers is negative.
     """
-    if x.shape[1] > channels:
-        raise FresnetError(f"cannot pad activations {tuple(x.shape)} to {channels} channels")
-    return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
+    if before < 0 or after < 0:
+        raise FresnetError(
+            f"a shortcut of zeros expects at least as many channels as activations "
+            f"{tuple(x.shape)} have; got {x.shape[1] + before + after}"
+        )
+    return F.pad(x, (0, 0, 0, 0, before, after))
 
 
 def relu(x: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ class Floating(Regime):
     def subsample(self, x: Tensor, stride: int) -> Tensor:
         return ops.subsample(x, stride)
 
-    def zero_pad(self, x: Tensor, channels: int) -> Tensor:
-        return ops.zero_pad(x, channels)
+    def zero_pad(self, x: Tensor, before: int, after: int) -> Tensor:
+        return ops.zero_pad(x, before, after)
 
     def mean(self, x: Tensor) -> Tensor:
         return ops.global_average_pool(x)[:, :, None, None]

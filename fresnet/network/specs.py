@@ -18,6 +18,7 @@ from fresnet.network.nodes import (
     Block,
     Bottleneck,
     BottleneckV1,
+    CentredZeroPad,
     DeepStem,
     Identity,
     Last,
@@ -35,6 +36,7 @@ from fresnet.network.nodes import (
     Stem7x7,
     ZeroPad,
 )
+from fresnet.numbers import as_integer
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,16 @@ class Spec:
             if getattr(self, field) not in kinds:
                 names = " or ".join(kind.__name__ for kind in kinds)
                 raise FresnetError(f"Spec expects {field} {names}; got {getattr(self, field)!r}")
-        sizes = (self.width, self.groups, self.group_width)
-        fits = isinstance(self.depths, tuple) and len(self.depths) > 0
-        if not fits or not all(type(size) is int and size > 0 for size in (*sizes, *self.depths)):
+        sizes = [as_integer(n) for n in (self.width, self.groups, self.group_width)]
+        depths = [as_integer(n) for n in self.depths] if isinstance(self.depths, tuple) else []
+        if not depths or not all(size is not None and size > 0 for size in (*sizes, *depths)):
             raise FresnetError(
                 "Spec expects depths to be a tuple of positive integers, and width, groups and "
                 f"group_width to be positive integers; got {self}"
             )
+        for field, size in zip(("width", "groups", "group_width"), sizes, strict=True):
+            object.__setattr__(self, field, size)
+        object.__setattr__(self, "depths", tuple(depths))
         if self.attention not in PLACES[self.block].get("attention", (NoAttention,)):
             raise FresnetError(
                 f"Spec expects no attention in a {self.block.__name__}; got {self.attention!r}"
@@ -167,6 +172,7 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
         "plain18": Spec(BasicBlock, (2, 2, 2, 2), shortcut=NoShortcut),
         "plain34": Spec(BasicBlock, (3, 4, 6, 3), shortcut=NoShortcut),
         **{f"resnet{6 * n + 2}": _cifar(n, ZeroPad) for n in (3, 5, 7, 9, 18, 200)},
+        **{f"resnet{6 * n + 2}_centred": _cifar(n, CentredZeroPad) for n in (3, 5, 7, 9, 18, 200)},
         **{f"resnet{6 * n + 2}b": _cifar(n, Projection) for n in (3, 5, 7, 9, 18, 200)},
         **{f"plain{6 * n + 2}": _cifar(n, NoShortcut) for n in (3, 5, 7, 9, 18)},
     }
@@ -174,5 +180,6 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
 """Every member by name. Where torchvision or timm has the member, the name is theirs.
 
 Members with `_v1` in the name stride in the first 1x1 convolution. resnet20 to resnet1202 are the
-paper's for CIFAR, with shortcuts of option A, or of option B if the name ends in `b`.
+paper's for CIFAR, with shortcuts of option A, or of option B if the name ends in `b`. With
+`_centred` in the name, half of option A's zeros stand before the channels, as in akamaster's code.
 """

@@ -1,7 +1,8 @@
 """Networks put together of entries: nodes that are known, and tensors under canonical names."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -88,8 +89,7 @@ def _expected(
     named: Params, given: Mapping[str, Any], means: Mapping[str, str]
 ) -> dict[str, _Entry]:
     """Every entry that is expected, biases of convolutions last."""
-    stem = given.get(str(first_conv(named.weights)))
-    dtype = stem.dtype if _is_float(stem) else torch.float32
+    dtype = _dtype(given, [*map(str, tree.leaves(named.weights)), *means])
     weights: dict[str, _Entry] = {}
     stats: dict[str, _Entry] = {}
 
@@ -114,6 +114,12 @@ def _expected(
     weights[head_bias] = _Entry("[k]", sizes_of(head_weight, 2), 1, dtype)
     biases = {bias: stats[mean]._replace(dtype=dtype) for bias, mean in means.items()}
     return weights | stats | biases
+
+
+def _dtype(given: Mapping[str, Any], names: Sequence[str]) -> torch.dtype:
+    """The narrowest dtype that holds all these entries exactly."""
+    dtypes = {value.dtype for name in names if _is_float(value := given.get(name))}
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def _missing(
@@ -141,7 +147,7 @@ def _misfits(
         if not fits or (entry.sizes is not None and value.shape != entry.sizes):
             yield f"{theirs}: expected float {entry.sizes or entry.shape}, got {describe(value)}"
         elif torch.promote_types(value.dtype, entry.dtype) != entry.dtype:
-            yield f"{theirs}: expected {entry.dtype}, to go with the stem, got {value.dtype}"
+            yield f"{theirs}: expected {entry.dtype}, to go with the weights, got {value.dtype}"
         elif device is not None and value.device != device:
             yield f"{theirs}: expected on {device}, to go with the stem, got {value.device}"
 

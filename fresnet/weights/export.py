@@ -2,10 +2,11 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,20 @@ from torch.export import Dim, ExportedProgram
 
 from fresnet import tree
 from fresnet.errors import FresnetError
-from fresnet.network.check import check_image_size, check_params, first_conv
+from fresnet.network.check import check_image_size, check_params, check_values, first_conv
 from fresnet.network.net import forward
 from fresnet.network.nodes import Params
+from fresnet.numbers import as_integer
 from fresnet.weights.names import names
 from fresnet.weights.storage import as_path, write_file
 
 SUFFIXES = (".onnx", ".pt2")
+
+Write: TypeAlias = Callable[[Params, tuple[int, int] | None, Path], None]
+"""Writes a network for images of a size, or of any, to a file."""
+
+OLDEST = 13
+"""The oldest opset that an ONNX file can have."""
 
 THIRD_PARTY_WARNINGS = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
@@ -35,6 +43,7 @@ def export(
     *,
     image_size: int | tuple[int, int] | None = None,
     compiled: bool = False,
+    opset: int | None = None,
 ) -> None:
     """Write a network's `forward` to a file that runs without fresnet.
 
@@ -58,17 +67,23 @@ def export(
         and width. By default a `.pt2` takes every size beyond the network's stride (from 33 on for
         a ResNet-50), and an `.onnx` takes every size.
       compiled: compile ahead of time for this machine's kind of processor. It takes a C++ compiler.
+      opset: the version of ONNX's operators in an `.onnx`, from 13 on, for runtimes that do not
+        read the newest; by default PyTorch's choice.
     Raises:
-      FresnetError: if params is not a network with values, if path or image_size is not as above,
-        or if the file cannot be written.
+      FresnetError: if params is not a network with values, if path, image_size or opset is not as
+        above, or if the file cannot be written.
     """
     check_params("export", params)
-    if first_conv(params.weights).is_meta:
-        raise FresnetError("export expects a network with values; got one on meta")
+    check_values("export", params)
     size = None if image_size is None else check_image_size("export", image_size)
+    version, is_onnx = as_integer(opset), as_path(path).suffix == ".onnx"
+    if opset is not None and (version is None or version < OLDEST or not is_onnx):
+        raise FresnetError(
+            f"export expects opset to be an integer from {OLDEST} on, for an .onnx; got {opset!r}"
+        )
     match as_path(path).suffix, compiled:
         case (".onnx", False):
-            write = _write_onnx
+            write: Write = partial(_write_onnx, version)
         case (".pt2", False):
             write = _write_program
         case (".pt2", True):
@@ -138,7 +153,9 @@ def _write_compiled(params: Params, size: tuple[int, int] | None, path: Path) ->
         aoti_compile_and_package(_program(params, size), package_path=file)
 
 
-def _write_onnx(params: Params, size: tuple[int, int] | None, path: Path) -> None:
+def _write_onnx(
+    opset: int | None, params: Params, size: tuple[int, int] | None, path: Path
+) -> None:
     try:
         import onnx
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -156,7 +173,42 @@ def _write_onnx(params: Params, size: tuple[int, int] | None, path: Path) -> Non
     assert exported is not None
     ClearMetadataAndDocStringPass()(exported.model)  # they tell what each operation was in PyTorch
     exported.save(path, external_data=False)
+    if opset is not None:
+        onnx.save(_with_opset(onnx.load(path), opset), path)
     onnx.checker.check_model(path, full_check=True)
+
+
+def _with_opset(model: Any, opset: int) -> Any:
+    """The model in other operators' versions. The caller checks that they have what it uses.
+
+    ONNX's own converter knows no way back for multiplication, padding and means. Of the few
+    operators of a ResNet only the mean differs: before 18 it has its axes as an attribute.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    if opset > onnx.defs.onnx_opset_version():
+        raise FresnetError(
+            f"opset is at most {onnx.defs.onnx_opset_version()} in onnx {onnx.__version__}; "
+            f"got {opset}"
+        )
+    graph = model.graph
+    values = {value.name: value for value in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "ReduceMean" and opset < 18:
+            axes = numpy_helper.to_array(values[node.input.pop()]).tolist()
+            kept = [one for one in node.attribute if one.name != "noop_with_empty_axes"]
+            node.ClearField("attribute")
+            node.attribute.extend([*kept, helper.make_attribute("axes", axes)])
+    read = {name for node in graph.node for name in node.input}
+    unread = [value for value in graph.initializer if value.name not in read]
+    for value in unread:
+        graph.initializer.remove(value)
+    made = helper.make_opsetid("", opset)
+    model.ClearField("opset_import")
+    model.opset_import.append(made)
+    model.ir_version = helper.find_min_ir_version_for([made])
+    return model
 
 
 def _multiply_add(shift: Tensor, x: Tensor, factor: Tensor) -> Tensor:

@@ -2,17 +2,15 @@
 
 import json
 import os
-import re
-import zipfile
-from argparse import Namespace
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, reason
-from fresnet.network.check import check_params, first_conv
+from fresnet.network.check import check_params, check_values
 from fresnet.network.nodes import (
     NODES,
     NORMS,
@@ -23,13 +21,17 @@ from fresnet.network.nodes import (
     Weights,
     beside,
 )
+from fresnet.network.specs import Spec
+from fresnet.weights import torch_files
 from fresnet.weights.assembly import assemble, check_fit
 from fresnet.weights.blanks import BLANK, blank_stats
-from fresnet.weights.hub import download, is_repository, local
+from fresnet.weights.hub import INDEX, download, is_repository, local
 from fresnet.weights.names import name_tree, names
 from fresnet.weights.older import Structure, with_layers
-from fresnet.weights.state_dicts import from_state_dict, named_leaves
+from fresnet.weights.pickles import Skipped
+from fresnet.weights.state_dicts import check_architecture, from_state_dict, named_leaves, spec_of
 from fresnet.weights.storage import as_path, read_safetensors, write_safetensors
+from fresnet.weights.unwrapping import tensors_in
 
 TYPES = {kind.__name__: kind for kind in (*NODES, *UNITS, *NORMS, DilatedStage, Head, Weights)}
 """The types that the metadata of a file may name."""
@@ -62,8 +64,7 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
         raise FresnetError(
             f"save writes safetensors; got {path}: torch.save(to_state_dict(params), path)?"
         )
-    if first_conv(params.weights).is_meta:
-        raise FresnetError("save expects a network with values; got one on meta")
+    check_values("save", params)
     try:
         _check_values(params)
         check_fit(params, name_tree(params))
@@ -72,19 +73,20 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
     write_safetensors("save", named_leaves(params), path, {NETWORK: structure_of(params)})
 
 
-def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params:
+def load(path: str | os.PathLike[str], *, architecture: str | Spec | None = None) -> Params:
     """The network in a file, on the CPU.
 
     It reads the files of `save`, all safetensors and `torch.save` files with a state dict that
-    `from_state_dict` takes, and the folders of Hugging Face's `save_pretrained`. If there is no
-    folder "owner", then "owner/name" is a repository of Hugging Face, such as
-    "timm/resnet50.a1_in1k". Its weights are taken from the cache or downloaded. No code in a file
-    is ever run.
+    `from_state_dict` takes, and the folders of Hugging Face's `save_pretrained`, also where weights
+    are in several files. If there is no folder "owner", then "owner/name" is a repository of
+    Hugging Face, such as "timm/resnet50.a1_in1k". Its weights are taken from the cache or
+    downloaded. No code in a file is ever run: what else a training script kept beside weights is
+    left out, and told in a warning.
 
     Args:
       path: a file, a folder, or "owner/name".
-      stride_in_1x1: as in `from_state_dict`. A file of `save` and the configuration in a repository
-        tell it themselves.
+      architecture: as in `from_state_dict`. A file of `save` tells it itself, and so does a
+        configuration beside weights; what contradicts a file of `save` is refused.
     Returns:
       `Params(weights, stats)`.
     Raises:
@@ -94,17 +96,21 @@ def load(path: str | os.PathLike[str], *, stride_in_1x1: bool = False) -> Params
     """
     try:
         if is_repository(path):
-            found, in_1x1 = download(str(path))
+            found, told = download(str(path))
         else:
-            found, in_1x1 = local(as_path(path))
-        params = _read(found, stride_in_1x1 or in_1x1)
+            found, told = local(as_path(path))
+        spec = spec_of("load", architecture)
+        params = _read(found, spec or told)
+        check_architecture("load", params, architecture, spec)
         _check_values(params)
     except FresnetError as error:
         raise FresnetError(f"cannot load {path!s}: {error}") from error
     return params
 
 
-def _read(path: Path, stride_in_1x1: bool) -> Params:
+def _read(path: Path, spec: Spec | None) -> Params:
+    if path.name.endswith(INDEX):
+        return from_state_dict(_sharded(path), architecture=spec)
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -115,30 +121,51 @@ def _read(path: Path, stride_in_1x1: bool) -> Params:
     if start[8:] != b"{" and start[:1] != b"\x80" and start[:2] != b"PK":
         raise FresnetError("it is no file of safetensors or torch.save")
     if start[8:] != b"{":
-        return from_state_dict(_unpickled(path), stride_in_1x1=stride_in_1x1)
+        return from_state_dict(_unpickled(path), architecture=spec)
     entries, texts = read_safetensors(path)
     if NETWORK not in texts:
-        return from_state_dict(entries, stride_in_1x1=stride_in_1x1)
+        return from_state_dict(entries, architecture=spec)
     entries = {name: value for name, value in entries.items() if not name.startswith(BESIDES)}
     return assemble("load", _nodes(texts[NETWORK]), entries, "torchvision")
 
 
-def _unpickled(path: Path) -> Any:
+def _sharded(index: Path) -> dict[str, Tensor]:
+    """The entries of all files that an index of Hugging Face names."""
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums of torch.save
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise FresnetError(f"the checksum of {damaged} in it is wrong")
-        with torch.serialization.safe_globals([Namespace]):  # training scripts keep their args so
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FresnetError:
-        raise
-    except Exception as error:  # a damaged file may fail in any way
-        code = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        why = f"it asks for {code[1]}, which is not run" if code else reason(error)
-        raise FresnetError(
-            f"neither safetensors nor what torch.load reads with weights_only=True: {why}"
-        ) from error
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        shards = sorted({Path(name).name for name in names})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FresnetError(f"{index.name} lists no files: {reason(error)}") from error
+    if missing := [shard for shard in shards if not (index.parent / shard).exists()]:
+        raise FresnetError(f"{index.name} lists {missing[0]}, which is not there")
+    entries: dict[str, Tensor] = {}
+    for shard in shards:
+        entries |= read_safetensors(index.parent / shard)[0]
+    return entries
+
+
+def _unpickled(path: Path) -> Any:
+    found, skipped = torch_files.read(path)
+    beside = found if isinstance(found, dict) else {}
+    empty = {str(k): type(v).__name__ for k, v in beside.items() if _is_empty(v)}
+    if _is_empty(found) or (empty and not any(tensors_in(beside))):
+        what = type(found).__name__ if _is_empty(found) else ", ".join(empty.values())
+        ours = "fresnet." in what
+        hint = "fresnet.save(params, path)" if ours else "torch.save(model.state_dict(), path)"
+        raise FresnetError(f"it holds a {what}, which is not made from files: {hint} keeps weights")
+    if skipped:
+        shown = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+        under = f", under {', '.join(empty)}" if empty else ""
+        warnings.warn(
+            f"{path} also holds what is no tensor{under}; it is left out, and nothing of it was "
+            f"run: {shown}",
+            stacklevel=4,
+        )
+    return found
+
+
+def _is_empty(value: object) -> bool:
+    return isinstance(value, Skipped) and not value
 
 
 def structure_of(params: Params) -> str:

@@ -4,10 +4,16 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from fresnet.errors import FresnetError, reason
+from fresnet.network.nodes import BottleneckV1
+from fresnet.network.specs import RESNET50, Spec
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".safetensors.index.json"
+"""How the file is called that lists which of several files holds an entry."""
+
+WEIGHTS = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin")
 
 ARCHITECTURE = r"((wide_|se)?res(net|next)\d+[cdst]?(_\d+x\d+d|_2)?|resnetv2_(50|101|152))"
 """timm's names of the networks that fresnet computes. Others share entries, but not results."""
@@ -25,8 +31,8 @@ def is_repository(path: str | os.PathLike[str]) -> bool:
     )
 
 
-def download(repository: str) -> tuple[Path, bool]:
-    """The weights of a repository, and whether its bottlenecks stride in their first convolution.
+def download(repository: str) -> tuple[Path, Spec | None]:
+    """The weights of a repository, and its architecture if names would not tell it.
 
     Raises:
       FresnetError: if the weights cannot be had, or if the configuration beside them asks for
@@ -53,15 +59,18 @@ def download(repository: str) -> tuple[Path, bool]:
     try:
         config = json.loads(fetch("config.json").read_bytes())
         weights = fetch(*WEIGHTS)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        if weights.name.endswith(INDEX):
+            for shard in set(json.loads(weights.read_bytes())["weight_map"].values()):
+                fetch(shard)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, HfHubHTTPError) as error:
         raise FresnetError(
             "there is no such file, and no such repository with a config.json and weights to be "
             f"had: {reason(error)}"
         ) from error
-    return weights, _strides_in_1x1(config)
+    return weights, _architecture(config)
 
 
-def local(path: Path) -> tuple[Path, bool]:
+def local(path: Path) -> tuple[Path, Spec | None]:
     """The same for a file, or for a folder that `save_pretrained` wrote.
 
     A configuration beside a file is read if the file has a name that Hugging Face gives.
@@ -71,17 +80,20 @@ def local(path: Path) -> tuple[Path, bool]:
     """
     try:
         if path.is_dir():
-            path = next((path / name for name in WEIGHTS if (path / name).exists()), path)
+            found = [path / name for name in WEIGHTS if (path / name).exists()]
+            if not found:
+                raise FresnetError(f"the folder has none of {', '.join(WEIGHTS)}")
+            path = found[0]
         config = path.parent / "config.json"
         if path.name in WEIGHTS and config.exists():
-            return path, _strides_in_1x1(json.loads(config.read_bytes()))
+            return path, _architecture(json.loads(config.read_bytes()))
     except (OSError, ValueError) as error:
         raise FresnetError(reason(error)) from error
-    return path, False
+    return path, None
 
 
-def _strides_in_1x1(config: object) -> bool:
-    """Whether bottlenecks stride in their first convolution.
+def _architecture(config: Any) -> Spec | None:
+    """The architecture that a configuration tells, if it is not the one that names tell.
 
     Raises:
       FresnetError: if no network here computes what this configuration says.
@@ -97,4 +109,9 @@ def _strides_in_1x1(config: object) -> bool:
         raise FresnetError(f"its activation is {config['hidden_act']}; networks here have relu")
     if config.get("downsample_in_first_stage"):
         raise FresnetError("its first stage strides, which no network here does")
-    return bool(config.get("downsample_in_bottleneck"))
+    if not config.get("downsample_in_bottleneck") or config.get("layer_type") == "basic":
+        return None
+    depths = config.get("depths", RESNET50.depths)
+    if not isinstance(depths, list | tuple):
+        raise FresnetError(f"its depths are {depths!r}, and not numbers of blocks")
+    return Spec(BottleneckV1, tuple(depths))

@@ -161,11 +161,11 @@ class Rule(NamedTuple):
 _HF_WORD: Mapping[str, str] = {"conv": "convolution", "bn": "normalization"}
 _OUR_WORD: Mapping[str, str] = {theirs: ours for ours, theirs in _HF_WORD.items()}
 _SHORTCUT = ("convolution", "normalization")
-_PLACE = r"resnet\.encoder\.stages\.(\d{1,2})\.layers\.(\d{1,3})\."
+_PLACE = r"encoder\.stages\.(\d{1,2})\.layers\.(\d{1,3})\."
 
 HUGGINGFACE = (
     Rule(
-        r"resnet\.embedder\.embedder\.(convolution|normalization)\.",
+        r"embedder\.embedder\.(convolution|normalization)\.",
         lambda m: {"convolution": "conv1.", "normalization": "bn1."}[m[1]],
         r"(conv|bn)1\.(?=\D)",
         lambda m: f"resnet.embedder.embedder.{_HF_WORD[m[1]]}.",
@@ -226,14 +226,18 @@ def name_in(layout: str, name: str) -> str:
     return name
 
 
+_OF_CIFAR = re.compile(r"^(layer\d+\.\d+\.)shortcut\.")
+"""What kuangliu's pytorch-cifar, and much that follows it, calls a projection."""
+
+
 def canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The layout found, and the entries under canonical names; unknown ones keep their own."""
-    if any(name.startswith("resnet.") for name in mapping):
+    if any(name.startswith("embedder.embedder.") for name in mapping):
         layout = "huggingface"
     elif "stem.conv.weight" in mapping:
         layout = "timm"
     else:
-        return "torchvision", dict(mapping)
+        return "torchvision", {_OF_CIFAR.sub(r"\1downsample.", n): v for n, v in mapping.items()}
     found: dict[str, Any] = {}
     for name, value in mapping.items():
         for rule in RULES[layout]:

@@ -25,6 +25,7 @@ from fresnet.network.nodes import (
     LastNorm,
     NoAttention,
     NoLastNorm,
+    NoShortcut,
     Params,
     PreActivation,
     Projection,
@@ -36,6 +37,7 @@ from fresnet.network.nodes import (
     last_layer,
     over,
 )
+from fresnet.network.specs import Spec
 from fresnet.weights.blanks import BLANK, Blanks, blank_block, blank_stats
 from fresnet.weights.names import named, stats_names
 
@@ -68,37 +70,69 @@ def _names_of(node: Any) -> frozenset[str]:
     return frozenset(map(str, tree.leaves((found, stats))))
 
 
-def recognised(given: Mapping[str, Any], stride_in_1x1: bool) -> Params:
+def recognised(given: Mapping[str, Any], spec: Spec | None) -> Params:
     """The network that the entries are of, with blanks for leaves.
 
+    Args:
+      spec: says what names and shapes do not tell.
     Raises:
-      FresnetError: if they are of none, or of one without a head.
+      FresnetError: if they are of none, of one without a head, or of another than the spec's.
     """
     stages = _stages(given)
     if not any(name.startswith("fc.") for name in given):
         raise FresnetError(
             "from_state_dict expects a head; got none: add an fc.weight [k c] and fc.bias [k]"
         )
-    found_in_blocks = [found for stage in stages for found in stage.values()]
-    block, attention = _block_types(found_in_blocks, stride_in_1x1)
-    stem = _stem_type(given, block).draw(Blanks(), 0, 0)
+    block, attention = _block_types([found for stage in stages for found in stage.values()])
+    stem_type = _stem_type(given, block)
+    if spec is not None:
+        found = [len(stage) for stage in stages], stem_type, block, attention
+        block = _agreed(spec, *found)
+    stem = stem_type.draw(Blanks(), 0, 0)
     channels = _channels(given, stem, "")
-    pads = isinstance(stem, Stem3x3) and not any(".downsample." in name for name in given)
+    if spec is not None:
+        changing = spec.shortcut
+    else:
+        projects = any(".downsample." in name for name in given)
+        changing = Projection if projects or stem_type is not Stem3x3 else ZeroPad
     drawn: list[tuple[Any, ...]] = []
     for stage in stages:
         blocks: list[Any] = []
-        for prefix, found in stage.items():
-            best = _best(block, attention, found)
+        for prefix, names in stage.items():
+            best = _best(block, attention, names)
             out = _channels(given, best.draw(), prefix)
             changes = bool(drawn) or (None not in (out, channels) and out != channels)
-            if best.shortcut is Identity and changes and not blocks:
-                best = best._replace(shortcut=ZeroPad if pads else Projection)
+            if changing is NoShortcut or (changes and not blocks and best.shortcut is Identity):
+                best = best._replace(shortcut=changing)
             blocks.append(best.draw())
             channels = out
         drawn.append(tuple(blocks))
     last = LastNorm.draw(Blanks(), 0) if block is PreActivation else NoLastNorm()
     weights = Weights(stem, tuple(drawn), last, Head(BLANK, BLANK))
     return Params(weights, beside(blank_stats, weights))
+
+
+def _agreed(
+    spec: Spec, depths: list[int], stem: type[Any], block: type[Any], attention: type[Any]
+) -> type[Any]:
+    """The block of a spec, of which names tell all but where bottlenecks stride.
+
+    Raises:
+      FresnetError: if the entries are of another network than the spec's.
+    """
+    alike = {block, spec.block} <= {Bottleneck, BottleneckV1}
+    for what, expected, got in (
+        ("stages of", spec.depths, tuple(depths)),
+        ("the stem", spec.stem.__name__, stem.__name__),
+        ("blocks", spec.block.__name__, spec.block.__name__ if alike else block.__name__),
+        ("attention", spec.attention.__name__, attention.__name__),
+    ):
+        if expected != got:
+            raise FresnetError(
+                f"from_state_dict expects {what} {expected}, as architecture says; got entries of "
+                f"{got}"
+            )
+    return spec.block
 
 
 def _stages(given: Mapping[str, Any]) -> list[dict[str, set[str]]]:
@@ -131,16 +165,15 @@ def _stages(given: Mapping[str, Any]) -> list[dict[str, set[str]]]:
     ]
 
 
-def _block_types(blocks: list[set[str]], stride_in_1x1: bool) -> tuple[type[Any], type[Any]]:
+def _block_types(blocks: list[set[str]]) -> tuple[type[Any], type[Any]]:
     """The types of block and attention that explain the entries of all blocks best.
 
-    Names do not tell V1 from V1.5.
+    Names do not tell V1 from V1.5, which is more common.
     """
-    other = Bottleneck if stride_in_1x1 else BottleneckV1
     kinds: list[tuple[type[Any], type[Any]]] = [
         (block, attention)
         for block in BLOCKS
-        if block is not other
+        if block is not BottleneckV1
         for attention in PLACES[block].get("attention", (NoAttention,))
     ]
 

@@ -1,10 +1,11 @@
 """Parameters from and to the state dicts of other libraries.
 
-A state dict is read in steps. It is unwrapped; its names are brought to the canonical ones; its
-nodes are recognised (`recognition`); and its entries are assembled (`assembly`).
+A state dict is read in steps. The network's entries are found (`unwrapping`); their names become
+the canonical ones (`names`); nodes are recognised (`recognition`); entries are assembled
+(`assembly`).
 """
 
-import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, suggestion
 from fresnet.network.check import check_params, first_conv
-from fresnet.network.nodes import BottleneckV1, DilatedStage, FrozenNorm, Params
+from fresnet.network.init import init
+from fresnet.network.nodes import BottleneckV1, DilatedStage, FrozenNorm, Norm, Params, ZeroPad
+from fresnet.network.specs import SPECS, Spec
 from fresnet.weights.assembly import assemble
 from fresnet.weights.names import (
     LAYOUTS,
@@ -26,53 +29,70 @@ from fresnet.weights.names import (
     names,
 )
 from fresnet.weights.recognition import recognised
+from fresnet.weights.unwrapping import network_entries
 
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")
-"""Under which training scripts keep a state dict in a checkpoint."""
-
-WRAPPINGS = 10
-
-STEM = re.compile(
-    r"((?:(?!layer\d|stages\.)\w+\.)*?)"
-    r"(?:conv1\.(?:0\.)?|stem\.conv\.|resnet\.embedder\.embedder\.convolution\.)weight"
-)
-"""The first convolution's name, behind the prefix that a parent module, DataParallel or
-`torch.compile` puts before all names."""
+SAME_NAMES: set[type] = {Norm, FrozenNorm, DilatedStage}
+"""What a network has by itself or by `freeze` and `dilate`, and no architecture says."""
 
 
-def from_state_dict(mapping: Mapping[str, Any], *, stride_in_1x1: bool = False) -> Params:
+def from_state_dict(
+    mapping: Mapping[str, Any], *, architecture: str | Spec | None = None
+) -> Params:
     """The network in a state dict of torchvision, of timm or of Hugging Face.
 
     For Hugging Face that is `ResNetForImageClassification`. fresnet detects which library the names
-    come from, also behind a prefix of all names (such as `module.`) and inside a checkpoint's
-    `state_dict`, `model_state_dict`, `model_state` or `model`. It recognises stem, blocks and
-    shortcuts by the names of their entries, and takes all sizes from the entries' shapes. Tensors
-    are copied, convolutions into channels last. Weights take the dtype of the first convolution,
-    statistics the same but never narrower than float32, and float16 becomes float32; an entry that
-    this dtype cannot hold exactly is refused. A convolution's bias is absorbed into the running
-    mean after it. The counters `num_batches_tracked` are dropped: no BatchNorm with a fixed
+    come from, and finds the network's entries in a checkpoint: behind a prefix (such as `module.`),
+    inside `state_dict`, `model` and the like, beside a criterion, a queue or a copy. What it leaves
+    out it tells in a warning. An average of the weights, such as `state_dict_ema`, is taken before
+    the weights. `docs/checkpoints.md` has the rules.
+
+    It recognises stem, blocks and shortcuts by the names of their entries, and takes all sizes from
+    the entries' shapes. Tensors are copied, convolutions into channels last. Weights take the
+    narrowest dtype that holds all of them exactly, where float16 counts as float32; statistics take
+    the same, but at least float32. A convolution's bias is absorbed into the
+    running mean after it. The counters `num_batches_tracked` are dropped: no BatchNorm with a fixed
     momentum reads them.
 
-    Names and shapes do not tell everything. fresnet takes for granted strides of 2 in each stage
-    but the first, pooling after a 7x7 stem and none after a 3x3 one, zero padding (option A) where
-    a network with a 3x3 stem has no projections, projections without pooling and convolutions
-    without standardised weights in ResNet V2, ReLU, and an eps of 1e-5. A network that was trained
-    otherwise, such as timm's resnetaa and resnetblur, or one with dilation, loads but is another
-    one; `dilate`, and other nodes in the tree, make of it what they can express.
+    Names and shapes do not tell everything; `architecture` does, and without it fresnet takes for
+    granted:
+
+    - that bottlenecks stride in their 3x3 convolution ("resnet50"), not in the first 1x1
+      ("resnet50_v1");
+    - that a network with a 3x3 stem and no projections pads new channels at the end ("resnet20"),
+      and not on both sides ("resnet20_centred"), nor has no shortcuts ("plain20"). A warning says
+      so;
+    - strides of 2 in each stage but the first, pooling after a 7x7 stem and none after a 3x3 one,
+      projections without pooling and convolutions without standardised weights in ResNet V2, ReLU,
+      and an eps of 1e-5. A network that was trained otherwise, such as timm's resnetaa and
+      resnetblur, or one with dilation, loads but is another one; `dilate`, and other nodes in the
+      tree, make of it what they can express.
 
     Args:
       mapping: names to tensors, as `model.state_dict()` gives them.
-      stride_in_1x1: whether bottlenecks stride in their first convolution, as the paper's and
-        Hugging Face's with `downsample_in_bottleneck` do.
+      architecture: tells what names do not: a name in `SPECS`, which the sizes of the entries must
+        fit too, but for classes and channels of images; or a `Spec`, of which types and depths are
+        read and sizes are not.
     Returns:
       `Params(weights, stats)`.
     Raises:
-      FresnetError: naming the entries that are missing, unexpected, misshapen or of another dtype
-        or device than the rest, or the first layer that does not fit the one before it.
+      FresnetError: naming the entries that are missing, unexpected, misshapen or on another device
+        than the rest, or the first layer that does not fit the one before it; or if there are
+        several networks, or nodes that are not the architecture's.
     """
-    layout, given = canonical(_unwrapped(mapping))
+    spec = spec_of("from_state_dict", architecture)
+    layout, given = canonical(network_entries(mapping))
     given = {name: _widened(value) for name, value in given.items()}
-    return assemble("from_state_dict", recognised(given, stride_in_1x1), given, layout)
+    nodes = recognised(given, spec)
+    if spec is None and ZeroPad in kinds(nodes.weights):
+        warnings.warn(
+            "names do not tell how shortcuts get more channels. fresnet appends zeros, as "
+            "architecture='resnet20' says; 'resnet20_centred' puts half of them before, and "
+            "'plain20' has no shortcuts",
+            stacklevel=2,
+        )
+    params = assemble("from_state_dict", nodes, given, layout)
+    check_architecture("from_state_dict", params, architecture, spec)
+    return params
 
 
 def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tensor]:
@@ -138,6 +158,52 @@ def named_leaves(params: Params) -> dict[str, Tensor]:
     return state
 
 
+def spec_of(caller: str, architecture: str | Spec | None) -> Spec | None:
+    """The architecture that is meant.
+
+    Raises:
+      FresnetError: if it is neither a name in `SPECS` nor a `Spec`.
+    """
+    if architecture is None or isinstance(architecture, Spec):
+        return architecture
+    if not isinstance(architecture, str) or architecture not in SPECS:
+        raise FresnetError(
+            f"{caller} expects architecture to be a Spec or a name in SPECS; got {architecture!r}: "
+            f"{suggestion(str(architecture), SPECS)}"
+        )
+    return SPECS[architecture]
+
+
+def check_architecture(
+    caller: str, params: Params, architecture: str | Spec | None, spec: Spec | None
+) -> None:
+    """Refuse a network that is not what its architecture says: a name says sizes too, but classes.
+
+    Raises:
+      FresnetError: naming what differs.
+    """
+    if architecture is None or spec is None:
+        return
+    classes, channels = len(params.weights.head.bias), first_conv(params.weights).shape[1]
+    like = init(0, spec, num_classes=classes, in_channels=channels, device="meta")
+    both = kinds(params.weights), kinds(like.weights)
+    expected, got = (sorted(kind.__name__ for kind in of - SAME_NAMES) for of in both[::-1])
+    if expected != got:
+        raise FresnetError(
+            f"{caller} expects nodes {expected}, as architecture says; the network has {got}"
+        )
+    sizes, found = (
+        {name: tuple(leaf.shape) for name, leaf in zip(names(one), tree.leaves(one), strict=True)}
+        for one in (like, params)
+    )
+    for name in {**sizes, **found} if isinstance(architecture, str) else ():
+        if sizes.get(name) != found.get(name):
+            raise FresnetError(
+                f"{caller} expects {name} to be {sizes.get(name, 'nothing')}, as architecture "
+                f"says; got {found.get(name, 'nothing')}"
+            )
+
+
 def untold(params: Params) -> list[str]:
     """The node types of a network that names do not tell: lost from a state dict."""
     found = kinds(params.weights)
@@ -147,27 +213,3 @@ def untold(params: Params) -> list[str]:
 def _widened(value: Any) -> Any:
     """Files are stored in float16, networks do not run in it."""
     return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
-
-
-def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entries themselves, without a training script's wrappers and prefixes."""
-    for _ in range(WRAPPINGS):
-        if not isinstance(mapping, Mapping):
-            raise FresnetError(
-                "from_state_dict expects a mapping of names to tensors, as model.state_dict() "
-                f"gives; got {describe(mapping)}"
-            )
-        wrapper = next((name for name in WRAPPERS if isinstance(mapping.get(name), Mapping)), None)
-        if wrapper is not None:
-            mapping = mapping[wrapper]
-            continue
-        strange = [name for name in mapping if not isinstance(name, str)]
-        if strange:
-            raise FresnetError(f"from_state_dict expects names to be strings; got {strange[0]!r}")
-        entries = {n: mapping[n] for n in mapping if n.rpartition(".")[2] != "n_averaged"}
-        prefixes = {match[1] for name in entries if (match := STEM.fullmatch(name))}
-        prefix = prefixes.pop() if len(prefixes) == 1 else ""
-        if not all(name.startswith(prefix) for name in entries):
-            return entries
-        return {name.removeprefix(prefix): value for name, value in entries.items()}
-    raise FresnetError(f"from_state_dict expects fewer than {WRAPPINGS} wrappers")

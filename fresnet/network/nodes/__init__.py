@@ -67,6 +67,7 @@ from fresnet.network.nodes.protocols import (
     Stem,
 )
 from fresnet.network.nodes.shortcuts import (
+    CentredZeroPad,
     Identity,
     NoShortcut,
     PooledProjection,
@@ -79,7 +80,7 @@ from fresnet.network.nodes.stems import DeepStem, Stem3x3, Stem7x7
 STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7)
 BLOCKS = (BasicBlock, Bottleneck, BottleneckV1, PreActivation)
 LASTS = (NoLastNorm, LastNorm)
-SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, NoShortcut)
+SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, NoShortcut)
 ATTENTIONS = (NoAttention, SqueezeExcite)
 NORMS = (Norm, FrozenNorm, Bias, Rescale, NoNorm)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
@@ -122,6 +123,7 @@ __all__ = [
     "Block",
     "Bottleneck",
     "BottleneckV1",
+    "CentredZeroPad",
     "DeepStem",
     "DilatedStage",
     "Drawer",

@@ -66,8 +66,8 @@ class Regime(Protocol):
     def subsample(self, x: Tensor, stride: int) -> Tensor:
         """x at every `stride`-th place."""
 
-    def zero_pad(self, x: Tensor, channels: int) -> Tensor:
-        """x with channels of zeros after its own."""
+    def zero_pad(self, x: Tensor, before: int, after: int) -> Tensor:
+        """x with so many channels of zeros before and after its own."""
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of each map: `[b c h w]` -> `[b c 1 1]`."""

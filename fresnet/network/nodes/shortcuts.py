@@ -86,12 +86,15 @@ class PooledProjection(NamedTuple, Generic[T]):
 
 
 class ZeroPad(NamedTuple):
-    """The paper's option A: x at every second place, and zeros for the new channels."""
+    """The paper's option A: x at every second place, and zeros for the new channels, after its own.
+
+    The authors' own code does so (fb.resnet.torch); the paper does not say where the zeros are.
+    """
 
     def run(
         self, x: Tensor, stride: int, channels: int, do: Regime
     ) -> tuple[Tensor | None, "ZeroPad"]:
-        return do.zero_pad(do.subsample(x, stride), channels), self
+        return do.zero_pad(do.subsample(x, stride), 0, channels - x.shape[1]), self
 
     @staticmethod
     def draw(layer: DrawLayer, plan: Plan) -> "ZeroPad":
@@ -104,6 +107,31 @@ class ZeroPad(NamedTuple):
     @staticmethod
     def note() -> str:
         return "zero padding"
+
+
+class CentredZeroPad(NamedTuple):
+    """Option A with half of the zeros before x's channels and half after them.
+
+    Source: github.com/akamaster/pytorch_resnet_cifar10, whose checkpoints are computed so.
+    """
+
+    def run(
+        self, x: Tensor, stride: int, channels: int, do: Regime
+    ) -> tuple[Tensor | None, "CentredZeroPad"]:
+        new = channels - x.shape[1]
+        return do.zero_pad(do.subsample(x, stride), new // 2, new - new // 2), self
+
+    @staticmethod
+    def draw(layer: DrawLayer, plan: Plan) -> "CentredZeroPad":
+        return CentredZeroPad()
+
+    @staticmethod
+    def names() -> Names:
+        return Names(libraries=())
+
+    @staticmethod
+    def note() -> str:
+        return "zero padding, centred"
 
 
 class NoShortcut(NamedTuple):
@@ -127,4 +155,6 @@ class NoShortcut(NamedTuple):
         return "no shortcut"
 
 
-Shortcut: TypeAlias = Identity | Projection[T] | PooledProjection[T] | ZeroPad | NoShortcut
+Shortcut: TypeAlias = (
+    Identity | Projection[T] | PooledProjection[T] | ZeroPad | CentredZeroPad | NoShortcut
+)
