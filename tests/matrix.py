@@ -98,6 +98,27 @@ def _pulled(loss: Loss, w: Weights, x: Tensor) -> Any:
     return pull(2 * value)
 
 
+def _pulled_twice(loss: Loss, w: Weights, x: Tensor) -> Any:
+    """Two products with the Hessian at once, in reverse over reverse."""
+
+    def gradient(w: Weights) -> Weights:
+        of_weights: Weights = grad(loss)(w, x)
+        return of_weights
+
+    _, pull, *_ = vjp(gradient, w)
+    return vmap(pull)(tree.stack([_along(w), tree.map(torch.sin, w)]))
+
+
+def _over_tasks(loss: Loss, w: Weights, x: Tensor) -> Any:
+    """The derivative of a step for each of two tasks, as in meta-learning."""
+
+    def after(w: Weights, part: Tensor) -> Tensor:
+        grads = grad(loss)(w, part)
+        return loss(tree.map(lambda leaf, g: leaf - 0.1 * g, w, grads), part)
+
+    return grad(lambda w: vmap(after, (None, 0))(w, x.unflatten(0, (2, -1))).sum())(w)
+
+
 def _linearized(loss: Loss, w: Weights, x: Tensor) -> Any:
     value, slope = linearize(lambda w: loss(w, x), w)
     return value, slope(_along(w))
@@ -122,6 +143,8 @@ TRANSFORMS: dict[str, Callable[[Loss, Weights, Tensor], Any]] = {
     "third order": lambda f, w, x: jvp(
         lambda w: grad(_gradient_along(f, x, _along(w)))(w), (w,), (_along(w),)
     )[1],
+    "vmap of vjp of grad": _pulled_twice,
+    "grad of vmap of grad": _over_tasks,
     "linearize": _linearized,
     "functionalize": lambda f, w, x: functionalize(grad(f))(w, x),
     "make_fx": lambda f, w, x: make_fx(grad(f))(w, x)(w, x),
@@ -155,10 +178,13 @@ FIRST_ORDER = (
 COMPILED_NARROW = ("grad", "jvp", "vmap of grad")
 """The transforms that are compiled in float32 and bfloat16 too; inductor takes ten seconds each."""
 
-REFUSED = ("linearize", "functionalize", "make_fx")
-"""The transforms that PyTorch does not compile, because they trace themselves."""
+REFUSED = ("linearize", "functionalize", "make_fx", "vmap of vjp of grad")
+"""The transforms that PyTorch does not compile.
 
-REFUSAL = "function marked as skipped|Failed to convert args/kwargs to proxy"
+The first three trace themselves. For the last it has no rule for max pooling in channels last.
+"""
+
+REFUSAL = "function marked as skipped|Failed to convert args/kwargs to proxy|is_contiguous inside"
 """What PyTorch then says. Which of the two it is depends on what was compiled before."""
 
 CRASHES = ("jvp of jvp",)
@@ -244,7 +270,9 @@ FORWARD: Mapping[str, Callable[[Params, Tensor], Tensor]] = {
 def _truth(transform: str, forward: str, params: Params) -> Tensor:
     train = forward == "forward_train"
     loss = _loss(lambda params, x: textbook.logits(params, x, train), params)
-    return _flat(TRANSFORMS[transform](loss, params.weights, X))
+    # PyTorch's max pooling, in the textbook, has no rule for all of them in channels last.
+    plain = tree.map(torch.Tensor.contiguous, params.weights)
+    return _flat(TRANSFORMS[transform](loss, plain, X))
 
 
 def _loss(run: Callable[[Params, Tensor], Tensor], params: Params) -> Loss:

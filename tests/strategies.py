@@ -318,6 +318,43 @@ def image_trees(draw: st.DrawFn) -> set[str]:
     paths = set()
     for label in draw(st.sets(names.map("c{}".format), min_size=2, max_size=4)):
         paths.add(f"{label}/{draw(names)}.png")
-        for folders in draw(st.lists(st.lists(names.map("{}.d".format), max_size=2), max_size=4)):
+        for folders in draw(st.lists(st.lists(names.map("d{}.d".format), max_size=2), max_size=4)):
             paths.add("/".join([label, *folders, draw(names) + draw(suffixes)]))
     return paths
+
+
+@st.composite
+def relaid(draw: st.DrawFn, params: fresnet.Params) -> fresnet.Params:
+    """A network whose leaves are views of other memory: strided, transposed, expanded, overlapping.
+
+    Expanded and overlapping leaves have other values than the network's.
+    """
+
+    def view(leaf: Tensor) -> Tensor:
+        match draw(st.sampled_from(LAYOUTS)):
+            case "member along the last dimension":
+                return torch.stack([leaf, -leaf], -1)[..., 0]
+            case "transposed":
+                return leaf.transpose(0, -1).contiguous().transpose(0, -1)
+            case "every second":
+                return torch.stack([leaf, -leaf], 1).flatten(0, 1)[::2]
+            case "expanded":
+                return leaf.mean(0, keepdim=True).expand(leaf.shape)
+            case "overlapping" if leaf.ndim == 1:
+                return torch.cat([leaf, leaf]).unfold(0, len(leaf), 1)[0]
+            case "channels last" if leaf.ndim == 4:
+                return leaf.contiguous(memory_format=torch.channels_last)
+        return leaf.contiguous()
+
+    return fresnet.tree.map(view, params)
+
+
+LAYOUTS = (
+    "contiguous",
+    "channels last",
+    "member along the last dimension",
+    "transposed",
+    "every second",
+    "expanded",
+    "overlapping",
+)

@@ -239,3 +239,67 @@ def test_wrong_max_norm(max_norm: Any, got: str) -> None:
     message = f"expects max_norm to be a number above 0 or a 0-d float tensor; got {got}"
     with pytest.raises(FresnetError, match=re.escape(message)):
         fresnet.clipped_grads(cross_entropy, NETWORK, X, Y, max_norm=max_norm)
+
+
+def test_a_batch_without_images_has_a_gradient_of_zeros() -> None:
+    """Poisson sampling draws one now and then."""
+    x, y = X[:0], Y[:0]
+    grads, norms = fresnet.clipped_grads(cross_entropy, NETWORK, x, y, max_norm=1.0)
+    assert_same(grads, tree.map(torch.zeros_like, NETWORK.weights))
+    assert norms.shape == fresnet.per_sample_norms(cross_entropy, NETWORK, x, y).shape == (0,)
+
+
+@pytest.mark.parametrize("norms", ["running", "batch"])
+def test_under_autocast_they_are_those_of_the_gradients(norms: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        each = fresnet.per_sample_grads(cross_entropy, NETWORK, X, Y, norms=norms)
+        found = fresnet.per_sample_norms(cross_entropy, NETWORK, X, Y, norms=norms)
+        bound = float(found.min())
+        grads, again = fresnet.clipped_grads(
+            cross_entropy, NETWORK, X, Y, max_norm=bound, norms=norms
+        )
+    assert_close(found, norms_of(each), 1e-5)
+    assert_close(again, found, 1e-6)
+    assert_near(grads, clipped(each, bound), 1e-5)
+
+
+def test_a_loss_may_draw() -> None:
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(torch.nn.functional.dropout(logits, 0.5), target)
+
+    x, y = X[:1].expand(6, -1, -1, -1), Y[:1].expand(6)
+    same = fresnet.per_sample_norms(loss, NETWORK, x, y, randomness="same")
+    assert_close(same, same[:1].expand(6), 1e-5)
+    different = fresnet.per_sample_norms(loss, NETWORK, x, y, randomness="different")
+    assert len(set(different.tolist())) > 1
+    _, norms = fresnet.clipped_grads(loss, NETWORK, x, y, max_norm=1.0, randomness="different")
+    assert len(set(norms.tolist())) > 1
+
+
+@pytest.mark.parametrize("depth", ["leaf", "computed"])
+def test_a_losss_own_parameters_have_derivatives(depth: str) -> None:
+    """As through `per_sample_grads`: by autograd and by `torch.func`."""
+
+    def scaled(u: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        s = u if depth == "leaf" else u.exp()
+        return lambda logits, target: s * cross_entropy(logits, target)
+
+    def of_grads(u: Tensor) -> Tensor:
+        each = fresnet.per_sample_grads(scaled(u), NETWORK, X, Y, norms="running")
+        return norms_of(each).sum()
+
+    def of_norms(u: Tensor) -> Tensor:
+        return fresnet.per_sample_norms(scaled(u), NETWORK, X, Y).sum()
+
+    def of_sum(u: Tensor) -> Tensor:
+        grads, _ = fresnet.clipped_grads(scaled(u), NETWORK, X, Y, max_norm=1e6)
+        return tree.ravel(grads).square().sum()
+
+    u = torch.tensor(0.3, requires_grad=True)
+    expected = torch.autograd.grad(of_grads(u), u)[0]
+    assert_close(torch.autograd.grad(of_norms(u), u)[0], expected, 1e-4)
+    assert_close(grad(of_norms)(torch.tensor(0.3)), expected, 1e-4)
+    by_autograd = torch.autograd.grad(of_sum(u), u)[0]
+    assert_close(by_autograd, grad(of_sum)(torch.tensor(0.3)), 1e-4)
+    with torch.no_grad():
+        assert_close(of_norms(u), of_norms(u.detach()), 1e-6)

@@ -1,6 +1,7 @@
 """Per-sample gradients in their three meanings, and ensembles trained at once."""
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -135,7 +136,7 @@ def test_bfloat16_weights(norms: str) -> None:
         ({"norms": "batch", "y": torch.tensor(3)}, "one for each image; got int64 ()"),
         ({"norms": "coupled", "y": [3, 4]}, "one for each image; got a list"),
         (
-            {"norms": "running", "x": torch.zeros(0, 3, 8, 8)},
+            {"norms": "running", "x": torch.zeros(2, 3, 0, 8)},
             "x [b 3 h w] with at least one image",
         ),
         ({"norms": "running", "x": torch.zeros(3, 8, 8)}, "got (3, 8, 8) (one image? x[None])"),
@@ -207,3 +208,80 @@ def test_models_trained_at_once_are_models_trained_apart(x: Tensor, depth: int) 
     for a, b in zip(tree.unstack(together), members, strict=True):
         assert_near(a.weights, b.weights)
         assert_near(a.stats, b.stats)  # type: ignore[arg-type]
+
+
+MEANINGS = ["running", "batch", "coupled"]
+PARAMS = fresnet.init(0, fresnet.Spec(BasicBlock, (1, 1), 4), num_classes=3)
+
+
+@pytest.mark.parametrize("norms", MEANINGS)
+def test_a_batch_without_images_has_gradients_without_images(norms: str) -> None:
+    x, y = torch.ones(0, 3, 16, 16), torch.zeros(0, dtype=torch.int64)
+    grads = fresnet.per_sample_grads(cross_entropy, PARAMS, x, y, norms=norms)
+    shapes = tree.map(lambda leaf: (0, *leaf.shape), PARAMS.weights)
+    assert tree.map(lambda leaf: tuple(leaf.shape), grads) == shapes
+
+
+def with_dropout(logits: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(torch.nn.functional.dropout(logits, 0.5), target)
+
+
+@pytest.mark.parametrize("norms", MEANINGS)
+def test_a_loss_may_draw(norms: str) -> None:
+    """Images that are alike have one gradient if all draw the same, and else several."""
+    x, y = torch.ones(6, 3, 16, 16), torch.zeros(6, dtype=torch.int64)
+    x = x + torch.linspace(0, 1, 16)  # else no norm has anything to divide by
+    call = partial(fresnet.per_sample_grads, with_dropout, PARAMS, x, y, norms=norms)
+    torch.manual_seed(0)
+    same = call(randomness="same").head.bias
+    assert (same - same[:1]).norm() <= 1e-5 * same.norm()
+    different = call(randomness="different").head.bias
+    assert (different - different[:1]).norm() > 0.1 * different.norm()
+    with pytest.raises(FresnetError, match="expects randomness to be 'different' or 'same'"):
+        call()
+    with pytest.raises(FresnetError, match="randomness to be one of 'error', 'different', 'same'"):
+        call(randomness="none")
+
+
+def loop(params: Params, x: Tensor, y: Tensor, norms: str) -> Weights:
+    """Each image's gradient by `torch.func.grad`, one after the other."""
+    if norms == "batch":
+        seen = fresnet.forward_moments(params, x)[1]
+        params = params._replace(stats=moments.statistics(params.stats, seen))
+
+    def loss(weights: Weights, i: int) -> Tensor:
+        network = params._replace(weights=weights)
+        if norms == "coupled":
+            return cross_entropy(train_logits(network, x)[i], y[i])
+        return cross_entropy(fresnet.forward(network, x[i : i + 1])[0], y[i])
+
+    each: Weights = tree.stack([grad(loss)(params.weights, i) for i in range(len(x))])
+    return each
+
+
+@pytest.mark.parametrize("side", [5, 16, 33])
+@pytest.mark.parametrize("block", [BasicBlock, nodes.Bottleneck, nodes.PreActivation])
+@pytest.mark.parametrize("norms", MEANINGS)
+def test_under_autocast_they_are_a_loop_under_autocast(norms: str, block: Any, side: int) -> None:
+    """Convolutions run in bfloat16, as `forward`'s do, and gradients have the weights' dtype."""
+    v2: dict[str, Any] = {"stem": nodes.BareStem7x7, "last": nodes.LastNorm}
+    spec = fresnet.Spec(block, (1, 1), 4, **(v2 if block is nodes.PreActivation else {}))
+    params = fresnet.init(0, spec, num_classes=3)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 3, side, side, generator=generator), torch.tensor([0, 1, 2] * 2)
+    call = partial(fresnet.per_sample_grads, cross_entropy, params, x, y, norms=norms)
+    with torch.autocast("cpu", torch.bfloat16):
+        grads, chunks, expected = call(), call(chunk_size=4), loop(params, x, y, norms)
+    assert {leaf.dtype for leaf in tree.leaves(grads)} == {torch.float32}
+    assert_near(grads, expected, 0.01)
+    assert_near(chunks, expected, 0.01)
+    assert (tree.ravel(call()) - tree.ravel(grads)).norm() > 0.01 * tree.ravel(grads).norm()
+
+
+def test_tensors_of_inference_mode_are_refused_outside_of_it() -> None:
+    with torch.inference_mode():
+        x = torch.ones(2, 3, 16, 16)
+    y = torch.zeros(2, dtype=torch.int64)
+    for function in (fresnet.per_sample_grads, fresnet.per_sample_norms):
+        with pytest.raises(FresnetError, match=r"torch.inference_mode: make them, or clone\(\)"):
+            function(cross_entropy, PARAMS, x, y, norms="running")

@@ -35,6 +35,7 @@ from fresnet.network.nodes import (
 )
 from fresnet.network.norm import EPS, check_width, inference_norm
 from fresnet.network.regimes import Composed
+from fresnet.numbers import as_number
 from fresnet.pytorch import transform_stack
 
 MEANINGS = ("running", "batch")
@@ -42,7 +43,13 @@ MEANINGS = ("running", "batch")
 
 
 def per_sample_norms(
-    loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, *, norms: str = "running"
+    loss_fn: LossFunction,
+    params: Params,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norms: str = "running",
+    randomness: str = "error",
 ) -> Tensor:
     """The l2 norm of each image's gradient, without forming the gradient.
 
@@ -64,6 +71,7 @@ def per_sample_norms(
       norms: what BatchNorm is to one image: "running" or "batch", as for `per_sample_grads`.
         "coupled" is refused, because there an image's gradient depends on the whole batch and takes
         a pass of its own.
+      randomness: as for `per_sample_grads`.
     Returns:
       The norms `[b]`, never narrower than float32.
     Raises:
@@ -71,11 +79,14 @@ def per_sample_norms(
         a 0-d tensor, or as `forward_train` does.
     Source: Goodfellow 2015, arXiv:1510.01799; Rochette et al. 2019, arXiv:1912.06015.
     """
-    loss_fn = check_images("per_sample_norms", loss_fn, params, x, y, norms, MEANINGS)
+    loss_fn = check_images("per_sample_norms", loss_fn, params, x, y, norms, MEANINGS, randomness)
+    if not len(x):
+        return x.new_zeros(0, dtype=stats_dtype(x.dtype))
     params = apart(params, x, norms)
-    if _composed(params, x, y):
-        return _norms(grads_apart(loss_fn, params, x, y))
-    return _Pass(loss_fn, params, x, y, sums=False).norms
+    taken = _taken(loss_fn, params, x, y, randomness, sums=False)
+    if taken is None:
+        return _norms(grads_apart(loss_fn, params, x, y, randomness=randomness))
+    return taken.norms
 
 
 def clipped_grads(
@@ -86,6 +97,7 @@ def clipped_grads(
     *,
     max_norm: float | Tensor,
     norms: str = "running",
+    randomness: str = "error",
 ) -> tuple[Weights, Tensor]:
     """The sum of the images' gradients, each scaled down to the norm `max_norm` if it is longer.
 
@@ -103,7 +115,8 @@ def clipped_grads(
     (torch.Size([10]), torch.Size([2]))
 
     Args:
-      loss_fn, params, x, y, norms: as for `per_sample_norms`.
+      loss_fn, params, x, y, norms, randomness: as for `per_sample_norms`. A batch without images,
+        as Poisson sampling draws now and then, has a gradient of zeros.
       max_norm: a number above 0, or a 0-d float tensor.
     Returns:
       `(grads, norms)`: a tree like `params.weights`; each image's norm before clipping, `[b]`.
@@ -111,38 +124,52 @@ def clipped_grads(
       FresnetError: if max_norm is neither, or as `per_sample_norms` does.
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).
     """
-    _check_max_norm(max_norm)
-    loss_fn = check_images("clipped_grads", loss_fn, params, x, y, norms, MEANINGS)
+    max_norm = _checked_max_norm(max_norm)
+    loss_fn = check_images("clipped_grads", loss_fn, params, x, y, norms, MEANINGS, randomness)
+    if not len(x):
+        zeros: Weights = tree.map(torch.zeros_like, params.weights)
+        return zeros, x.new_zeros(0, dtype=stats_dtype(x.dtype))
     params = apart(params, x, norms)
-    if _composed(params, x, y):
-        grads = grads_apart(loss_fn, params, x, y)
+    taken = _taken(loss_fn, params, x, y, randomness, sums=True)
+    if taken is None:
+        grads = grads_apart(loss_fn, params, x, y, randomness=randomness)
         found = _norms(grads)
-        return tree.map(partial(_weighted, _factors(found, max_norm)), grads), found
-    taken = _Pass(loss_fn, params, x, y, sums=True)
+        with torch.autocast(x.device.type, enabled=False):
+            return tree.map(partial(_weighted, _factors(found, max_norm)), grads), found
     return taken.sum(_factors(taken.norms, max_norm)), taken.norms
 
 
-def _check_max_norm(max_norm: float | Tensor) -> None:
+def _checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
     if isinstance(max_norm, Tensor):
-        fits = max_norm.ndim == 0 and max_norm.is_floating_point()
+        if max_norm.ndim == 0 and max_norm.is_floating_point():
+            return max_norm
     else:
-        fits = type(max_norm) in (int, float) and max_norm > 0
-    if not fits:
-        got = describe(max_norm) if isinstance(max_norm, Tensor) else repr(max_norm)
-        raise FresnetError(
-            f"clipped_grads expects max_norm to be a number above 0 or a 0-d float tensor; "
-            f"got {got}"
-        )
+        number = as_number(max_norm)
+        if number is not None and number > 0:
+            return number
+    got = describe(max_norm) if isinstance(max_norm, Tensor) else repr(max_norm)
+    raise FresnetError(
+        f"clipped_grads expects max_norm to be a number above 0 or a 0-d float tensor; got {got}"
+    )
 
 
-def _composed(*trees: object) -> bool:
-    """Whether the gradients themselves have to be formed.
+def _taken(
+    loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, randomness: str, *, sums: bool
+) -> "_Pass | None":
+    """The pass, or None where the gradients themselves have to be formed.
 
-    A compiler, an outer transform or autograd could not follow `_Pass`, and in inference mode there
-    is no pass back.
+    A compiler, an outer transform or autograd could not follow the pass, in inference mode there is
+    no pass back, and autocast would round its products. Nor does it know tensors of a loss's own.
     """
-    escapes = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-    return escapes or transform_stack.differentiated(*tree.leaves(trees))
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled(x.device.type)
+        or transform_stack.differentiated(*tree.leaves((params, x, y)))
+    ):
+        return None
+    taken = _Pass(loss_fn, params, x, y, randomness, sums=sums)
+    return None if torch.is_grad_enabled() and taken.loss_reaches_further else taken
 
 
 def _norms(grads: Weights) -> Tensor:
@@ -171,23 +198,46 @@ class _Pass:
     """
 
     def __init__(
-        self, loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, *, sums: bool
+        self,
+        loss_fn: LossFunction,
+        params: Params,
+        x: Tensor,
+        y: Tensor,
+        randomness: str,
+        *,
+        sums: bool,
     ) -> None:
         params, x = tree.map(Tensor.detach, (params, x))
         do = _Listening(x, sums=sums)
         with torch.enable_grad():
             run = run_network(params, x, do)
             seen, logits = run.seen, do.head(params.weights.head, run.y)
-            total = vmap(loss_fn)(logits, y).sum()
-        del run, logits
+            cut = logits.detach().requires_grad_()
+            total = vmap(loss_fn, randomness=randomness)(cut, y).sum()
+        self.loss_reaches_further = _reaches_further(total, cut)
+        del run
         if total.requires_grad:
-            torch.autograd.grad(total, do.root)
+            (cotangent,) = torch.autograd.grad(total, cut, materialize_grads=True)
+            torch.autograd.grad(logits, do.root, cotangent)
         self._weights, self._told = params.weights, Weights(*seen, do.told_head)
         self.norms = torch.stack(do.squares).sum(0).sqrt()
 
     def sum(self, factors: Tensor) -> Weights:
         """The sum of the images' gradients, each times its factor."""
         return tree.map(lambda leaf, told: told.sum(leaf, factors), self._weights, self._told)
+
+
+def _reaches_further(total: Tensor, cut: Tensor) -> bool:
+    """Whether a value depends on a leaf that wants a gradient, other than `cut`."""
+    waiting, seen = [total.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if getattr(node, "variable", cut) is not cut:
+                return True
+            waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 class _Told:

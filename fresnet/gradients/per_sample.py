@@ -6,13 +6,19 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
+from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.network.check import check_call
+from fresnet.network.check import check_differentiable, check_params
+from fresnet.network.check import check_images as check_images_of
 from fresnet.network.moments import statistics
 from fresnet.network.net import forward, forward_moments
 from fresnet.network.nodes import Params, Weights
+from fresnet.numbers import as_integer
 
 MEANINGS = ("running", "batch", "coupled")
+
+RANDOMNESS = ("error", "different", "same")
+"""What `torch.vmap` does with a function that draws random numbers."""
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,6 +31,7 @@ def per_sample_grads(
     *,
     norms: str | None = None,
     chunk_size: int | None = None,
+    randomness: str = "error",
 ) -> Weights:
     """The gradient of each image's loss with respect to the weights.
 
@@ -55,20 +62,27 @@ def per_sample_grads(
       norms: one of the three meanings above.
       chunk_size: how many gradients to take at once, by default all. It bounds the memory of the
         computation. The result still takes the memory of the weights for each image.
+      randomness: as in `torch.vmap`, for a loss that draws, as by dropout: "different" draws for
+        each image, "same" once for all.
     Returns:
       A tree like `params.weights`, each leaf with a first dimension of b.
     Raises:
       FresnetError: if norms is none of the three, if x and y differ in length, if chunk_size is
-        not a positive integer, if the loss is not a 0-d tensor, or as `forward_train` does.
+        not a positive integer, if randomness is none of `torch.vmap`'s, if the loss is not a 0-d
+        tensor, or as `forward_train` does.
     """
-    loss_fn = check_images("per_sample_grads", loss_fn, params, x, y, norms, MEANINGS)
-    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+    loss_fn = check_images("per_sample_grads", loss_fn, params, x, y, norms, MEANINGS, randomness)
+    chunk = as_integer(chunk_size)
+    if chunk_size is not None and (chunk is None or chunk < 1):
         raise FresnetError(
             f"per_sample_grads expects chunk_size to be a positive integer; got {chunk_size!r}"
         )
+    if not len(x):
+        none: Weights = tree.map(lambda leaf: leaf.new_zeros(0, *leaf.shape), params.weights)
+        return none
     if norms == "coupled":
-        return _coupled(loss_fn, params, x, y, chunk_size)
-    return grads_apart(loss_fn, apart(params, x, norms), x, y, chunk_size)
+        return _coupled(loss_fn, params, x, y, chunk, randomness)
+    return grads_apart(loss_fn, apart(params, x, norms), x, y, chunk, randomness=randomness)
 
 
 def check_images(
@@ -79,6 +93,7 @@ def check_images(
     y: Tensor,
     norms: str | None,
     meanings: Sequence[str],
+    randomness: str,
 ) -> LossFunction:
     """Refuse arguments that are not a network, images, targets and one of the meanings.
 
@@ -87,7 +102,14 @@ def check_images(
     Raises:
       FresnetError: saying what came.
     """
-    check_call(caller, params, x)
+    check_params(caller, params)
+    check_images_of(caller, params, x, least=0)
+    check_differentiable(caller, params, x)
+    if randomness not in RANDOMNESS:
+        raise FresnetError(
+            f"{caller} expects randomness to be one of {', '.join(map(repr, RANDOMNESS))}; "
+            f"got {randomness!r}"
+        )
     if norms not in meanings:
         raise FresnetError(
             f"{caller} expects norms to say what BatchNorm is to one image, "
@@ -100,7 +122,14 @@ def check_images(
         )
 
     def scalar_loss(logits: Tensor, target: Tensor) -> Tensor:
-        value = loss_fn(logits, target)
+        try:
+            value = loss_fn(logits, target)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise FresnetError(
+                f"{caller} expects randomness to be 'different' or 'same' for a loss that draws"
+            ) from error
         if not isinstance(value, Tensor) or value.ndim != 0:
             raise FresnetError(
                 f"{caller} expects loss_fn(logits [k], target) to return a 0-d tensor; "
@@ -124,25 +153,37 @@ def apart(params: Params, x: Tensor, norms: str | None) -> Params:
 
 
 def grads_apart(
-    loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, chunk_size: int | None = None
+    loss_fn: LossFunction,
+    params: Params,
+    x: Tensor,
+    y: Tensor,
+    chunk_size: int | None = None,
+    *,
+    randomness: str,
 ) -> Weights:
     """Each image's gradient through `forward`."""
 
     def loss(weights: Weights, image: Tensor, target: Tensor) -> Tensor:
         return loss_fn(forward(Params(weights, params.stats), image[None])[0], target)
 
-    grads: Weights = vmap(grad(loss), (None, 0, 0), chunk_size=chunk_size)(params.weights, x, y)
+    each = vmap(grad(loss), (None, 0, 0), randomness=randomness, chunk_size=chunk_size)
+    grads: Weights = each(params.weights, x, y)
     return grads
 
 
 def _coupled(
-    loss_fn: LossFunction, params: Params, x: Tensor, y: Tensor, chunk_size: int | None
+    loss_fn: LossFunction,
+    params: Params,
+    x: Tensor,
+    y: Tensor,
+    chunk_size: int | None,
+    randomness: str,
 ) -> Weights:
     """Each image's gradient through one pass forward; the pass back runs once for each loss."""
 
     def losses(weights: Weights) -> Tensor:
         logits, _ = forward_moments(params._replace(weights=weights), x)
-        return vmap(loss_fn)(logits, y)
+        return vmap(loss_fn, randomness=randomness)(logits, y)
 
     values, pull, *_ = vjp(losses, params.weights)
     one_hot = torch.eye(len(values), dtype=values.dtype, device=values.device)

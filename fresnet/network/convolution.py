@@ -11,7 +11,7 @@ Both come from the form <g, convolve(x, w)>, which is linear in each of g, x and
 derivatives are made of the same two functions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -45,10 +45,21 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
             y = rearrange(x, "b c h w -> (b h w) c") @ rearrange(weight, "o c 1 1 -> c o")
             return rearrange(y, "(b h w) o -> b o h w", b=len(x), h=x.shape[2])
         if not transform_stack.forward_mode(x, weight):
-            result: Tensor = _Convolve.apply(x, weight, geometry)
+            result: Tensor = _Convolve.apply(*_as_autocast(x, weight), geometry)
             return result
     padding = geometry.padding(weight.shape[3])
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+
+def _as_autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors in the dtype in which `torch.autocast`, where it is on, runs a convolution.
+
+    It does not look into an `autograd.Function`, whose derivatives would see other dtypes than it.
+    """
+    for tensor in tensors:
+        kind = tensor.device.type
+        narrows = torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
+        yield tensor.to(torch.get_autocast_dtype(kind)) if narrows else tensor
 
 
 def pull_back(

@@ -126,11 +126,12 @@ def _batch_norm(
         torch.compiler.is_compiling()
         or group is not None
         or not _is_fused_there()
-        or not transform_stack.fused_norm_is_exact(x, scale, bias)
+        or not transform_stack.one_derivative(x, scale, bias)
     ):
         return _composed_norm(x, scale, bias, group)
     fused = fused_norm if transform_stack.active() else kernel
-    y, mean, inverse_std = fused(x, scale, bias)
+    # Where maps are of one pixel, the kernel's derivative reads a strided scale as if it were not.
+    y, mean, inverse_std = fused(x, scale.contiguous(), bias.contiguous())
     n = mean.new_full((), x.numel() // x.shape[1])
     return y, Moments(n, mean, (inverse_std**-2 - EPS).clamp(min=0) * n)
 
@@ -223,8 +224,8 @@ def _without_statistics(norm: Bias | Rescale | NoNorm, x: Tensor) -> Tensor:
 
 
 def _check_channels(x: Tensor, norm: Norm | FrozenNorm, stats: NormStats) -> None:
-    shapes = {norm.scale.shape, norm.bias.shape, stats.mean.shape, stats.var.shape}
-    if shapes != {x.shape[1:2]}:
+    # Not by a set: where a call is traced, sizes are tensors, and each differs from all others.
+    if any(leaf.shape != x.shape[1:2] for leaf in (*norm, *stats)):
         raise FresnetError(
             f"a norm of activations {tuple(x.shape)} expects scale, bias, mean and var "
             f"[{x.shape[1]}] each; got {', '.join(str(tuple(v.shape)) for v in (*norm, *stats))}"

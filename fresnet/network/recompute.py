@@ -73,7 +73,8 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # the result will be differentiated again
+        # The result will be differentiated again, or is mapped, where leaves cannot be made.
+        if torch.is_grad_enabled() or transform_stack.active():
             pull = vjp(lambda *inputs: ctx.function(*inputs)[0], *ctx.saved_tensors)[1]
             return None, *pull(cotangent)
         needed = ctx.needs_input_grad[1:]

@@ -51,13 +51,14 @@ def forward_mode(*inputs: Tensor) -> bool:
     return any(unpack_dual(_unwrapped(tensor)).tangent is not None for tensor in inputs)
 
 
-def fused_norm_is_exact(*inputs: Tensor) -> bool:
-    """Whether PyTorch's fused batch normalisation is right in every derivative to be taken here.
+def one_derivative(*inputs: Tensor) -> bool:
+    """Whether at most one derivative, in reverse mode, is to be taken here as far as one can tell.
 
-    It is right for one derivative in reverse mode. Its derivatives take the saved moments for
-    constants, so others can be wrong without an error: a second derivative, under a vmap at least,
-    and every derivative of its forward-mode derivative. A vmap may begin only after this call, so
-    it cannot be ruled out here.
+    PyTorch's fused batch normalisation is right in that one alone. Its derivatives take the saved
+    moments for constants, so others can be wrong without an error: a second derivative, under a
+    vmap at least, and every derivative of its forward-mode derivative. A vmap may begin only after
+    this call, so it cannot be ruled out here. The second derivative of its max pooling has no rule
+    for a vmap of maps in channels last.
     """
     if not READABLE:
         return False
