@@ -3,13 +3,15 @@
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fresnet
-from fresnet import FresnetError, Params, Spec, tree
+from fresnet import FresnetError, Params, Spec, training, tree
 from fresnet.network.nodes import (
     BareStem7x7,
     BasicBlock,
@@ -52,6 +54,10 @@ def check(call: Callable[..., Any], params: Any, x: Any, message: str) -> None:
         (X[:, :, :0], "[b 3 h w] with at least one image and pixel; got (2, 3, 0, 16)"),
         (X[:, :, :, :0], "[b 3 h w] with at least one image and pixel; got (2, 3, 16, 0)"),
         (X[:0], "[b 3 h w] with at least one image and pixel; got (0, 3, 16, 16)"),
+        (
+            X.to_sparse(),
+            "[b 3 h w] without gaps; got sparse_coo float32 (2, 3, 16, 16)",
+        ),
         (X.numpy(), "to be a tensor [b c h w]; got a ndarray"),
         (None, "to be a tensor [b c h w]; got None"),
     ],
@@ -110,7 +116,7 @@ TREES: dict[str, tuple[Any, str]] = {
     "a block as a shortcut": (
         with_stages(weights=with_block(lambda b: b._replace(shortcut=b))),
         "expects weights.stages[1][0].shortcut to be Identity or Projection or "
-        "PooledProjection or ZeroPad or NoShortcut; got a Bottleneck",
+        "PooledProjection or ZeroPad or CentredZeroPad or NoShortcut; got a Bottleneck",
     ),
     "a projection as a stem": (
         PARAMS._replace(weights=w._replace(stem=Projection(*w.stem))),
@@ -198,6 +204,10 @@ TREES: dict[str, tuple[Any, str]] = {
         "expects weights.stages[1][0].layer2.conv to be torch.float32 on cpu, "
         "to go with the stem; got torch.float64 on cpu",
     ),
+    "a leaf with gaps": (
+        with_stages(weights=with_layer(lambda layer: layer._replace(conv=layer.conv.to_sparse()))),
+        "expects weights.stages[1][0].layer2.conv to be a tensor without gaps; got sparse_coo",
+    ),
     "float64 stats": (
         PARAMS._replace(stats=tree.map(torch.Tensor.double, s)),
         "expects stats.stem.layer.mean to be torch.float32 on cpu",
@@ -259,7 +269,7 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
             {"generator": 0, "num_classes": 2**31},
             "integers below 2**31; got num_classes=2147483648",
         ),
-        ({"generator": 0, "device": "nowhere"}, "device to be a torch.device; got 'nowhere'"),
+        ({"generator": 0, "device": "nowhere"}, "a torch.device that is there; got 'nowhere'"),
         ({"generator": 0, "dtype": "float32"}, "torch.float64); got 'float32'"),
         ({"generator": 2**70}, f"init expects a torch.Generator or an int; got {2**70}"),
     ],
@@ -304,7 +314,10 @@ def test_momentum(momentum: Any, got: str) -> None:
             "Spec expects block BasicBlock or Bottleneck or BottleneckV1 or PreActivation; got",
         ),
         ({"stem": Norm}, "Spec expects stem Stem7x7 or DeepStem or Stem3x3 or BareStem7x7; got"),
-        ({"shortcut": Identity}, "Projection or PooledProjection or ZeroPad or NoShortcut; got"),
+        (
+            {"shortcut": Identity},
+            "PooledProjection or ZeroPad or CentredZeroPad or NoShortcut; got",
+        ),
         ({"block": BasicBlock, "groups": 2}, "Spec expects groups and group_width of bottlenecks"),
         ({"group_width": 1, "width": 32}, "Spec expects at least one channel in each group"),
         ({"stem": DeepStem, "width": 1}, "Spec expects width to be at least 2 with a deep stem"),
@@ -341,3 +354,24 @@ POOLED = fresnet.init(0, Spec(Bottleneck, (1, 1), width=2, shortcut=PooledProjec
 def test_dilate(params: Any, output_stride: Any, message: str) -> None:
     with pytest.raises(FresnetError, match=re.escape(message)):
         fresnet.dilate(params, output_stride=output_stride)
+
+
+def test_tensors_without_values_are_refused_where_values_matter(tmp_path: Path) -> None:
+    """Under FakeTensorMode a step can be measured; a file of such tensors would hold nothing."""
+    optimizer = fresnet.optim.sgd(0.1)
+    with FakeTensorMode():
+        params = fresnet.init(0, Spec(Bottleneck, (1,), width=4), num_classes=5)
+        x, y = torch.empty(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+        assert fresnet.forward(params, x).shape == (2, 5)
+        step = training.make_train_step(optimizer)
+        assert step(training.start(params, optimizer), (x, y))[1].loss.shape == ()
+        for name, call in (
+            ("save", lambda: fresnet.save(params, tmp_path / "a.safetensors")),
+            ("export", lambda: fresnet.export(params, tmp_path / "a.pt2")),
+            ("compile_inference", lambda: fresnet.compile_inference(params, x)),
+            ("quantize", lambda: fresnet.quantize(params, [x])),
+            ("evaluate", lambda: training.evaluate(params, [(x, y)])),
+        ):
+            with pytest.raises(FresnetError, match=f"{name} expects tensors with values; got some"):
+                call()
+    assert list(tmp_path.iterdir()) == []

@@ -42,6 +42,7 @@ from fresnet.data import (
     prepare,
     scan,
 )
+from fresnet.data.folder import read_labels, write_labels
 from fresnet.data.preprocess import Preset
 
 RECIPE = Augmentation(AreaCrop(24), trivial_augment=True, lighting=0.1, erase=0.5)
@@ -128,6 +129,59 @@ def test_links_are_followed(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "b" / "c").symlink_to(digits / "4")
     expected = torchvision.datasets.ImageFolder(str(tmp_path))
     assert list(scan(tmp_path).files) == [file for file, _ in expected.samples]
+
+
+def test_hidden_folders_are_no_classes_and_told_once(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "a")
+    expected = scan(tmp_path / "a")
+    for hidden in (".ipynb_checkpoints", "3/.cache"):
+        (tmp_path / "a" / hidden).mkdir()
+        (tmp_path / "a" / hidden / "1.png").touch()
+    with pytest.warns(UserWarning, match="passes over what is hidden") as told:
+        assert scan(tmp_path / "a") == expected
+    assert len(told) == 1
+
+
+def test_a_link_to_a_folder_that_holds_it_multiplies_nothing(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/more/2.png", "b/1.png", "c/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "more" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "b" / "all").symlink_to(tmp_path)
+    (tmp_path / "c" / "self").symlink_to("self")
+    with pytest.warns(UserWarning, match="links to a folder around them: ") as told:
+        found = scan(tmp_path)
+    assert len(told) == 1
+    files = [Path(file).relative_to(tmp_path).as_posix() for file in found.files]
+    assert files == ["a/1.png", "a/more/2.png", "b/1.png", "c/1.png"]
+    assert found.labels == (0, 0, 1, 2)
+
+
+def test_names_of_classes_are_on_one_line(tmp_path: Path) -> None:
+    for name in ("a\nb", "c\rd", "e"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    with pytest.raises(FresnetError, match=r"names of classes on one line; got 'a\\nb'"):
+        scan(tmp_path)
+
+
+def test_labels_are_written_as_they_are(tmp_path: Path) -> None:
+    """Also names of folders that are no UTF-8, whatever the locale says."""
+    names = ["caf\u00e9", os.fsdecode(b"caf\xe9"), "\u732b", " cat ", ""]
+    write_labels(tmp_path / "labels.txt", names)
+    assert (tmp_path / "labels.txt").read_bytes().splitlines()[1] == b"caf\xe9"
+    assert read_labels(tmp_path / "labels.txt") == names
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
+    assert read_labels(tmp_path / "labels.txt") == ["cat", "dog"]
+
+
+def test_names_that_look_alike_are_told_apart(tmp_path: Path) -> None:
+    for name in ("caf\u00e9", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    message = "spells 'cafe\u0301' with other code points"
+    with pytest.raises(FresnetError, match=message):
+        scan(tmp_path, classes=["cafe\u0301", "dog"])
 
 
 def test_labels_follow_the_classes_given(digits: Path) -> None:
@@ -291,11 +345,11 @@ def test_broken_images_are_fatal(damaged: Path, workers: int) -> None:
         next(found)
 
 
-def test_a_batch_of_broken_images_is_fatal(damaged: Path) -> None:
+def test_a_batch_of_broken_images_is_empty(damaged: Path) -> None:
     images = Images(scan(damaged), PLAIN, 0)
-    found = loader(images, in_order(images.folder, len(DAMAGES)), broken="skip")
-    with pytest.raises(FresnetError, match=r"loader cannot use 4 of 4 images of a batch"):
-        next(found)
+    first, second, *_ = loader(images, in_order(images.folder, len(DAMAGES)), broken="skip")
+    assert (len(first.x), len(first.y), first.places, len(first.broken)) == (0, 0, [], 4)
+    assert len(second.x) == 4
 
 
 def test_a_file_that_is_gone(damaged: Path) -> None:
@@ -309,8 +363,8 @@ def test_a_file_that_is_gone(damaged: Path) -> None:
 def test_an_image_that_the_transform_refuses(digits: Path) -> None:
     bad = partial(augment, augmentation=RECIPE._replace(flip=2))
     images = Images(scan(digits), bad, 0)
-    with pytest.raises(FresnetError, match=r"10 of 10 images .* augment expects a flip"):
-        next(loader(images, in_order(images.folder), broken="skip"))
+    with pytest.raises(FresnetError, match=r"any of 60 images; .* augment expects a flip"):
+        list(loader(images, in_order(images.folder), broken="skip"))
 
 
 def faulty(image: Image.Image, generator: Generator) -> Tensor:

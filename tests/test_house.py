@@ -74,3 +74,19 @@ def test_an_import_brings_little_beyond_torch() -> None:
     heavy = ("torch._dynamo", "torch._inductor", "torch.distributed", "PIL", "matplotlib", "sympy")
     assert not [name for name in modules if name.startswith(heavy)]
     assert len([name for name in modules if not name.startswith("fresnet")]) < 60
+
+
+def test_texts_are_written_and_read_in_a_stated_encoding() -> None:
+    """Else it is the locale's, in which names of classes may not be written."""
+    for path in FILES:
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            modes = [str(mode.value) for mode in node.args if isinstance(mode, ast.Constant)]
+            is_text = name in ("read_text", "write_text") or (
+                name == "open" and owner not in ("Image", "os") and "b" not in "".join(modes)
+            )
+            stated = any(keyword.arg == "encoding" for keyword in node.keywords)
+            assert stated or not is_text, f"{path}:{node.lineno} states no encoding"

@@ -44,10 +44,13 @@ from fresnet.data import (
 )
 from fresnet.data.preprocess import PRESETS, Preset, preprocess
 from fresnet.network.nodes import BasicBlock, Stem3x3
+from fresnet.training import course as running
 from fresnet.training import cross_entropy, evaluate, make_train_step, plots, share
-from fresnet.training import run as running
 from fresnet.training import start as begin
 from fresnet.training.checkpoint import saved_states
+from fresnet.training.course import Outcome
+from fresnet.training.plan import Run
+from fresnet.training.plan import assemble as assembled
 from fresnet.training.processes import Processes
 from fresnet.training.recipes import (
     RECIPES,
@@ -61,7 +64,7 @@ from fresnet.training.recipes import (
     with_epochs,
 )
 from fresnet.training.record import read_log
-from fresnet.training.run import Outcome, Run, train
+from fresnet.training.run import train
 from fresnet.weights.storage import read_safetensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -183,7 +186,7 @@ def test_norms_across_one_process_are_its_norms() -> None:
     ends = []
     for across in (False, True):
         plan = Run("tiny", CASES["v1"], norms_across=across)
-        state, train_step, _ = running.assemble(plan, PARAMS, IMAGES, ALONE)
+        state, train_step, _ = assembled(plan, PARAMS, IMAGES, ALONE)
         batch = torch.ones(4, 3, 16, 16).cumsum(3), torch.arange(4)
         ends.append(train_step(state, batch))
     assert_same(*ends)
@@ -237,7 +240,7 @@ def interrupted(place: str, at: int, how: Callable[[], None], late: bool) -> Ite
                 yield wrapped(next)(found)
 
     if place == "step":
-        real: Any = running.assemble
+        real: Any = assembled
         patch = mock.patch.object(running, "assemble", assemble)
     elif place == "loader":
         real = fresnet.data.loader
@@ -460,7 +463,7 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --seed 99999999999999999999", "--seed expects"),
         ("good --workers -1", "loader expects workers of at least 0; got -1"),
         ("good --batch 1000", "a batch of 1000 images is more than the"),
-        ("good --arch resnet20 --weights a.pth", "--weights says itself which network it is"),
+        ("good --arch resnet20 --weights a.pth", "cannot load a.pth: No such file or directory"),
         ("good --out file", "cannot write to file: File exists"),
         ("good --out file/out", "cannot write to file/out: Not a directory"),
         ("good --out /proc/out", "cannot write to /proc/out: No such file or directory"),
@@ -542,7 +545,7 @@ def test_what_is_not_finite_is_never_saved(
 
         return state, breaking, order
 
-    real = running.assemble
+    real = assembled
     monkeypatch.setattr(running, "assemble", assemble)
     last = tmp_path / "checkpoints" / f"step-{(at - 1):012}.safetensors"
     with pytest.raises(FresnetError) as error:
@@ -592,6 +595,56 @@ def test_broken_images_are_left_out_and_named_once(
         assert "on 17 images" in lines[at - 4]
         log = [line["left_out"]["files"] for line in read_log(Path("out")) if "left_out" in line]
         assert sum(map(len, log)) == 3 * len(damaged)
+
+
+def test_batches_without_a_readable_image_are_passed_over(
+    capsys: pytest.CaptureFixture[str], damaged: list[str]
+) -> None:
+    """With a batch of one image every broken one is such a batch, in training and validation."""
+    options = ["good", *TRAIN, "--batch", "1", "--epochs", "1", "--skip-broken", "--out", "out"]
+    assert main(["train", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("left out 3 images that cannot be read:")
+    assert [line.split(": ")[0] for line in lines[at + 1 :]] == damaged
+    steps = [line["step"] for line in read_log(Path("out")) if "train" in line]
+    assert len(steps) == IMAGES - 2
+    (state, *_) = saved_states(Path("out") / "checkpoints")
+    assert state.name == f"step-{IMAGES:012}.safetensors"
+    entries, _ = read_safetensors(state)
+    assert entries["state.step"] == entries["state.optimizer.step"] == IMAGES  # schedules go on
+
+
+def test_any_names_of_classes(digits: Path, tmp_path: Path) -> None:
+    """A folder's name need not be UTF-8, nor the locale's."""
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    names = [b"caf\xe9", "\u732b".encode(), b"$x_1", b"a" * 60]
+    for split in ("train", "val"):
+        for i, name in enumerate(names):
+            target = Path(os.fsdecode(os.fsencode(tmp_path / split) + b"/" + name))
+            shutil.copytree(digits / split / str(i), target)
+    command = [sys.executable, "-m", "fresnet", "train", str(tmp_path), *TRAIN, "--epochs", "1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")],
+        env=plain,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    labels = (tmp_path / "out" / "labels.txt").read_bytes()
+    assert labels.splitlines() == sorted(names, key=os.fsdecode)
+    image = min((tmp_path / "train" / "$x_1").iterdir())
+    network = tmp_path / "out" / "network.safetensors"
+    said = subprocess.run(
+        [
+            *[sys.executable, "-m", "fresnet", "predict", str(image), "--weights", str(network)],
+            *["--labels", str(tmp_path / "out" / "labels.txt"), "--preset", "16,16,bilinear"],
+        ],
+        env=plain,
+        capture_output=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    assert b"caf" in said.stdout
 
 
 def test_a_full_disk(capsys: pytest.CaptureFixture[str], folders: Path) -> None:
@@ -704,7 +757,7 @@ def test_averages_are_torchvisions() -> None:
     share = 2e-5 * 1024 * 32 / 600
     assert 1 - average_decay_of(RECIPES["v2"]) ** 32 == pytest.approx(share, rel=1e-3)
     assert average_decay_of(RECIPES["v2"]._replace(epochs=1, batch=10**6)) == 0
-    assert running.assemble(Run("", CASES["v1"]), PARAMS, 9, ALONE)[0].average == ()
+    assert assembled(Run("", CASES["v1"]), PARAMS, 9, ALONE)[0].average == ()
 
 
 @pytest.mark.parametrize(("name", "spared"), [("v1", False), ("v2", True)])

@@ -525,3 +525,79 @@ OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, grou
 def test_bad_input_is_refused(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(FresnetError, match=message):
         call()
+
+
+SMALL = fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=4)
+TINY = fresnet.init(0, SMALL, num_classes=3)
+TINY_X = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+TINY_Y = torch.tensor([0, 1, 2, 1])
+
+
+def test_inference_mode_is_refused_in_words() -> None:
+    optimizer = optim.sgd(0.1)
+    state, train_step = start(TINY, optimizer), make_train_step(optimizer)
+    with torch.inference_mode():
+        inside = tree.map(torch.clone, state)
+        with pytest.raises(FresnetError, match=r"outside of torch.inference_mode; got it on"):
+            train_step(state, (TINY_X, TINY_Y))
+        x = TINY_X.clone()
+    for wrong, images_of in ((inside, TINY_X), (state, x)):
+        with pytest.raises(FresnetError, match=r"torch.inference_mode: make them, or clone\(\)"):
+            train_step(wrong, (images_of, TINY_Y))
+
+
+def test_an_ensemble_trains_under_autocast() -> None:
+    """Each member's step is that of the member alone, to the rounding of bfloat16."""
+    optimizer = optim.sgd(0.1, momentum=0.9)
+    members = [start(fresnet.init(seed, SMALL, num_classes=3), optimizer) for seed in (0, 1)]
+    train_step = make_train_step(optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        together, metrics = vmap(train_step, (0, None))(tree.stack(members), (TINY_X, TINY_Y))
+        apart = [train_step(member, (TINY_X, TINY_Y)) for member in members]
+    for one, (alone, _) in zip(tree.unstack(together), apart, strict=True):
+        change, expected = tree.ravel(one.params), tree.ravel(alone.params)
+        assert_close(change, expected, 1e-3)
+    wide = [train_step(member, (TINY_X, TINY_Y))[1].loss for member in members]
+    assert_close(metrics.loss, torch.stack(wide), 0.05)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_recomputing_under_autocast_computes_the_same_again(inside: bool) -> None:
+    """The pass back may come when autocast is off."""
+    found = []
+    for recompute in (False, True):
+        weights = tree.map(lambda leaf: leaf.clone().requires_grad_(), TINY.weights)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _ = fresnet.forward_moments(
+                TINY._replace(weights=weights), TINY_X, recompute=recompute
+            )
+            loss = F.cross_entropy(logits, TINY_Y)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append(tree.map(lambda leaf: leaf.grad, weights))
+    assert_trees_close(found[1], found[0], 1e-6)
+
+
+def test_evaluation_is_not_mapped() -> None:
+    networks = tree.stack([TINY, TINY])
+    with pytest.raises(FresnetError, match=r"no transform of torch.func may go over it"):
+        vmap(lambda params: torch.tensor(training.evaluate(params, [(TINY_X, TINY_Y)]).top1))(
+            networks
+        )
+
+
+def test_a_recomputed_graph_is_pulled_back_under_vmap() -> None:
+    """`torch.vmap` of `torch.autograd.grad` is PyTorch's way to the rows of a Jacobian."""
+    found = []
+    for recompute in (False, True):
+        weights = tree.map(lambda leaf: leaf.clone().requires_grad_(), TINY.weights)
+        network = TINY._replace(weights=weights)
+        logits, _ = fresnet.forward_moments(network, TINY_X, recompute=recompute)
+        rows = torch.eye(logits.numel()).view(-1, *logits.shape)
+        leaves = tree.leaves(weights)
+        found.append(
+            torch.vmap(partial(torch.autograd.grad, logits, leaves, retain_graph=True))(rows)
+        )
+    assert_trees_close(found[1], found[0], 1e-4)

@@ -1,8 +1,11 @@
 """Folders of images, one folder to a class."""
 
 import os
-from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from fresnet.errors import FresnetError, reason
 
@@ -32,24 +35,37 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
       classes: the classes that must be there, in the order of their labels. For a validation folder
         they are those of the training folder. By default all folders, in the order of their names.
     Returns:
-      The same classes, files and labels that torchvision's `ImageFolder` finds.
+      The same classes, files and labels that torchvision's `ImageFolder` finds, but for what is
+      hidden (`.ipynb_checkpoints`) and for links to a folder that holds them, which are passed
+      over with a warning.
     Raises:
       FresnetError: if root is not a folder of at least two classes, if a class has no image, if the
-        classes are not the expected ones, or if a folder cannot be read.
+        classes are not the expected ones, if a name has a line break, which no list of labels can
+        hold, or if a folder cannot be read.
     """
     root = os.path.expanduser(root)
     try:
-        found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        found = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))
+        hidden = [name for name in found if name.startswith(".")]
+        found = [name for name in found if name not in hidden]
         _check_classes(root, found)
         if classes is not None:
             _check_same(root, found, classes)
             found = list(classes)
-        images = [_images(os.path.join(root, name)) for name in found]
+        passed_over = [os.path.join(root, name) for name in hidden]
+        images = [_images(root, name, passed_over) for name in found]
     except OSError as error:
         place = error.filename or root
         raise FresnetError(
             f"scan expects a folder of class folders; {place}: {reason(error)}"
         ) from error
+    if passed_over:
+        more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
+        warnings.warn(
+            "scan passes over what is hidden, and links to a folder around them: "
+            f"{', '.join(passed_over[:3])}{more}",
+            stacklevel=2,
+        )
     return Folder(
         root,
         classes=tuple(found),
@@ -58,11 +74,12 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
     )
 
 
-def _images(folder: str) -> list[str]:
-    """The images in a folder and in all folders below it, folder by folder."""
+def _images(root: str, name: str, passed_over: list[str]) -> list[str]:
+    """The images in a class's folder and in all folders below it, folder by folder."""
+    folder = os.path.join(root, name)
     named = sorted(
         (below, name)
-        for below, _, names in os.walk(folder, onerror=_refuse, followlinks=True)
+        for below, names in _walk(root, folder, passed_over)
         for name in names
         if name.lower().endswith(EXTENSIONS)
     )
@@ -74,11 +91,37 @@ def _images(folder: str) -> list[str]:
     return [os.path.join(*parts) for parts in named]
 
 
-def _refuse(error: OSError) -> NoReturn:
-    raise error
+def _walk(root: str, folder: str, passed_over: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each folder, links followed, with the names of its files; no folder within itself."""
+    waiting: list[tuple[str, tuple[str, ...]]] = [(folder, (os.path.realpath(root),))]
+    while waiting:
+        folder, above = waiting.pop()
+        here = os.path.realpath(folder)
+        if any(place == here or place.startswith(here + os.sep) for place in above):
+            passed_over.append(folder)
+            continue
+        entries = [(entry, _is_folder(entry)) for entry in os.scandir(folder)]
+        yield folder, [entry.name for entry, below in entries if not below]
+        for entry, below in entries:
+            if below and entry.name.startswith("."):
+                passed_over.append(entry.path)
+            elif below:
+                waiting.append((entry.path, (*above, here)))
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _check_classes(root: str, found: Sequence[str]) -> None:
+    broken = [name for name in found if "\n" in name or "\r" in name]
+    if broken:
+        raise FresnetError(
+            f"scan expects names of classes on one line; got {broken[0]!r} in {root}: rename it"
+        )
     if "train" in found and SPLITS.issuperset(found):
         hint = f"did you mean {os.path.join(root, 'train')}?"
         raise FresnetError(f"scan expects classes in {root}; got {', '.join(found)}: {hint}")
@@ -90,13 +133,40 @@ def _check_classes(root: str, found: Sequence[str]) -> None:
 
 
 def _check_same(root: str, found: Sequence[str], expected: Sequence[str]) -> None:
-    for problem, names in (
-        ("lacks", sorted(set(expected) - set(found))),
-        ("has besides", sorted(set(found) - set(expected))),
-    ):
+    lacking, besides = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    composed = {unicodedata.normalize("NFC", name): name for name in besides}
+    for name in lacking:
+        if (other := composed.get(unicodedata.normalize("NFC", name))) is not None:
+            raise FresnetError(
+                f"scan expects the classes given; {root} spells {name!r} with other code points, "
+                f"{other!a} and not {name!a}: rename one"
+            )
+    for problem, names in (("lacks", lacking), ("has besides", besides)):
         if names:
             shown = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
             raise FresnetError(
                 f"scan expects the {len(expected)} classes given; {root} {problem} "
                 f"{len(names)}: {shown}"
             )
+
+
+def write_labels(path: Path, classes: Sequence[str]) -> None:
+    """Write the names of classes, one to a line, in UTF-8.
+
+    A folder's name that is not UTF-8 is written byte by byte as it is.
+    """
+    text = "".join(f"{name}\n" for name in classes)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def read_labels(path: Path) -> list[str]:
+    """The lines of a file of labels, as `write_labels` wrote it or an editor did.
+
+    Raises:
+      FresnetError: if it is no text.
+    """
+    content = path.read_bytes()
+    if b"\0" in content:
+        raise FresnetError("it is no text")
+    text = content.decode("utf-8-sig", "surrogateescape")
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")

@@ -24,6 +24,9 @@ It draws from the generator alone, and writes to nothing. Where processes are sp
 possible to pickle it: a `functools.partial` of a module's function can be pickled, a lambda cannot.
 """
 
+NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
+"""The images of a batch without images."""
+
 OnBroken: TypeAlias = Literal["raise", "skip"]
 """Whether an image that cannot be read raises, or is left out of its batch."""
 
@@ -99,10 +102,12 @@ def loader(
       images: the images of a folder.
       places: the places of each batch's images, such as from `batches`.
       workers: the number of processes that read; 0 reads in this process.
-      broken: whether an image that cannot be read raises, or is left out of its batch.
+      broken: whether an image that cannot be read raises, or is left out of its batch, which then
+        may be empty.
     Raises:
       FresnetError: at once if an argument is not as described; at a batch if one of its images is
-        broken, or all of them if they may be left out; if a worker dies. It names the first file.
+        broken and none may be left out, or if all images are broken; if a worker dies. It names the
+        first file.
     """
     if workers < 0:
         raise FresnetError(f"loader expects workers of at least 0; got {workers}")
@@ -116,19 +121,25 @@ def loader(
         pin_memory=torch.cuda.is_available(),
         generator=Generator("cpu"),  # else the global one would draw the workers' seeds
     )
-    return _batches(data, broken)
+    return _batches(images, data, broken)
 
 
 def _batches(
-    data: "DataLoader[Example | Broken]", broken: OnBroken
+    images: Images, data: "DataLoader[Example | Broken]", broken: OnBroken
 ) -> abc.Generator[Batch, None, None]:
     # If DataLoader is started in the main thread, it handles SIGCHLD: a worker's death then raises
     # wherever the main thread is, for example in a training step. So another thread starts it.
     with ThreadPoolExecutor(1) as starter:
         ready: Any = starter.submit(iter, data).result()
+    missed: list[str] = []  # the broken images since one could be read
     try:
         while (batch := _next(ready)) is not None:
-            if batch.broken and (broken == "raise" or not batch.places):
+            missed = [] if batch.places else [*missed, *batch.broken]
+            if len(missed) >= len(images):
+                raise FresnetError(
+                    f"loader cannot use any of {len(images)} images; the first is {missed[0]}"
+                )
+            if batch.broken and broken == "raise":
                 first, count = batch.broken[0], len(batch.broken)
                 which = f"{count} of {count + len(batch.places)} images of a batch"
                 raise FresnetError(f"loader cannot use {which}; the first is {first}")
@@ -162,8 +173,10 @@ def _collate(items: list[Example | Broken]) -> Batch:
     # Stacked as [h w c], the images make a batch in channels_last without a second copy.
     rows = [rearrange(example.x, "c h w -> h w c") for example in good]
     return Batch(
-        x=rearrange(torch.stack(rows), "b h w c -> b c h w") if rows else torch.empty(0),
-        y=torch.tensor([example.label for example in good], dtype=torch.int64),
+        x=rearrange(torch.stack(rows), "b h w c -> b c h w")
+        if rows
+        else torch.empty(0, device="cpu"),
+        y=torch.tensor([example.label for example in good], dtype=torch.int64, device="cpu"),
         places=[example.place for example in good],
         broken=tuple(f"{item.file}: {item.reason}" for item in bad),
     )

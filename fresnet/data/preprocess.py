@@ -53,7 +53,7 @@ def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -
     Each image is turned upright as its EXIF orientation says, and converted as by Pillow's
     `convert("RGB")`: grey becomes three equal channels, and alpha is dropped, whatever colour it
     hid. Only 16-bit grey is different, because Pillow would clip it: 0 to 65535 is scaled to 0 to
-    255.
+    255. Images of floats or 32-bit integers are refused, since nothing tells their range.
 
     >>> import numpy
     >>> from fresnet import preprocess
@@ -127,14 +127,23 @@ def upright_rgb(image: object) -> "PILImage":
         raise FresnetError(f"expected a PIL image, uint8 array or path; got {_describe(image)}")
     if 0 in image.size:
         raise FresnetError(f"an image of {image.width}x{image.height} is empty")
+    _check_range(image)
     upright = ImageOps.exif_transpose(image)  # a copy, whatever the orientation
     # Transparency is dropped as alpha is. Pillow would keep it, and warns where it cannot.
     upright.info.pop("transparency", None)
-    if upright.mode == "F":
-        raise FresnetError("floats have no fixed range: scale the image to uint8 first")
     if upright.mode == "I" or upright.mode.startswith("I;16"):
         upright = Image.fromarray(_eight_bits(np.asarray(upright)))
     return upright.convert("RGB")
+
+
+def _check_range(image: "PILImage") -> None:
+    """Refuse images whose values have no fixed range; older Pillows read a 16-bit PNG so too."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        what = {"F": "floats", "I": "integers of 32 bits"}[image.mode]
+        raise FresnetError(
+            f"{what} have no fixed range, such as 0 to 255 or to 65535: scale the image to uint8 "
+            "first, or 16-bit grey to uint16"
+        )
 
 
 def _grey_or_colour(array: np.ndarray) -> np.ndarray:

@@ -101,7 +101,7 @@ class _Buckets:
 
     def __init__(self, leaves: Sequence[Tensor], passes: int, group: Group) -> None:
         self._group = group
-        self._views: list[Tensor] = [torch.empty(0)] * len(leaves)
+        self._views: list[Tensor] = [torch.empty(0, device="cpu")] * len(leaves)
         self._buffers: list[Tensor] = []
         self._awaited: list[int] = []  # how many gradients each buffer still waits for
         self._empty = set(range(len(leaves)))

@@ -15,12 +15,13 @@ from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.init import fresh_head, init
 from fresnet.network.nodes import Params
 from fresnet.network.specs import SPECS
+from fresnet.training.course import CONFUSION, CURVES, LABELS, NETWORK, Outcome
 from fresnet.training.dry_run import tried
 from fresnet.training.plan import Run
 from fresnet.training.processes import Processes, joined, share
 from fresnet.training.recipes import RECIPES, Recipe, with_batch, with_crop, with_epochs
 from fresnet.training.resuming import CHECKPOINTS
-from fresnet.training.run import CONFUSION, CURVES, LABELS, NETWORK, Outcome, train
+from fresnet.training.run import train
 from fresnet.weights.files import load
 
 
@@ -124,9 +125,7 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
         if arch not in SPECS:
             raise FresnetError(f"unknown --arch {arch!r}; {suggestion(arch, SPECS)}")
         return arch, init(args.seed, SPECS[arch], num_classes=classes)
-    if args.arch is not None:
-        raise FresnetError("--weights says itself which network it is; got --arch as well")
-    weights, stats = load(args.weights)
+    weights, stats = load(args.weights, architecture=args.arch)
     name = f"{args.weights} with its head"
     if len(weights.head.bias) != classes:
         head = fresh_head(args.seed, weights.head.weight.shape[1], classes)

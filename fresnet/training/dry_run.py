@@ -12,6 +12,7 @@ from fresnet import data, tree
 from fresnet.data import AreaCrop, Augmentation, Folder, Images, Order, ScaleCrop
 from fresnet.data.loading import OnBroken
 from fresnet.data.preprocess import Preset
+from fresnet.errors import FresnetError
 from fresnet.network.nodes import Params
 from fresnet.training.plan import Run, assemble
 from fresnet.training.processes import Processes
@@ -62,6 +63,10 @@ def _first_batch(
     transform = partial(data.augment, augmentation=plan.recipe.augmentation)
     places = data.batches(order, 0, 1, rank=processes.rank, ranks=processes.size)
     (batch,) = data.loader(Images(training, transform, plan.seed), places, broken=broken)
+    if not batch.places:
+        raise FresnetError(
+            f"no image of the first batch can be read; the first is {batch.broken[0]}"
+        )
     return batch
 
 
@@ -97,8 +102,9 @@ def _rates(recipe: Recipe, per_epoch: int) -> str:
     """The learning rate at first, and after those epochs that show how it goes on."""
     rate = schedule_of(recipe, per_epoch)
     cosine = () if recipe.drops else ((recipe.warm_up + recipe.epochs) / 2, recipe.epochs)
+    start = torch.zeros((), dtype=torch.float32, device="cpu")
     first, *later = (
-        f"{float(rate(torch.tensor(float(round(epoch * per_epoch))))):.3g} after {epoch:.3g}"
+        f"{float(rate(start + round(epoch * per_epoch))):.3g} after {epoch:.3g}"
         for epoch in sorted({0, recipe.warm_up, *recipe.drops, *cosine})
     )
     return ", ".join([first.replace("after 0", "at first"), *later]) + " epochs"

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError
-from fresnet.network.check import check_call, check_group, check_params
+from fresnet.network.check import check_call, check_group, check_params, check_values
 from fresnet.network.net import forward
 from fresnet.network.nodes import Params
+from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.step import Batch
 from fresnet.training.targets import check_classes, cross_entropy
@@ -51,7 +52,13 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
       FresnetError: if there is no image at all, or if images or classes are not what the network
         takes.
     """
+    if transform_stack.READABLE and transform_stack.active():
+        raise FresnetError(
+            "evaluate counts images, so no transform of torch.func may go over it; "
+            "evaluate each network by itself: map(evaluate, tree.unstack(networks), ...)"
+        )
     check_params("evaluate", params)
+    check_values("evaluate", params)
     check_group("evaluate", group)
     bias = params.weights.head.bias
     classes = len(bias)

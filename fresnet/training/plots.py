@@ -1,5 +1,6 @@
 """Pictures of a run: its curves, and which classes it confuses."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -60,12 +61,14 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
             count = str(int(confusion[i, j]))
             axes.text(j, i, count, ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings(action="ignore"):  # the font may lack letters of a name
+        figure.savefig(path, dpi=150)
 
 
 def _label(name: str) -> str:
     """At most 24 letters of a name; "$" is escaped, as it would begin a formula."""
-    return (name if len(name) <= 24 else f"{name[:21]}...").replace("$", r"\$")
+    shown = name.encode("utf-8", "backslashreplace").decode()  # bytes that are no letters
+    return (shown if len(shown) <= 24 else f"{shown[:21]}...").replace("$", r"\$")
 
 
 def _means(rows: Sequence[tuple[float, ...]]) -> list[list[float]]:

@@ -131,8 +131,8 @@ def check_same(state: Any, group: Group | None) -> None:
     leaves = tree.leaves(state)
     # Structures are compared first, because trees that differ may have different numbers of leaves.
     for checksums in (structure, [*structure, *map(_checksum, leaves)]):
-        table = torch.zeros(group.size(), len(checksums), dtype=torch.int64)
-        table[group.rank()] = torch.tensor(checksums)
+        table = torch.zeros(group.size(), len(checksums), dtype=torch.int64, device="cpu")
+        table[group.rank()] = torch.tensor(checksums, device="cpu")
         table = all_sum(table.to(leaves[0].device), group).cpu()
         for rank, column in (table != table[0]).nonzero().tolist():
             raise FresnetError(

@@ -88,7 +88,7 @@ def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
     A run that was killed may have logged steps after its last checkpoint. They are cut off.
     """
     kept, events = folder / f".{LOG}", folder / "tensorboard"
-    with kept.open("w") as file:
+    with kept.open("w", encoding="utf-8") as file:
         lines = (line for line in read_log(folder) if line["step"] <= after)
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()
@@ -98,7 +98,7 @@ def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
     # TensorBoard reads files in the order of their names.
     name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
     with (
-        (folder / LOG).open("a") as log,
+        (folder / LOG).open("a", encoding="utf-8") as log,
         (events / name).open("wb") as board,
         tqdm(total=steps, initial=after, disable=None, bar_format=BAR) as bar,
     ):
@@ -112,7 +112,7 @@ def read_log(folder: Path) -> Iterator[Line]:
     path = folder / LOG
     if not path.exists():
         return
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 yield json.loads(line)

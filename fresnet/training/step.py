@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.network.check import check_call, check_group, check_momentum
+from fresnet.network.check import check_call, check_differentiable, check_group, check_momentum
 from fresnet.network.moments import merge, merge_across, update
 from fresnet.network.net import run_training
 from fresnet.network.nodes import Params, Regime, Stats, Weights
 from fresnet.network.regimes import training_once
+from fresnet.numbers import as_integer, as_number
 from fresnet.optim import Optimizer, clip_by_norm
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
@@ -105,7 +106,9 @@ def make_train_step(
         the classes are not what the network takes, or if a share has fewer images than
         micro_batches.
     """
-    _check_options(precision, micro_batches, momentum, average_decay, group, norms_across)
+    _check_options(precision, group, norms_across)
+    weight = check_momentum("make_train_step", momentum)
+    average_decay, micro_batches = _share(average_decay), _parts(micro_batches)
     do = training_once(group if norms_across else None)
     loss_of = partial(_loss_of, loss_fn, do, precision, recompute)
 
@@ -117,9 +120,8 @@ def make_train_step(
         images = torch.full_like(state.step, len(x))
         if group is not None:
             images = all_sum(images, group)
-        shares = zip(
-            x.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True
-        )
+        count = micro_batches if group is not None else min(micro_batches, len(x))
+        shares = zip(x.tensor_split(count), targets.tensor_split(count), strict=True)
         parts = [(stats, part, part_targets, images) for part, part_targets in shares]
         *grads, found = gradients(loss_of, weights, parts, group=group)
         moments, sums = _together(found, images, group, norms_across)
@@ -128,7 +130,7 @@ def make_train_step(
         # `pop` leaves the optimizer the only reference, so that it frees each gradient, or bucket
         # of gradients, once the weights are updated.
         weights, optimizer_state = optimizer.update(grads.pop(), state.optimizer, weights)
-        params = Params(weights, update(stats, moments, momentum=momentum))
+        params = Params(weights, update(stats, moments, momentum=weight))
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -205,28 +207,30 @@ def _averaged(state: TrainState, params: Params, decay: float) -> Params | NoAve
     return tree.map(lambda old, leaf: old.lerp(leaf, new.to(leaf.dtype)), state.average, params)
 
 
-def _check_options(
-    precision: torch.dtype | None,
-    micro_batches: int,
-    momentum: float,
-    average_decay: float,
-    group: Group | None,
-    norms_across: bool,
-) -> None:
+def _share(average_decay: float) -> float:
+    number = as_number(average_decay)
+    if number is None or not 0 <= number <= 1:
+        raise FresnetError(
+            f"make_train_step expects average_decay from 0 to 1; got {average_decay!r}"
+        )
+    return number
+
+
+def _parts(micro_batches: int) -> int:
+    number = as_integer(micro_batches)
+    if number is None or number < 1:
+        raise FresnetError(
+            f"make_train_step expects micro_batches to be a positive integer; got {micro_batches!r}"
+        )
+    return number
+
+
+def _check_options(precision: torch.dtype | None, group: Group | None, norms_across: bool) -> None:
     check_group("make_train_step", group)
-    check_momentum("make_train_step", momentum)
     if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise FresnetError(
             f"make_train_step expects precision to be torch.bfloat16, float32 or float64; "
             f"got {precision!r}"
-        )
-    if not 0 <= average_decay <= 1:
-        raise FresnetError(
-            f"make_train_step expects average_decay from 0 to 1; got {average_decay}"
-        )
-    if type(micro_batches) is not int or micro_batches < 1:
-        raise FresnetError(
-            f"make_train_step expects micro_batches to be a positive integer; got {micro_batches!r}"
         )
     if norms_across and group is None:
         raise FresnetError("make_train_step expects a group with norms_across; got none")
@@ -236,7 +240,10 @@ def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
     """Refuse a state, images or targets that do not fit, and parts without an image."""
     if type(state) is not TrainState:
         raise FresnetError(f"a train step expects a TrainState; got {describe(state)}")
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise FresnetError("a train step expects to be outside of torch.inference_mode; got it on")
     check_call("a train step", state.params, x)
+    check_differentiable("a train step", state.params, state.optimizer, x)
     classes = len(state.params.weights.head.bias)
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.shape != (len(x), classes):
         check_classes("a train step", x, y, classes)

@@ -24,7 +24,7 @@ def alone(out: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with (out / ".lock").open("w") as file:
+    with (out / ".lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
         except BlockingIOError as error:
