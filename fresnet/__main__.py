@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fresnet
 from fresnet.data.folder import read_labels
-from fresnet.data.preprocess import PRESETS, Preset
+from fresnet.data.preprocess import PRESETS, Preset, preset_of
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.check import first_conv
 from fresnet.network.nodes import Params
@@ -207,7 +207,7 @@ def _predict(args: argparse.Namespace) -> str:
         raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")
     found: list[Mapping[str, Any]] = []
     broken: list[str] = []
-    for image, probabilities in _probabilities(params, args.images, _preset(args.preset), broken):
+    for image, probabilities in _probabilities(params, args.images, preset_of(args.preset), broken):
         predictions = [
             {"class": index, "label": labels[index], "probability": probability}
             for probability, index in zip(*map(Tensor.tolist, probabilities.topk(top)), strict=True)
@@ -220,20 +220,6 @@ def _predict(args: argparse.Namespace) -> str:
         count = f"{len(broken)} of {len(args.images)} images cannot be read:"
         raise FresnetError("\n  ".join([count, *broken] if len(args.images) > 1 else broken))
     return said
-
-
-def _preset(text: str) -> str | Preset:
-    """The name of a preset, or a preset made from a text such as "256,224,bilinear"."""
-    if "," not in text:
-        if text not in PRESETS:
-            raise FresnetError(f"unknown preset {text!r}; {suggestion(text, PRESETS)}")
-        return text
-    match text.split(","):
-        case [resize, crop, "bilinear" | "bicubic" as interpolation] if (
-            resize.isdecimal() and crop.isdecimal() and 0 < int(crop) <= int(resize)
-        ):
-            return Preset(int(resize), int(crop), interpolation)
-    raise FresnetError(f"--preset expects a name or, say, 256,224,bilinear; got {text}")
 
 
 def _probabilities(

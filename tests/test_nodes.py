@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fresnet
 from fresnet import FresnetError, tree
-from fresnet.gradients.clipping import _Listening
+from fresnet.gradients.listening import Listening
 from fresnet.inference.cudnn import CuDNN
 from fresnet.inference.int8 import _Packing
 from fresnet.inference.onednn import OneDNN
@@ -156,7 +156,7 @@ def run_by(regime: Regime, unit: Any, beside: Any) -> Any:
 REGIMES: dict[str, Callable[[], Regime]] = {
     "inference": lambda: INFERENCE,
     "training": lambda: TRAINING,
-    "clipping": lambda: _Listening(torch.ones(2, 3, 5, 5), sums=True),
+    "clipping": lambda: Listening(torch.ones(2, 3, 5, 5), sums=True),
     "oneDNN": OneDNN,
     "cuDNN": CuDNN,
     "int8": lambda: _Packing(2),

@@ -92,6 +92,24 @@ def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -
     return normalise(pixel_values(pixels), chosen.mean, chosen.std)
 
 
+def preset_of(text: str) -> Preset:
+    """The preset of a name, or one made from a text such as "256,224,bilinear".
+
+    Raises:
+      FresnetError: if it is neither.
+    """
+    if "," not in text:
+        if text not in PRESETS:
+            raise FresnetError(f"unknown preset {text!r}; {suggestion(text, PRESETS)}")
+        return PRESETS[text]
+    match text.split(","):
+        case [resize, crop, "bilinear" | "bicubic" as interpolation] if (
+            resize.isdecimal() and crop.isdecimal() and 0 < int(crop) <= int(resize)
+        ):
+            return Preset(int(resize), int(crop), interpolation)
+    raise FresnetError(f"--preset expects a name or, say, 256,224,bilinear; got {text}")
+
+
 def _pixels(index: int, image: object, preset: Preset) -> np.ndarray:
     """One image as uint8 `[crop crop 3]`; an error names the image."""
     try:

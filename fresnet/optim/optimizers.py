@@ -1,14 +1,14 @@
 """Optimizers as pure functions of trees: SGD, AdamW and LARS."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
-from fresnet.numbers import as_number
+from fresnet.errors import FresnetError
+from fresnet.optim.checks import checked_numbers, checked_rates
 from fresnet.optim.schedules import Schedule
 from fresnet.pytorch import transform_stack
 from fresnet.tree import Tree
@@ -103,10 +103,10 @@ def sgd(
     Raises:
       FresnetError: if a number is negative, or if nesterov comes without momentum.
     """
-    learning_rate, weight_decay = _rates(
+    learning_rate, weight_decay = checked_rates(
         "sgd", learning_rate=learning_rate, weight_decay=weight_decay
     )
-    (momentum,) = _numbers("sgd", momentum=momentum)
+    (momentum,) = checked_numbers("sgd", momentum=momentum)
     has_velocity = isinstance(momentum, Tensor) or momentum > 0
     if nesterov and not has_velocity:
         raise FresnetError("sgd expects a momentum above 0 with nesterov; got 0")
@@ -154,12 +154,12 @@ def adamw(
       FresnetError: if a number is negative, or if a beta is not below 1.
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2.
     """
-    learning_rate, weight_decay = _rates(
+    learning_rate, weight_decay = checked_rates(
         "adamw", learning_rate=learning_rate, weight_decay=weight_decay
     )
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise FresnetError(f"adamw expects betas to be two numbers; got {betas!r}")
-    eps, b1, b2 = _numbers("adamw", eps=eps, beta1=betas[0], beta2=betas[1])
+    eps, b1, b2 = checked_numbers("adamw", eps=eps, beta1=betas[0], beta2=betas[1])
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise FresnetError(f"adamw expects betas from 0 to below 1; got {betas}")
 
@@ -207,10 +207,10 @@ def lars(
       FresnetError: if a number is negative.
     Source: You, Gitman & Ginsburg 2017, arXiv:1708.03888, Alg. 1.
     """
-    learning_rate, weight_decay = _rates(
+    learning_rate, weight_decay = checked_rates(
         "lars", learning_rate=learning_rate, weight_decay=weight_decay
     )
-    momentum, trust = _numbers("lars", momentum=momentum, trust=trust)
+    momentum, trust = checked_numbers("lars", momentum=momentum, trust=trust)
 
     def at(step: Tensor) -> Move:
         rate, decay = _at(learning_rate, step), _at(weight_decay, step)
@@ -240,7 +240,7 @@ def clip_by_norm(grads: Tree, max_norm: float | Tensor) -> Tree:
       FresnetError: if max_norm is negative.
     Source: Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063, Alg. 1.
     """
-    (max_norm,) = _numbers("clip_by_norm", max_norm=max_norm)
+    (max_norm,) = checked_numbers("clip_by_norm", max_norm=max_norm)
     norm = torch.stack([g.norm() for g in tree.leaves(grads)]).norm()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
     return tree.map(lambda g: g * factor, grads)
@@ -298,35 +298,3 @@ def _plus_over(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
 
 def _at(rate: Rate, step: Tensor) -> float | Tensor:
     return rate(step) if callable(rate) else rate
-
-
-def _rates(caller: str, **values: Any) -> list[Any]:
-    """The values, of which each is a number from 0 on, a 0-d float tensor or a schedule.
-
-    Raises:
-      FresnetError: naming the first that is none of these.
-    """
-    return [
-        value if callable(value) else _number(caller, name, value, " or a schedule")
-        for name, value in values.items()
-    ]
-
-
-def _numbers(caller: str, **values: Any) -> list[Any]:
-    """The values, of which each is a number from 0 on or a 0-d float tensor."""
-    return [_number(caller, name, value, "") for name, value in values.items()]
-
-
-def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
-    if isinstance(value, Tensor):
-        if value.ndim == 0 and value.is_floating_point():
-            return value
-    else:
-        number = as_number(value)
-        if number is not None and number >= 0:
-            return number
-    got = describe(value) if isinstance(value, Tensor) else repr(value)
-    raise FresnetError(
-        f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor{otherwise}; "
-        f"got {got}"
-    )

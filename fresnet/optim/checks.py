@@ -1,0 +1,40 @@
+"""What optimizers take for a rate, and for another number."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fresnet.errors import FresnetError, describe
+from fresnet.numbers import as_number
+
+
+def checked_rates(caller: str, **values: Any) -> list[Any]:
+    """The values, of which each is a number from 0 on, a 0-d float tensor or a schedule.
+
+    Raises:
+      FresnetError: naming the first that is none of these.
+    """
+    return [
+        value if callable(value) else _number(caller, name, value, " or a schedule")
+        for name, value in values.items()
+    ]
+
+
+def checked_numbers(caller: str, **values: Any) -> list[Any]:
+    """The values, of which each is a number from 0 on or a 0-d float tensor."""
+    return [_number(caller, name, value, "") for name, value in values.items()]
+
+
+def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
+    if isinstance(value, Tensor):
+        if value.ndim == 0 and value.is_floating_point():
+            return value
+    else:
+        number = as_number(value)
+        if number is not None and number >= 0:
+            return number
+    got = describe(value) if isinstance(value, Tensor) else repr(value)
+    raise FresnetError(
+        f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor{otherwise}; "
+        f"got {got}"
+    )
