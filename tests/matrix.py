@@ -203,6 +203,8 @@ def is_long(cell: Cell) -> bool:
     """Whether other cells show the same in a tenth of the time, such as those of aot_eager."""
     if cell.mode == "eager":
         return False
+    if cell.transform == "grad of vmap of grad":
+        return True
     if cell.forward == "forward" or cell.transform in ("third order", "linearize"):
         return cell.mode == "inductor" or cell.transform not in COMPILED_NARROW
     narrow = cell.dtype == "float32" or (cell.dtype == "bfloat16" and cell.transform == "grad")

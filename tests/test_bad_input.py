@@ -270,6 +270,11 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
             "integers below 2**31; got num_classes=2147483648",
         ),
         ({"generator": 0, "device": "nowhere"}, "a torch.device that is there; got 'nowhere'"),
+        pytest.param(
+            {"generator": 0, "device": "cuda"},
+            "a torch.device that is there; got 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there"),
+        ),
         ({"generator": 0, "dtype": "float32"}, "torch.float64); got 'float32'"),
         ({"generator": 2**70}, f"init expects a torch.Generator or an int; got {2**70}"),
     ],

@@ -221,7 +221,11 @@ class Job(NamedTuple):
     """What each process found."""
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} processes")
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(4, marks=pytest.mark.long)],
+    ids=lambda size: f"{size} processes",
+)
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     size, folder = request.param, tmp_path_factory.mktemp("job")
     with socket.socket() as probe:

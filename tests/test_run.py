@@ -264,7 +264,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
 
 @pytest.mark.slow
-@examples(30)
+@examples(20)
 @given(
     case=st.sampled_from(list(CASES)),
     micro_batches=st.integers(1, 2),
