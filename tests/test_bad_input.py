@@ -272,7 +272,7 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
         ({"generator": 0, "device": "nowhere"}, "a torch.device that is there; got 'nowhere'"),
         pytest.param(
             {"generator": 0, "device": "cuda"},
-            "a torch.device that is there; got 'cuda'",
+            "a torch.device that is there; got device(type='cuda')",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there"),
         ),
         ({"generator": 0, "dtype": "float32"}, "torch.float64); got 'float32'"),
