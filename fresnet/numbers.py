@@ -1,6 +1,8 @@
-"""Numbers as users have them: Python's own and numpy's. A bool is no number, nor is a tensor."""
+"""Numbers as users have them: Python's own, numpy's, and 0-d tensors. A bool is no number."""
 
 from numbers import Integral, Real
+
+from torch import Tensor
 
 
 def as_integer(value: object) -> int | None:
@@ -27,3 +29,10 @@ def as_number(value: object) -> float | None:
     if isinstance(value, Integral):
         return as_integer(value)
     return float(value) if isinstance(value, Real) else None
+
+
+def as_scalar(value: object) -> float | Tensor | None:
+    """As `as_number`; a 0-d float tensor is itself, and another tensor is None."""
+    if isinstance(value, Tensor):
+        return value if value.ndim == 0 and value.is_floating_point() else None
+    return as_number(value)

@@ -51,7 +51,7 @@ RESULTS: dict[str, Callable[[Params, Tensor, Tensor], Any]] = {
         cross_entropy, params, x, y, max_norm=0.1
     ),
     "fold": lambda params, x, y: fresnet.forward(fresnet.fold(params), x),
-    "state_dict": lambda params, x, y: fresnet.forward(tree.map(torch.clone, params), x),
+    "clones": lambda params, x, y: fresnet.forward(tree.map(torch.clone, params), x),
 }
 
 

@@ -24,9 +24,6 @@ It draws from the generator alone, and writes to nothing. Where processes are sp
 possible to pickle it: a `functools.partial` of a module's function can be pickled, a lambda cannot.
 """
 
-NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
-"""The images of a batch without images."""
-
 OnBroken: TypeAlias = Literal["raise", "skip"]
 """Whether an image that cannot be read raises, or is left out of its batch."""
 

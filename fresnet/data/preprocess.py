@@ -78,9 +78,7 @@ def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -
         import PIL  # noqa: F401
     except ImportError as error:
         raise FresnetError("preprocess needs Pillow: pip install 'fresnet[io]'") from error
-    chosen = preset if isinstance(preset, Preset) else PRESETS.get(str(preset))
-    if chosen is None:
-        raise FresnetError(f"unknown preset {preset!r}; {suggestion(str(preset), PRESETS)}")
+    chosen = preset if isinstance(preset, Preset) else _named(preset)
     if not isinstance(images, Sequence) or isinstance(images, str | bytes):
         raise FresnetError(
             f"preprocess expects a sequence of images; got {_describe(images)} (one image? [image])"
@@ -99,15 +97,19 @@ def preset_of(text: str) -> Preset:
       FresnetError: if it is neither.
     """
     if "," not in text:
-        if text not in PRESETS:
-            raise FresnetError(f"unknown preset {text!r}; {suggestion(text, PRESETS)}")
-        return PRESETS[text]
+        return _named(text)
     match text.split(","):
         case [resize, crop, "bilinear" | "bicubic" as interpolation] if (
             resize.isdecimal() and crop.isdecimal() and 0 < int(crop) <= int(resize)
         ):
             return Preset(int(resize), int(crop), interpolation)
     raise FresnetError(f"--preset expects a name or, say, 256,224,bilinear; got {text}")
+
+
+def _named(preset: str) -> Preset:
+    if (chosen := PRESETS.get(str(preset))) is None:
+        raise FresnetError(f"unknown preset {preset!r}; {suggestion(str(preset), PRESETS)}")
+    return chosen
 
 
 def _pixels(index: int, image: object, preset: Preset) -> np.ndarray:

@@ -14,7 +14,7 @@ from fresnet.network.nodes import (
     Params,
     Weights,
 )
-from fresnet.numbers import as_number
+from fresnet.numbers import as_scalar
 from fresnet.pytorch import transform_stack
 
 MEANINGS = ("running", "batch")
@@ -119,13 +119,9 @@ def clipped_grads(
 
 
 def _checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
-    if isinstance(max_norm, Tensor):
-        if max_norm.ndim == 0 and max_norm.is_floating_point():
-            return max_norm
-    else:
-        number = as_number(max_norm)
-        if number is not None and number > 0:
-            return number
+    scalar = as_scalar(max_norm)
+    if isinstance(scalar, Tensor) or (scalar is not None and scalar > 0):
+        return scalar
     got = describe(max_norm) if isinstance(max_norm, Tensor) else repr(max_norm)
     raise FresnetError(
         f"clipped_grads expects max_norm to be a number above 0 or a 0-d float tensor; got {got}"

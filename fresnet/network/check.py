@@ -29,7 +29,7 @@ from fresnet.network.nodes import (
     Weights,
     blocks_of,
 )
-from fresnet.numbers import as_integer, as_number
+from fresnet.numbers import as_integer, as_scalar
 from fresnet.pytorch.collectives import Group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -125,13 +125,9 @@ def check_momentum(caller: str, momentum: float | Tensor) -> float | Tensor:
     Raises:
       FresnetError: if it is neither, saying what came.
     """
-    if isinstance(momentum, Tensor):
-        if momentum.ndim == 0 and momentum.is_floating_point():
-            return momentum
-    else:
-        number = as_number(momentum)
-        if number is not None and 0 <= number <= 1:
-            return number
+    scalar = as_scalar(momentum)
+    if isinstance(scalar, Tensor) or (scalar is not None and 0 <= scalar <= 1):
+        return scalar
     got = describe(momentum) if isinstance(momentum, Tensor) else repr(momentum)
     raise FresnetError(
         f"{caller} expects momentum to be a number from 0 to 1 or a 0-d float tensor; got {got}"

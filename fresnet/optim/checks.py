@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from fresnet.errors import FresnetError, describe
-from fresnet.numbers import as_number
+from fresnet.numbers import as_scalar
 
 
 def checked_rates(caller: str, **values: Any) -> list[Any]:
@@ -26,13 +26,9 @@ def checked_numbers(caller: str, **values: Any) -> list[Any]:
 
 
 def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
-    if isinstance(value, Tensor):
-        if value.ndim == 0 and value.is_floating_point():
-            return value
-    else:
-        number = as_number(value)
-        if number is not None and number >= 0:
-            return number
+    scalar = as_scalar(value)
+    if isinstance(scalar, Tensor) or (scalar is not None and scalar >= 0):
+        return scalar
     got = describe(value) if isinstance(value, Tensor) else repr(value)
     raise FresnetError(
         f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor{otherwise}; "
