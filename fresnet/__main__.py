@@ -193,7 +193,7 @@ def _network(args: argparse.Namespace) -> Params:
     name = args.network
     if name in SPECS:
         return fresnet.init(0, SPECS[name], num_classes=args.classes, device="meta")
-    if Path(name).exists() or "/" in name or "." in name:
+    if os.path.exists(name) or "/" in name or "." in name:
         return fresnet.load(name, architecture=args.arch)
     raise FresnetError(f"unknown network {name!r}; {suggestion(name, SPECS)}")
 

@@ -1,6 +1,6 @@
 """The library's one error, and helpers for its messages."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
 import torch
@@ -33,6 +33,17 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of these names, and how many more there are.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"])
+    ('a and b', 'a, b, c and 2 more')
+    """
+    more = [f"{len(names) - most:,} more"] if len(names) > most else []
+    *first, last = [*names[:most], *more]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def suggestion(name: str, known: Collection[str]) -> str:

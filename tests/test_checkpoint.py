@@ -508,7 +508,7 @@ STATE = state_of(0)
         ({"step": torch.tensor(3)}, "integer from 0 on; got tensor(3)"),
         ({"notes": {"a": {1}}}, "notes as JSON has them; Object of type set is not JSON"),
         ({"folder": None}, "expected a path; got None"),
-        ({"folder": "a\0b"}, "save_state cannot make a\0b: "),
+        ({"folder": "a\0b"}, "expected a path; got 'a\\x00b'"),
         ({"state": (STATE, None)}, "save_state expects tensors; got None for state.1"),
         ({"state": {"rate": 0.1}}, "save_state expects tensors; got a float for state.rate"),
         ({"state": torch.eye(2).to_sparse()}, "got sparse_coo float32 (2, 2) for state."),

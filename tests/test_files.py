@@ -387,8 +387,9 @@ WHOLE: Any = files._structure(PARAMS.weights)
 @pytest.mark.parametrize(
     ("structure", "reason"),
     [
-        ("{", "its metadata describe no network: Expecting property name"),
-        ("[" * 100_000, "its metadata describe no network: maximum recursion"),
+        ("{", "its metadata describe no network: it is no JSON: Expecting"),
+        ("[" * 2000, "its metadata describe no network: it is nested too deeply"),
+        ("[" * 100_000, "its metadata describe a larger network than its tensors are of"),
         ([], "its metadata describe no network"),
         (["print", 0], "its metadata describe no network: 'print'"),
         (["Weights", 0], "its metadata describe no network"),

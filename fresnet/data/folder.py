@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fresnet.errors import FresnetError, reason
+from fresnet.errors import FresnetError, listed, reason
+from fresnet.reading import as_path, check_regular
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """How the names of images end, in small letters or capitals."""
@@ -43,7 +44,7 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
         classes are not the expected ones, if a name has a line break, which no list of labels can
         hold, or if a folder cannot be read.
     """
-    root = os.path.expanduser(root)
+    root = os.path.expanduser(as_path(root))
     try:
         found = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))
         hidden = [name for name in found if name.startswith(".")]
@@ -60,10 +61,9 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
             f"scan expects a folder of class folders; {place}: {reason(error)}"
         ) from error
     if passed_over:
-        more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
         warnings.warn(
             "scan passes over what is hidden, and links to a folder around them: "
-            f"{', '.join(passed_over[:3])}{more}",
+            f"{listed(passed_over)}",
             stacklevel=2,
         )
     return Folder(
@@ -143,10 +143,9 @@ def _check_same(root: str, found: Sequence[str], expected: Sequence[str]) -> Non
             )
     for problem, names in (("lacks", lacking), ("has besides", besides)):
         if names:
-            shown = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
             raise FresnetError(
                 f"scan expects the {len(expected)} classes given; {root} {problem} "
-                f"{len(names)}: {shown}"
+                f"{len(names)}: {listed(list(map(repr, names)))}"
             )
 
 
@@ -163,8 +162,9 @@ def read_labels(path: Path) -> list[str]:
     """The lines of a file of labels, as `write_labels` wrote it or an editor did.
 
     Raises:
-      FresnetError: if it is no text.
+      FresnetError: if it is no text, or no file.
     """
+    check_regular(path)
     content = path.read_bytes()
     if b"\0" in content:
         raise FresnetError("it is no text")

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fresnet.errors import FresnetError, describe, reason, suggestion
+from fresnet.reading import check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -138,6 +139,7 @@ def upright_rgb(image: object) -> "PILImage":
     from PIL import Image, ImageOps
 
     if isinstance(image, str | PathLike):
+        check_regular(image)
         with Image.open(image) as opened:
             refuse_huge("it is", opened.size)
             return upright_rgb(opened)

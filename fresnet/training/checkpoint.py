@@ -15,12 +15,16 @@ from fresnet import tree
 from fresnet.errors import FresnetError, describe, reason
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
+from fresnet.reading import as_path, from_json
 from fresnet.weights.files import BESIDES, NETWORK, structure_of
 from fresnet.weights.names import names
-from fresnet.weights.storage import as_path, read_safetensors, remove_leftovers, write_safetensors
+from fresnet.weights.storage import read_safetensors, remove_leftovers, write_safetensors
 
 STATE = "fresnet.state"
 """The name of the metadata that hold step, notes, strides, and types of nodes."""
+
+GAPS = 64
+"""How many times the memory of its values a leaf may take, as a member of a stack does."""
 
 State = TypeVar("State")
 
@@ -30,6 +34,15 @@ class Restored(NamedTuple, Generic[State]):
     step: int
     notes: Mapping[str, Any]
     path: Path
+
+
+class _About(NamedTuple):
+    """What the metadata of a file say, beside its entries."""
+
+    step: int
+    notes: Mapping[str, Any]
+    strides: Mapping[str, Sequence[int]]
+    nodes: Mapping[str, str]
 
 
 def save_state(
@@ -68,7 +81,7 @@ def save_state(
     about = {
         "step": number,
         "notes": dict(notes or {}),
-        "strides": {name: leaf.stride() for name, leaf in entries.items()},
+        "strides": {name: _strides(leaf) for name, leaf in entries.items()},
         "nodes": _nodes(state),
     }
     try:
@@ -109,21 +122,19 @@ def restore_state(like: State, folder: str | os.PathLike[str]) -> Restored[State
     for path in saved_states(folder):
         try:
             entries, texts = read_safetensors(path)
-            if STATE not in texts:
-                raise FresnetError("it holds no training state")
+            about = _about(texts, entries)
         except FresnetError as error:
             damaged.append(f"{path}: {error}")
             continue
-        about = json.loads(texts[STATE])
-        _check_same(path, _nodes(like), about["nodes"])
+        _check_same(path, _nodes(like), about.nodes)
         _check_same(path, _described(places), _described(entries))
         if damaged:
             warnings.warn(f"{'; '.join(damaged)}; going on from {path}", stacklevel=2)
         leaves = [
-            _laid_out(entries[name], about["strides"][name], place.device)
+            _laid_out(entries[name], about.strides[name], place.device)
             for name, place in places.items()
         ]
-        return Restored(tree.unflatten(like, leaves), about["step"], about["notes"], path)
+        return Restored(tree.unflatten(like, leaves), about.step, about.notes, path)
     if damaged:
         raise FresnetError(f"no checkpoint can be read: {'; '.join(damaged)}")
     return None
@@ -190,6 +201,63 @@ def _apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = leaf if whole and not shared else leaf.clone()
         seen.add(leaf.untyped_storage().data_ptr())
     return result
+
+
+def _about(texts: Mapping[str, str], entries: Mapping[str, Tensor]) -> _About:
+    """What the metadata of a file say of its entries.
+
+    Raises:
+      FresnetError: if they say nothing, or anything that `save_state` does not write.
+    """
+    if STATE not in texts:
+        raise FresnetError("it holds no training state")
+    match from_json(texts[STATE]):
+        case {
+            "step": int(step),
+            "notes": dict(notes),
+            "strides": dict(strides),
+            "nodes": nodes,
+        } if (
+            as_integer(step) == step >= 0
+            and isinstance(nodes, dict)
+            and all(_are_strides(strides.get(name), leaf) for name, leaf in entries.items())
+        ):
+            return _About(step, notes, strides, nodes)
+    raise FresnetError("its metadata describe no training state")
+
+
+def _strides(leaf: Tensor) -> list[int]:
+    """The leaf's strides in memory of its own, or those of a dense one where they are no such."""
+    strides = list(leaf.stride())
+    if _lie_apart(leaf.shape, strides):
+        return strides
+    once = leaf[tuple(slice(None) if stride else slice(1) for stride in strides)]
+    dense = torch.empty_like(once, device="meta").stride()
+    return [new if old else 0 for new, old in zip(dense, strides, strict=True)]
+
+
+def _lie_apart(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether each value has a place of its own, without wide gaps. With stride 0 one is repeated.
+
+    Wide gaps would let a small file ask for any amount of memory.
+    """
+    last, values = 0, 1
+    for stride, n in sorted(zip(strides, shape, strict=True)):
+        if stride and n != 1:
+            if stride <= last:
+                return False
+            last, values = last + (n - 1) * stride, values * n
+    return last < GAPS * max(values, 1)
+
+
+def _are_strides(strides: object, leaf: Tensor) -> bool:
+    """Whether `save_state` can have written this of a leaf."""
+    return (
+        isinstance(strides, list)
+        and len(strides) == leaf.ndim
+        and all(type(stride) is int and 0 <= stride < 2**63 for stride in strides)
+        and _lie_apart(leaf.shape, strides)
+    )
 
 
 def _laid_out(leaf: Tensor, strides: Sequence[int], device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.init import fresh_head, init
 from fresnet.network.nodes import Params
 from fresnet.network.specs import SPECS
-from fresnet.training.course import CONFUSION, CURVES, LABELS, NETWORK, Outcome
+from fresnet.training.course import CONFUSION, CURVES, LABELS, NETWORK, Course, Options, Outcome
 from fresnet.training.dry_run import tried
 from fresnet.training.plan import Run
 from fresnet.training.processes import Processes, joined, share
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> str:
         plan, params = _begun(args, recipe, len(folders[0].classes))
         params = tree.map(lambda leaf: leaf.to(processes.device), params)
         if args.dry_run:
-            broken = _on_broken(args)
-            said = tried(plan, params, folders, processes, recompute=args.recompute, broken=broken)
+            options = Options(args.recompute, 0, _on_broken(args), args.keep, args.save_every)
+            said = tried(Course(plan, params, folders, args.out, processes, options))
         else:
             said = _told(_trained(args, plan, params, folders, processes), recipe, args.out)
         return said if processes.rank == 0 else ""

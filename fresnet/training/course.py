@@ -14,7 +14,7 @@ from fresnet import data, tree
 from fresnet.data import Folder, Images, Place
 from fresnet.data.folder import write_labels
 from fresnet.data.loading import OnBroken
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, listed
 from fresnet.network.nodes import Params
 from fresnet.training.checkpoint import save_state
 from fresnet.training.evaluation import Evaluation, evaluate
@@ -27,6 +27,7 @@ from fresnet.training.resuming import CHECKPOINTS, last_good, notes_of, resumed
 from fresnet.training.step import Metrics
 from fresnet.training.stopping import alone, stop_signals
 from fresnet.weights.files import save
+from fresnet.weights.storage import remove_leftovers, write_file
 
 NETWORK, LABELS = "network.safetensors", "labels.txt"
 CURVES, CONFUSION = "curves.png", "confusion.png"
@@ -72,7 +73,7 @@ class Course:
         self.per_epoch = data.steps_per_epoch(self.order)
         self.steps = run.recipe.epochs * self.per_epoch
         self.rate = schedule_of(run.recipe, self.per_epoch)
-        self.notes = notes_of(run, self.training)
+        self.notes = notes_of(run, *folders)
         self.state = resumed(first, out, self.notes)
         self.step = int(self.state.step)
         self.dtype = self.state.params.weights.head.bias.dtype
@@ -87,6 +88,7 @@ class Course:
         with ExitStack() as stack:
             if self.processes.rank == 0:
                 stack.enter_context(alone(self.out))
+                remove_leftovers(self.out)
                 self.record = stack.enter_context(
                     recording(self.out, steps=self.steps, after=self.step)
                 )
@@ -153,9 +155,10 @@ class Course:
         rate = float(self.rate(torch.tensor(float(step - 1), device="cpu")))
         if not math.isfinite(loss):
             epoch, number = divmod(step - 1, self.per_epoch)
+            files = [self.training.files[place.image] for place in batch.places]
             raise FresnetError(
                 f"the loss is {loss} at step {step}, batch {number + 1} of epoch {epoch + 1}, "
-                f"which has {_few(batch, self.training)}, at a learning rate of {rate:.3g}; "
+                f"which has {listed(files)}, at a learning rate of {rate:.3g}; "
                 f"{last_good(self.out)}"
             )
         self.left_out.extend(batch.broken)
@@ -244,13 +247,11 @@ class Course:
         if self.processes.rank == 0:
             classes = self.training.classes
             save(outcome.params, self.out / NETWORK)
-            write_labels(self.out / LABELS, classes)
-            draw_curves(read_log(self.out), self.per_epoch, self.out / CURVES)
-            draw_confusion(outcome.evaluation.confusion, classes, self.out / CONFUSION)
+            lines, confusion = read_log(self.out), found.confusion
+            for name, write in (
+                (LABELS, partial(write_labels, classes=classes)),
+                (CURVES, partial(draw_curves, lines, self.per_epoch)),
+                (CONFUSION, partial(draw_confusion, confusion, classes)),
+            ):
+                write_file("train", self.out / name, write)
         return outcome
-
-
-def _few(batch: data.Batch, folder: Folder) -> str:
-    """The first files of a batch, and three dots if there are more."""
-    named = [folder.files[place.image] for place in batch.places[:3]]
-    return ", ".join([*named, "..."] if len(batch.places) > 3 else named)

@@ -3,52 +3,51 @@
 import textwrap
 import time
 from collections.abc import Mapping
-from functools import partial
-from typing import NamedTuple
 
 import torch
 
 from fresnet import data, tree
-from fresnet.data import AreaCrop, Augmentation, Folder, Images, Order, ScaleCrop
-from fresnet.data.loading import OnBroken
+from fresnet.data import AreaCrop, Augmentation, ScaleCrop
 from fresnet.data.preprocess import Preset
 from fresnet.errors import FresnetError
-from fresnet.network.nodes import Params
-from fresnet.training.plan import Run, assemble
-from fresnet.training.processes import Processes
+from fresnet.training.course import Course
+from fresnet.training.plan import Run
+from fresnet.training.processes import check_same
 from fresnet.training.recipes import Recipe, average_decay_of, schedule_of
 
 
-class _FirstStep(NamedTuple):
-    loss: float
-    reading_s: float  # to read its images
-    computing_s: float
+def tried(course: Course) -> str:
+    """Take the next step of a run, write nothing, and say in a table what the run would be.
 
+    Where batches differ in size, a step is taken on a smallest one too.
 
-def tried(
-    plan: Run,
-    params: Params,
-    folders: tuple[Folder, Folder],
-    processes: Processes,
-    *,
-    recompute: bool,
-    broken: OnBroken,
-) -> str:
-    """Take one step of a run, write nothing, and say in a table what the run would be."""
-    training, validation = folders
-    state, train_step, order = assemble(plan, params, len(training.files), processes, recompute)
+    Raises:
+      FresnetError: if the run would refuse these steps.
+    """
+    run, order, step = course.run, course.order, course.step
+    check_same(course.state, course.processes.group)
     began = time.perf_counter()
-    batch = _first_batch(plan, training, order, processes, broken)
+    batch = _batch(course, step % course.steps)
     read = time.perf_counter()
-    x, y = batch.x.to(processes.device), batch.y.to(processes.device)
-    _, metrics = train_step(state, (x, y))
-    loss = float(metrics.loss)
-    first = _FirstStep(loss, read - began, time.perf_counter() - read)
-    parameters = sum(leaf.numel() for leaf in tree.leaves(params.weights))
+    course.take(batch)
+    if course.unread is None:
+        raise FresnetError(f"too few images of a batch can be read; the first is {batch.broken[0]}")
+    loss = float(course.unread[1].loss)
+    computed = time.perf_counter()
+    if order.size % course.per_epoch:
+        course.take(_batch(course, course.per_epoch - 1))
+    course.read()
+    parameters = sum(leaf.numel() for leaf in tree.leaves(course.state.params.weights))
+    images, validation = len(course.training.files), len(course.validation.files)
     rows = {
-        "network": f"{plan.network}, {parameters:,} parameters",
-        "images": f"{len(training.files):,} to train on, {len(validation.files):,} to validate",
-        **_rows(plan, data.steps_per_epoch(order), processes.size, first),
+        "network": f"{run.network}, {parameters:,} parameters",
+        "images": f"{images:,} to train on, {validation:,} to validate",
+        **_rows(run, course.per_epoch, course.processes.size),
+        **({"goes on": f"after step {step:,}, from {course.out}"} if step else {}),
+        "next step" if step else "first step": f"loss {loss:.3f}; {read - began:.2f} s to "
+        f"read images, {computed - read:.2f} s more",
+        "all steps": f"{_duration(course.steps * (computed - read))} at that rate, if images "
+        "are read meanwhile",
     }
     lines = (
         textwrap.fill(text, 79, initial_indent=f"{name:12}", subsequent_indent=" " * 12)
@@ -57,22 +56,15 @@ def tried(
     return "\n".join(lines)
 
 
-def _first_batch(
-    plan: Run, training: Folder, order: Order, processes: Processes, broken: OnBroken
-) -> data.Batch:
-    transform = partial(data.augment, augmentation=plan.recipe.augmentation)
-    places = data.batches(order, 0, 1, rank=processes.rank, ranks=processes.size)
-    (batch,) = data.loader(Images(training, transform, plan.seed), places, broken=broken)
-    if not batch.places:
-        raise FresnetError(
-            f"no image of the first batch can be read; the first is {batch.broken[0]}"
-        )
+def _batch(course: Course, step: int) -> data.Batch:
+    rank, ranks = course.processes.rank, course.processes.size
+    (batch,) = course.batches([data.batch_at(course.order, step, rank=rank, ranks=ranks)])
     return batch
 
 
-def _rows(plan: Run, per_epoch: int, processes: int, first: _FirstStep) -> Mapping[str, str]:
-    """The rows of the table about the recipe and its first step."""
-    recipe = plan.recipe
+def _rows(run: Run, per_epoch: int, processes: int) -> Mapping[str, str]:
+    """The rows of the table about the recipe."""
+    recipe = run.recipe
     steps = recipe.epochs * per_epoch
     labels = {
         "smoothed by": recipe.label_smoothing,
@@ -82,7 +74,7 @@ def _rows(plan: Run, per_epoch: int, processes: int, first: _FirstStep) -> Mappi
     return {
         "batches": f"{recipe.batch:,} images"
         + f", {recipe.batch // processes:,} in each process" * (processes > 1)
-        + f", in {plan.micro_batches} parts" * (plan.micro_batches > 1),
+        + f", in {run.micro_batches} parts" * (run.micro_batches > 1),
         "length": f"{recipe.epochs:,} epochs of {per_epoch:,} steps, {steps:,} in all",
         "rate": _rates(recipe, per_epoch),
         "decay": f"{recipe.weight_decay:g}" + ("" if recipe.decay_norms else ", of all but norms"),
@@ -91,10 +83,6 @@ def _rows(plan: Run, per_epoch: int, processes: int, first: _FirstStep) -> Mappi
         or "as they are",
         "average": f"decay {average_decay_of(recipe):.6g} a step" if recipe.average else "none",
         "evaluation": _words(recipe.preset),
-        "first step": f"loss {first.loss:.3f}; {first.reading_s:.2f} s to read images, "
-        f"{first.computing_s:.2f} s more",
-        "all steps": f"{_duration(steps * first.computing_s)} at that rate, if images are read "
-        "meanwhile",
     }
 
 

@@ -62,7 +62,7 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
     check_group("evaluate", group)
     bias = params.weights.head.bias
     classes = len(bias)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=bias.device)
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=bias.device)
     sums = torch.zeros(2, dtype=torch.float64, device=bias.device)  # losses, hits among five
     with torch.no_grad():
         for x, y, *_ in batches:
@@ -72,11 +72,10 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
             best = logits.topk(min(5, classes)).indices
             in_five = (best == y[:, None]).any(1)
             sums += torch.stack([cross_entropy(logits, y).sum(), in_five.sum()])
-            confusion += torch.bincount(y * classes + best[:, 0], minlength=classes**2).view(
-                classes, classes
-            )
+            confusion.index_add_(0, y * classes + best[:, 0], torch.ones_like(y))
         if group is not None:
             sums, confusion = all_sum(sums, group), all_sum(confusion, group)
+    confusion = confusion.view(classes, classes)
     images = int(confusion.sum())
     if images == 0:
         raise FresnetError("evaluate expects at least one image; got none")

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -12,6 +13,9 @@ from fresnet.training.record import Line
 
 POINTS = 500
 """How many points a curve has at most. Each is the mean of equally many steps."""
+
+CELLS = 1000
+"""How many cells a side of a confusion has at most. Each is of equally many classes."""
 
 
 def draw_curves(lines: Iterable[Line], per_epoch: int, path: Path) -> None:
@@ -40,17 +44,19 @@ def draw_curves(lines: Iterable[Line], per_epoch: int, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
     """Draw which share of each class's images was taken for which class."""
-    shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    few = len(classes) <= 20
+    counts = _grouped(_grouped(confusion, 0), 1)
+    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    few, end = len(classes) <= 20, len(classes) - 0.5
     side = 2.5 + 0.45 * len(classes) if few else 9
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    edges = (-0.5, end, end, -0.5)
+    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100, extent=edges)
     axes.set(xlabel="taken for", ylabel="class")
     if few:
         names = [_label(name) for name in classes]
@@ -62,7 +68,16 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
             axes.text(j, i, count, ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
     with warnings.catch_warnings(action="ignore"):  # the font may lack letters of a name
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, format="png")
+
+
+def _grouped(counts: Tensor, dim: int) -> Tensor:
+    """The counts of groups of neighbouring classes, if there are more classes than cells."""
+    classes = counts.shape[dim]
+    groups = torch.arange(classes) // -(-classes // CELLS)
+    shape = list(counts.shape)
+    shape[dim] = int(groups[-1]) + 1
+    return counts.new_zeros(shape).index_add_(dim, groups, counts)
 
 
 def _label(name: str) -> str:

@@ -1,9 +1,10 @@
 """Several processes as one job, started by `torchrun`, or one alone."""
 
 import os
+import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
@@ -19,7 +20,7 @@ from fresnet.pytorch.collectives import Group, all_sum, answered
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables that torchrun sets for each process."""
 
-ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
 """What holds for a process for which nothing is set."""
 
 
@@ -50,14 +51,15 @@ def joined(*, timeout_s: float = 60.0, backend: str | None = None) -> Iterator[P
       backend: by default "nccl" where there are GPUs, with one process for each, and "gloo"
         elsewhere.
     Raises:
-      FresnetError: if torchrun's variables are set only in part, if a machine has fewer GPUs than
+      FresnetError: if torchrun's variables are set only in part or to anything else (an empty one
+        counts as not set), if a machine has fewer GPUs than
         processes, or if another process ends or does not answer in time: at the start, or later in
         any call that waits for it. With NCCL, PyTorch's watchdog ends this process then.
       SystemExit: on SIGTERM, which torchrun sends to the other processes when one has ended.
     """
-    found = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    found = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    rank, size, local = (int(found.get(name, standard)) for name, standard in ALONE.items())
+    rank, size, local = _numbers(found)
     device = _device(local) if backend == "nccl" else torch.device("cpu")
     if size == 1:
         yield Processes(None, rank, size, device)
@@ -76,6 +78,20 @@ def joined(*, timeout_s: float = 60.0, backend: str | None = None) -> Iterator[P
     # After an error the group is not destroyed: the others would notice at once, and torchrun would
     # end this process before it has said what happened.
     distributed.destroy_process_group()
+
+
+def _numbers(found: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, size of the job, and rank on this machine."""
+    told = {name: found.get(name, standard) for name, standard in ALONE.items()}
+    if all(re.fullmatch(r"\d{1,9}", text) for text in told.values()):
+        rank, size, local, port = map(int, told.values())
+        if rank < size and local < size and port < 2**16:
+            return rank, size, local
+    got = ", ".join(f"{name}={text}" for name, text in found.items())
+    raise FresnetError(
+        "joined expects what torchrun sets: RANK and LOCAL_RANK below WORLD_SIZE, which is 1 if "
+        f"it is not set, and the number of a port; got {got}"
+    )
 
 
 def share(images: int, processes: int) -> int:

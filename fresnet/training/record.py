@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from fresnet.errors import FresnetError
+from fresnet.reading import check_regular, from_json
 from fresnet.training.evaluation import Evaluation
+from fresnet.weights.storage import write_file
 
 LOG = "log.jsonl"
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} steps, {remaining} left{postfix}"
@@ -85,18 +90,26 @@ class _Board:
 def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
     """The record of a run of `steps` steps that goes on after step `after`.
 
-    A run that was killed may have logged steps after its last checkpoint. They are cut off.
+    A run that was killed may have logged steps after its last checkpoint. They are cut off. Lines
+    that are damaged are left out, and a warning says how many.
     """
-    kept, events = folder / f".{LOG}", folder / "tensorboard"
-    with kept.open("w", encoding="utf-8") as file:
-        lines = (line for line in read_log(folder) if line["step"] <= after)
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    kept.replace(folder / LOG)
+    damaged = 0
+
+    def write(path: Path) -> None:
+        nonlocal damaged
+        with path.open("w", encoding="utf-8") as file:
+            for line in _lines(folder):
+                if line is None:
+                    damaged += 1
+                elif line["step"] <= after:
+                    file.write(json.dumps(line) + "\n")
+
+    write_file("train", folder / LOG, write)
+    if damaged:
+        warnings.warn(f"{folder / LOG}: {damaged} damaged lines are left out", stacklevel=3)
+    events = folder / "tensorboard"
     events.mkdir(exist_ok=True)
-    # TensorBoard reads files in the order of their names.
-    name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+    name = f"events.out.tfevents.{_after_all_in(events):019}.{os.getpid()}"
     with (
         (folder / LOG).open("a", encoding="utf-8") as log,
         (events / name).open("wb") as board,
@@ -107,17 +120,57 @@ def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
         yield Record(log, _Board(board, after + 1), bar)
 
 
+def _after_all_in(events: Path) -> int:
+    """The time in ns, or a later one: TensorBoard reads files in the order of their names.
+
+    A clock may go back between two starts of a run.
+    """
+    names = (
+        re.match(r"events\.out\.tfevents\.(\d{1,19})\.", path.name) for path in events.iterdir()
+    )
+    return max([time.time_ns(), *(int(name[1]) + 1 for name in names if name)])
+
+
 def read_log(folder: Path) -> Iterator[Line]:
-    """The lines of a run's log, up to a line that was cut short. Without a log there are none."""
+    """The lines of a run's log, but for damaged ones. Without a log there are none."""
+    return (line for line in _lines(folder) if line is not None)
+
+
+def _lines(folder: Path) -> Iterator[Line | None]:
+    """The lines of a run's log, None for each that is damaged, without a last one cut short."""
     path = folder / LOG
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+    check_regular(path)
+    with path.open("rb") as file:
+        for text in file:
+            line = _line(text)
+            if line is not None or text.endswith(b"\n"):
+                yield line
+
+
+def _line(text: bytes) -> Line | None:
+    """What a line says, or None if it is not as `Record` writes it."""
+    try:
+        line: Line = from_json(text)
+    except FresnetError:
+        return None
+    match line:
+        case {
+            "train": {"loss": float(), "accuracy": float(), "rate": float(), "images": int()},
+            "step": int(step),
+        } if step >= 0:
+            return line
+        case {
+            "evaluation": {"loss": float(), "top1": float(), "top5": float(), "images": int()},
+            "step": int(step),
+        } if step >= 0:
+            return line
+        case {"left_out": {"files": list(files)}, "step": int(step)} if step >= 0 and all(
+            isinstance(file, str) for file in files
+        ):
+            return line
+    return None
 
 
 def evaluated_steps(folder: Path) -> set[int]:

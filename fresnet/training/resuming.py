@@ -24,13 +24,14 @@ class Fields(Protocol):
     def _asdict(self) -> dict[str, Any]: ...
 
 
-def notes_of(run: Fields, folder: Folder) -> Notes:
+def notes_of(run: Fields, training: Folder, validation: Folder) -> Notes:
     """A run and its images in words, on one level, as a checkpoint notes them."""
-    files = "\n".join(os.path.relpath(file, folder.root) for file in folder.files)
     notes: dict[str, int | str] = {
-        "images": len(folder.files),
-        "classes": " ".join(folder.classes),
-        "files' checksum": f"{crc32(files.encode(errors='surrogateescape')):08x}",
+        "images": len(training.files),
+        "classes": " ".join(training.classes),
+        "files' checksum": _checksum(training),
+        "images to validate": len(validation.files),
+        "checksum of files to validate": _checksum(validation),
     }
 
     def add(name: str, value: object) -> None:
@@ -42,6 +43,12 @@ def notes_of(run: Fields, folder: Folder) -> Notes:
 
     add("", run)
     return notes
+
+
+def _checksum(folder: Folder) -> str:
+    """Of the names of the files, from the folder on, so that it may be moved."""
+    files = "\n".join(os.path.relpath(file, folder.root) for file in folder.files)
+    return f"{crc32(files.encode(errors='surrogateescape')):08x}"
 
 
 def resumed(state: TrainState, out: Path, notes: Notes) -> TrainState:

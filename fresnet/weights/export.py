@@ -18,8 +18,9 @@ from fresnet.network.check import check_image_size, check_params, check_values, 
 from fresnet.network.net import forward
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
+from fresnet.reading import as_path, named_in_utf8
 from fresnet.weights.names import names
-from fresnet.weights.storage import as_path, write_file
+from fresnet.weights.storage import write_file
 
 SUFFIXES = (".onnx", ".pt2")
 
@@ -175,7 +176,8 @@ def _write_onnx(
     exported.save(path, external_data=False)
     if opset is not None:
         onnx.save(_with_opset(onnx.load(path), opset), path)
-    onnx.checker.check_model(path, full_check=True)
+    with named_in_utf8(path) as name:
+        onnx.checker.check_model(name, full_check=True)
 
 
 def _with_opset(model: Any, opset: int) -> Any:

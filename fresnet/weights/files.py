@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, reason
+from fresnet.errors import FresnetError, listed, reason
 from fresnet.network.check import check_params, check_values
 from fresnet.network.nodes import (
     NODES,
@@ -22,19 +22,23 @@ from fresnet.network.nodes import (
     beside,
 )
 from fresnet.network.specs import Spec
+from fresnet.reading import as_path, check_regular, from_json
 from fresnet.weights import torch_files
 from fresnet.weights.assembly import assemble, check_fit
 from fresnet.weights.blanks import BLANK, blank_stats
-from fresnet.weights.hub import INDEX, download, is_repository, local
+from fresnet.weights.hub import INDEX, download, is_repository, local, shards
 from fresnet.weights.names import name_tree, names
 from fresnet.weights.older import Structure, with_layers
 from fresnet.weights.pickles import Skipped
 from fresnet.weights.state_dicts import check_architecture, from_state_dict, named_leaves, spec_of
-from fresnet.weights.storage import as_path, read_safetensors, write_safetensors
+from fresnet.weights.storage import read_safetensors, write_safetensors
 from fresnet.weights.unwrapping import tensors_in
 
 TYPES = {kind.__name__: kind for kind in (*NODES, *UNITS, *NORMS, DilatedStage, Head, Weights)}
 """The types that the metadata of a file may name."""
+
+MOST_TEXT = 128
+"""How many letters the types of nodes take for a leaf, with room to spare: 10 to 25 are usual."""
 
 NETWORK = "fresnet"
 """The name of the metadata that hold a network's types."""
@@ -112,6 +116,7 @@ def _read(path: Path, spec: Spec | None) -> Params:
     if path.name.endswith(INDEX):
         return from_state_dict(_sharded(path), architecture=spec)
     try:
+        check_regular(path)
         with path.open("rb") as file:
             start = file.read(9)
     except (OSError, ValueError) as error:
@@ -126,21 +131,19 @@ def _read(path: Path, spec: Spec | None) -> Params:
     if NETWORK not in texts:
         return from_state_dict(entries, architecture=spec)
     entries = {name: value for name, value in entries.items() if not name.startswith(BESIDES)}
+    if len(texts[NETWORK]) > MOST_TEXT * (len(entries) + 1):
+        raise FresnetError("its metadata describe a larger network than its tensors are of")
     return assemble("load", _nodes(texts[NETWORK]), entries, "torchvision")
 
 
 def _sharded(index: Path) -> dict[str, Tensor]:
     """The entries of all files that an index of Hugging Face names."""
-    try:
-        names = json.loads(index.read_bytes())["weight_map"].values()
-        shards = sorted({Path(name).name for name in names})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FresnetError(f"{index.name} lists no files: {reason(error)}") from error
-    if missing := [shard for shard in shards if not (index.parent / shard).exists()]:
+    files = [index.parent / name for name in shards(index)]
+    if missing := [file.name for file in files if not os.path.exists(file)]:
         raise FresnetError(f"{index.name} lists {missing[0]}, which is not there")
     entries: dict[str, Tensor] = {}
-    for shard in shards:
-        entries |= read_safetensors(index.parent / shard)[0]
+    for file in files:
+        entries |= read_safetensors(file)[0]
     return entries
 
 
@@ -148,17 +151,16 @@ def _unpickled(path: Path) -> Any:
     found, skipped = torch_files.read(path)
     beside = found if isinstance(found, dict) else {}
     empty = {str(k): type(v).__name__ for k, v in beside.items() if _is_empty(v)}
-    if _is_empty(found) or (empty and not any(tensors_in(beside))):
+    if _is_empty(found) or (empty and not any(tensors_in(beside, set()))):
         what = type(found).__name__ if _is_empty(found) else ", ".join(empty.values())
         ours = "fresnet." in what
         hint = "fresnet.save(params, path)" if ours else "torch.save(model.state_dict(), path)"
         raise FresnetError(f"it holds a {what}, which is not made from files: {hint} keeps weights")
     if skipped:
-        shown = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
         under = f", under {', '.join(empty)}" if empty else ""
         warnings.warn(
             f"{path} also holds what is no tensor{under}; it is left out, and nothing of it was "
-            f"run: {shown}",
+            f"run: {listed(skipped)}",
             stacklevel=4,
         )
     return found
@@ -184,7 +186,7 @@ def _nodes(structure: str) -> Params:
       FresnetError: if they are not the types of a network.
     """
     try:
-        weights = _node(with_layers(json.loads(structure)))
+        weights = _node(with_layers(from_json(structure)))
         nodes = Params(weights, beside(blank_stats, weights))
         check_params("load", nodes)
         return nodes

@@ -1,6 +1,5 @@
 """Weights in repositories of Hugging Face, and in folders of the same layout."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from fresnet.errors import FresnetError, reason
 from fresnet.network.nodes import BottleneckV1
 from fresnet.network.specs import RESNET50, Spec
+from fresnet.reading import read_json
 
 INDEX = ".safetensors.index.json"
 """How the file is called that lists which of several files holds an entry."""
@@ -27,7 +27,7 @@ def is_repository(path: str | os.PathLike[str]) -> bool:
         and len(rest) == 1
         and all(re.fullmatch(r"\w[\w.-]*", part) for part in (owner, *rest))
         and not rest[0].endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
-        and not Path(owner).exists()
+        and not os.path.exists(owner)
     )
 
 
@@ -57,12 +57,12 @@ def download(repository: str) -> tuple[Path, Spec | None]:
         return Path(hf_hub_download(repository, last))
 
     try:
-        config = json.loads(fetch("config.json").read_bytes())
+        config = read_json(fetch("config.json"))
         weights = fetch(*WEIGHTS)
         if weights.name.endswith(INDEX):
-            for shard in set(json.loads(weights.read_bytes())["weight_map"].values()):
+            for shard in shards(weights):
                 fetch(shard)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HfHubHTTPError) as error:
         raise FresnetError(
             "there is no such file, and no such repository with a config.json and weights to be "
             f"had: {reason(error)}"
@@ -86,10 +86,23 @@ def local(path: Path) -> tuple[Path, Spec | None]:
             path = found[0]
         config = path.parent / "config.json"
         if path.name in WEIGHTS and config.exists():
-            return path, _architecture(json.loads(config.read_bytes()))
+            return path, _architecture(read_json(config))
     except (OSError, ValueError) as error:
         raise FresnetError(reason(error)) from error
     return path, None
+
+
+def shards(index: Path) -> list[str]:
+    """The names of the files that an index lists, which stand beside it.
+
+    Raises:
+      FresnetError: if it lists none.
+    """
+    found = read_json(index)
+    files = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise FresnetError(f"{index.name} lists no files")
+    return sorted({Path(name).name for name in files.values()})
 
 
 def _architecture(config: Any) -> Spec | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError, reason
+from fresnet.reading import as_path, check_regular, named_in_utf8
 
 TEMPORARY = ".fresnet-"
 """The prefix of a folder in which a file is being written. 16 hexadecimal digits follow it."""
@@ -63,8 +64,7 @@ def write_file(caller: str, path: str | os.PathLike[str], write: Callable[[Path]
     temporary = None
     try:
         target = Path(os.path.realpath(as_path(path)))  # a link stays a link
-        if target.exists() and not target.is_file():
-            raise FresnetError("it is no regular file")
+        check_regular(target)
         unused = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
         unused.mkdir()
         temporary = unused
@@ -100,12 +100,6 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def as_path(path: str | os.PathLike[str]) -> Path:
-    if not isinstance(path, str | os.PathLike) or not str(path).strip("\0"):
-        raise FresnetError(f"expected a path; got {path!r}")
-    return Path(path)
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A file's entries, and the texts that `write_safetensors` put into its metadata.
 
@@ -113,8 +107,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
       FresnetError: if this is no safetensors file, or if its content is not what was written.
     """
     safe_open = _safetensors("safe_open")
+    check_regular(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with named_in_utf8(path) as name, safe_open(name, framework="pt") as file:
             names = file.keys()  # the file is no mapping
             state = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, listed
 
 AVERAGES = {"ema", "average", "averaged", "avg", "swa", "teacher"}
 """Words in the name of an average of the weights, which is what its maker evaluates."""
@@ -55,20 +55,21 @@ def network_entries(mapping: Mapping[str, Any]) -> dict[str, Any]:
     entries = _unwrapped(mapping)
     entries = {n: entries[n] for n in entries if n.rpartition(".")[2] != "n_averaged"}
     prefixes = _prefixes(entries)
-    prefix = _chosen(_sizes_behind(entries, prefixes), "entries behind") if prefixes else ""
-    inside = _inside(entries, prefix, prefixes)
+    behind = _behind(entries, prefixes)
+    sizes = {prefix: _sizes(entries[name] for name in names) for prefix, names in behind.items()}
+    prefix = _chosen(sizes, "entries behind") if prefixes else ""
+    inside = behind.get(prefix, list(entries))
     head = _head(entries, _places_of_head(prefix))
     found = {name.removeprefix(prefix): entries[name] for name in inside if name not in head}
     found |= {f"fc.{name.rpartition('.')[2]}": entries[name] for name in head}
     used = {*inside, *head}
     if _is_average(prefix):  # of the others it has been told
-        used.update(*(_inside(entries, other, prefixes) for other in prefixes))
+        used.update(*behind.values())
         used.update(name for name in entries if _is_head(name))
     if left_out := [name for name in entries if name not in used]:
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         _tell(
-            f"entries beside the network are left out: {', '.join(left_out[:3])}{more}; if they "
-            "are of a layer between its body and its head, the logits differ"
+            f"entries beside the network are left out: {listed(left_out)}; if they are of a layer "
+            "between its body and its head, the logits differ"
         )
     return found
 
@@ -89,7 +90,8 @@ def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
             _tell("the average that MMEngine keeps under 'state_dict' is taken")
             mapping = mapping["state_dict"]
             continue
-        tensors = {name: dict(tensors_in(value)) for name, value in mapping.items()}
+        seen: set[int] = set()
+        tensors = {name: dict(tensors_in(value, seen)) for name, value in mapping.items()}
         holders = [
             name
             for name, within in tensors.items()
@@ -109,9 +111,13 @@ def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     return mapping
 
 
-def tensors_in(value: object) -> Iterator[tuple[object, Tensor]]:
-    """The tensors in a mapping, and in mappings in it, with their own names."""
-    waiting, seen = [value], set()
+def tensors_in(value: object, seen: set[int]) -> Iterator[tuple[object, Tensor]]:
+    """The tensors in a mapping, and in mappings in it, with their own names.
+
+    What stands in `seen` by its identity is passed over, and what is found is put there: a file of
+    a few kilobytes can name one mapping a thousand times, within itself too.
+    """
+    waiting = [value]
     while waiting:
         mapping = waiting.pop()
         if isinstance(mapping, Mapping) and id(mapping) not in seen:
@@ -131,17 +137,15 @@ def _prefixes(entries: Mapping[str, Any]) -> list[str]:
     return whole or found
 
 
-def _inside(entries: Mapping[str, Any], prefix: str, prefixes: Sequence[str]) -> list[str]:
-    """The names behind a prefix that are not behind another, longer one."""
-    others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
-    return [n for n in entries if n.startswith(prefix) and not (others and n.startswith(others))]
-
-
-def _sizes_behind(entries: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, list[Any]]:
-    return {
-        prefix: _sizes(entries[name] for name in _inside(entries, prefix, prefixes))
-        for prefix in prefixes
-    }
+def _behind(entries: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, list[str]]:
+    """For each prefix the names behind it that are not behind a longer one."""
+    behind: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    lengths = sorted({len(prefix) for prefix in prefixes}, reverse=True)
+    for name in entries:
+        longest = next((name[:length] for length in lengths if name[:length] in behind), None)
+        if longest is not None:
+            behind[longest].append(name)
+    return behind
 
 
 def _sizes(values: Any) -> list[Any]:
@@ -169,7 +173,7 @@ def _chosen(sizes: Mapping[str, list[Any]], what: str) -> str:
     kept = [*averages, *others] or list(sizes)
     if len(kept) > 1:
         raise FresnetError(
-            f"from_state_dict expects one network; got {what} {' and '.join(map(repr, kept))}: "
+            f"from_state_dict expects one network; got {what} {listed(list(map(repr, kept)))}: "
             "pass those of one"
         )
     return kept[0]
