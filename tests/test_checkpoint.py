@@ -96,6 +96,21 @@ def test_what_is_restored_shares_no_memory(tmp_path: Path) -> None:
     assert torch.equal(part, leaf[2:])
 
 
+def test_what_is_restored_is_memory_of_its_own(tmp_path: Path) -> None:
+    """It is no view of the file, and as much memory as before, also where one value is repeated."""
+    leaf = torch.arange(12.0).view(3, 4)
+    state = (leaf, leaf.T, leaf[:1].expand(5, 4), torch.tensor(2.0).expand(3, 3))
+    path = save_state(state, tmp_path, step=0)
+    found = restore_state(state, tmp_path)
+    assert found is not None
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_identical(found.state, state)
+    storages = [leaf.untyped_storage() for leaf in found.state]
+    assert [storage.nbytes() for storage in storages] == [48, 48, 16, 4]
+    assert len({storage.data_ptr() for storage in storages}) == 4
+
+
 @pytest.mark.parametrize("average", [False, True])
 def test_torchvision_reads_the_network_in_a_checkpoint(average: bool, tmp_path: Path) -> None:
     params = fresnet.init(0, fresnet.RESNET18, num_classes=5)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -125,6 +126,28 @@ def test_bfloat16_weights() -> None:
     assert {leaf.dtype for leaf in tree.leaves(total)} == {torch.bfloat16}
     assert_close(norms, expected_norms, 0.05)
     assert_near(tree.map(Tensor.float, total), expected, 0.1)
+
+
+@pytest.mark.parametrize("regime", [lambda params: params, fresnet.fold])
+def test_gradients_of_norms_are_summed_wider_than_bfloat16(
+    regime: Callable[[Params], Params],
+) -> None:
+    """Of one image's g, and another's -2 g clipped to -1.001 g, a thousandth is left."""
+    network = regime(NETWORK)
+    params = Params(tree.map(Tensor.bfloat16, network.weights), network.stats)
+    x = X[:1].bfloat16().expand(2, -1, -1, -1)
+
+    def loss(logits: Tensor, factor: Tensor) -> Tensor:
+        return cross_entropy(logits.float(), Y[0]) * factor
+
+    clipped_sum = partial(fresnet.clipped_grads, loss, params)
+    one, (norm,) = clipped_sum(x[:1], torch.ones(1), max_norm=1e9)
+    total, _ = clipped_sum(x, torch.tensor([1.0, -2.0]), max_norm=1.001 * norm)
+    for path, left, whole in zip(
+        tree.paths(one), tree.leaves(total), tree.leaves(one), strict=True
+    ):
+        if "norm" in path:
+            assert_close(left.float(), -0.001 * whole.float(), 1e-2, str(path))
 
 
 def test_in_inference_mode() -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -152,6 +153,50 @@ def test_maps_of_any_width_in_bfloat16(drawn: Convolution) -> None:
             assert actual is not None
             assert exact is not None
             assert_close(actual.double(), exact, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_maps_are_widened_where_kernels_are_wrong_and_nowhere_else(
+    dtype: torch.dtype,
+) -> None:
+    """Here they are wrong on every processor, and forward and back alike."""
+
+    def wrong(x: Tensor, weight: Tensor, stride: int) -> bool:
+        single = stride > 1 and x.shape[3] <= stride
+        return single and weight.shape[3] > 1 and weight.dtype.itemsize < 4
+
+    def forward(x: Tensor, weight: Tensor, bias: None, stride: int, *rest: int) -> Tensor:
+        widths.append(x.shape[3])
+        y = conv2d(x, weight, bias, stride, *rest)
+        return y * torch.nan if wrong(x, weight, stride) else y
+
+    def back(
+        cotangent: Tensor, x: Tensor, weight: Tensor, bias: None, stride: list[int], *rest: Any
+    ) -> list[Any]:
+        widths.append(x.shape[3])
+        grads = kernel(cotangent, x, weight, bias, stride, *rest)
+        garbage = torch.nan if wrong(x, weight, stride[0]) else 1
+        return [grad if grad is None else grad * garbage for grad in grads]
+
+    widths: list[int] = []
+    kernel = torch.ops.aten.convolution_backward
+    generator = torch.Generator().manual_seed(0)
+    for width, stride, k in product(range(1, 6), (1, 2, 3), (1, 3)):
+        shapes = (2, 16, 3, width), (4, 16, k, k)
+        x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        geometry = Geometry(stride)
+        y, pull, *_ = vjp(partial(stock, geometry=geometry), x.double(), weight.double())
+        expected = y, *pull(y)
+        widths.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "conv2d", forward)
+            patch.setattr(torch.ops.aten, "convolution_backward", back)
+            ours = convolve(x, weight, geometry)
+            grads = pull_back(y.to(dtype), x, weight, geometry, True, True)
+        for actual, exact in zip((ours, *grads), expected, strict=True):
+            assert actual is not None
+            assert_close(actual.double(), exact, 1e-2)
+        assert widths == [width + stride * wrong(x, weight, stride)] * 2
 
 
 FEW_CHANNELS = """

@@ -25,7 +25,8 @@ from torch.multiprocessing.spawn import spawn
 
 import fresnet
 from fresnet import FresnetError, Params, optim, tree
-from fresnet.network.nodes import Bottleneck, Weights
+from fresnet.network.moments import merge_across
+from fresnet.network.nodes import Bottleneck, Moments, Weights
 from fresnet.pytorch.collectives import Group
 from fresnet.training import (
     Evaluation,
@@ -372,6 +373,18 @@ def test_one_process_is_a_group_too(alone: Group) -> None:
     expected = train(batches, {}, None)
     check_run(train(batches, {"norms_across": True}, alone), expected)
     check_same(expected, alone)
+
+
+def test_one_value_per_channel_is_too_few_for_a_group_of_one_process(alone: Group) -> None:
+    with pytest.raises(FresnetError, match="more than one value per channel at every norm"):
+        fresnet.forward_train(PARAMS, torch.ones(1, 3, 1, 1, dtype=torch.float64), group=alone)
+
+
+@pytest.mark.parametrize("n", [0.0, 1.0])
+def test_moments_of_no_value_or_of_one_merge_across_processes(alone: Group, n: float) -> None:
+    """A frozen norm has those of none."""
+    seen = Moments(torch.tensor(n), torch.full((3,), 5 * n), torch.zeros(3))
+    assert_same(merge_across(seen, alone), seen)
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

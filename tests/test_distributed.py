@@ -25,6 +25,8 @@ X = torch.randn(6, 3, 33, 40, dtype=torch.float64, generator=torch.Generator().m
 Y = torch.tensor([0, 1, 2, 3, 0, 1])
 PARTS = (slice(0, 1), slice(1, 6))
 """The parts of the batch. They differ in length, so moments must be weighted by their counts."""
+PIXELS = X[:2, :, :1, :1]
+"""One image for each process, which alone has one value per channel."""
 
 
 def loss_of(x: Tensor, y: Tensor, group: Any) -> Callable[[Weights], tuple[Tensor, Any]]:
@@ -65,6 +67,7 @@ def work(rank: int, folder: Path) -> None:
     group = distributed.group.WORLD
     assert group is not None
     result = derivatives(X[PARTS[rank]], Y[PARTS[rank]], group)
+    result["of pixels"] = fresnet.forward_train(PARAMS, PIXELS[rank : rank + 1], group=group)[0]
     seen = fresnet.forward_moments(PARAMS, X[PARTS[rank]])[1]
     result["merged"] = moments.merge_across(seen, group)
     torch.save([leaf.clone() for leaf in tree.leaves(result)], folder / f"{rank}.pt")
@@ -76,6 +79,7 @@ def work(rank: int, folder: Path) -> None:
 def test_two_processes_with_one_group_are_one_process_with_the_whole_batch(tmp_path: Path) -> None:
     spawn(work, (tmp_path,), nprocs=len(PARTS))
     expected = derivatives(X, Y, None)
+    expected["of pixels"] = fresnet.forward_train(PARAMS, PIXELS)[0]
     parts = [fresnet.forward_moments(PARAMS, X[part])[1] for part in PARTS]
     expected["merged"] = moments.merge(*parts)
     a, b = (
@@ -87,6 +91,7 @@ def test_two_processes_with_one_group_are_one_process_with_the_whole_batch(tmp_p
             assert (p - q).norm() <= relative * q.norm() + 1e-12, name
 
     check("logits", torch.cat([a["logits"], b["logits"]]))
+    check("of pixels", torch.cat([a["of pixels"], b["of pixels"]]))
     check("ensemble", torch.cat([a["ensemble"], b["ensemble"]], dim=1))
     for name in ("grads", "slope", "curvature"):  # of the sum of both losses
         check(name, tree.map(torch.add, a[name], b[name]))

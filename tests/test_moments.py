@@ -15,7 +15,8 @@ from torch.func import grad, vmap
 import fresnet
 from fresnet import FresnetError, Params, tree
 from fresnet.network import moments
-from fresnet.network.nodes import Moments, Stem3x3
+from fresnet.network.nodes import Moments, Norm, NormStats, Stem3x3
+from fresnet.network.norm import fused_norm, training_norm
 
 
 def moments_of(values: Tensor) -> Moments:
@@ -55,6 +56,33 @@ def test_merging_is_a_commutative_monoid_and_is_taking_the_whole(
     none = moments_of(whole[:0])
     assert_same(merge(ma, none), ma)
     assert_same(merge(none, ma), ma)
+
+
+@pytest.mark.parametrize("n", range(4))
+def test_statistics_of_few_values(n: int) -> None:
+    """Of no values they are the old ones, and the unbiased variance of one value is 0."""
+    values = torch.tensor([[3.0], [5.0], [10.0]])[:n]
+    old, seen = NormStats(torch.tensor([7.0]), torch.tensor([2.0])), moments_of(values)
+    mean, biased, unbiased = [(7, 2, 2), (3, 0, 0), (4, 1, 2), (6, 26 / 3, 13)][n]
+    for found, var in (
+        (moments.statistics(old, seen), biased),
+        (moments.statistics(old, seen, correction=1), unbiased),
+        (moments.update(old, seen, momentum=1.0), unbiased),
+    ):
+        assert_same(found, NormStats(torch.tensor([float(mean)]), torch.tensor([float(var)])))
+
+
+def test_a_kernel_that_rounds_makes_no_variance_negative() -> None:
+    """Channels are constant, and 1 / std comes out a little too large."""
+
+    def rounding(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, inverse_std = fused_norm(x, scale, bias)
+        return y, mean, inverse_std.nextafter(torch.tensor(torch.inf))
+
+    stats = NormStats(torch.zeros(3), torch.ones(3))
+    x = torch.arange(3.0)[:, None, None].expand(2, 3, 4, 4).contiguous()
+    _, seen = training_norm(Norm(torch.ones(3), torch.zeros(3)), stats, x, kernel=rounding)
+    assert_same(moments.update(stats, seen, momentum=1.0).var, torch.zeros(3))
 
 
 @examples(20)

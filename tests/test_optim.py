@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, seeds, tiny_params
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad, jvp, vmap
 from torch.optim import lr_scheduler
 
 import fresnet
@@ -265,6 +265,34 @@ def test_an_ensemble_maps_over_rates_and_decays(build: Callable[..., Optimizer])
     together = vmap(run, (0, 0, 0, None))(rates, decays, members, all_grads)
     for i, member in enumerate(tree.unstack(together)):
         assert_trees_close(member, run(rates[i], decays[i], weights, all_grads), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optim.sgd(0.1, momentum=0.9, weight_decay=0.1),
+        optim.sgd(0.1, momentum=torch.tensor(0.9).double(), weight_decay=0.1),
+        optim.adamw(0.1),
+        optim.lars(0.1, weight_decay=0.1),
+    ],
+)
+def test_the_state_alone_is_mapped_over_and_differentiated(optimizer: Optimizer) -> None:
+    """A sum of gradients and weights then has no mapped dimension, so none is written over."""
+    weights = {"w": torch.linspace(1, 2, 3, dtype=torch.float64)}
+    grads = tree.map(torch.cos, weights)
+
+    def end(factor: Tensor) -> Tensor:
+        state = optimizer.init(weights)
+        moments = tree.map(lambda leaf: (1 + leaf) * factor, state.moments)
+        new, after = optimizer.update(grads, state._replace(moments=moments), weights)
+        return tree.ravel((new, after)).square().sum()
+
+    factors = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    assert_close(vmap(end)(factors), torch.stack([*map(end, factors)]), 1e-12)
+    one, h = factors[1], 1e-6
+    difference = (end(one + h) - end(one - h)) / (2 * h)
+    assert_close(grad(end)(one), difference, 1e-8)
+    assert_close(jvp(end, (one,), (torch.ones_like(one),))[1], difference, 1e-8)
 
 
 @pytest.mark.parametrize(

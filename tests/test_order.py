@@ -14,6 +14,7 @@ from strategies import examples, orders, rank_counts, seeds
 
 from fresnet import FresnetError
 from fresnet.data import Order, Place, batch_at, batches, steps_per_epoch
+from fresnet.data.order import keyed_generator
 
 
 def epoch(order: Order, number: int = 0) -> list[Place]:
@@ -87,6 +88,13 @@ def test_every_seed_and_epoch_has_its_own_shuffle(seed: int, number: int) -> Non
     ]
     assert len({tuple(place.image for place in shuffle) for shuffle in shuffles}) == 3
     assert epoch(order, number) == shuffles[0]
+
+
+def test_numbers_of_the_same_digits_make_other_generators() -> None:
+    """Seed 1 at epoch 23 is not seed 12 at epoch 3, nor seed 123."""
+    keys = [(123,), (1, 23), (12, 3), (1, 2, 3), (3, 12), (-1, 23), (1, -23), (1, 230), (12, 30)]
+    assert len({keyed_generator(*key).initial_seed() for key in keys}) == len(keys)
+    assert epoch(Order(100, 10, seed=1), 23) != epoch(Order(100, 10, seed=12), 3)
 
 
 def test_shuffles_are_uniform() -> None:

@@ -45,10 +45,10 @@ from fresnet.data import (
 from fresnet.data.preprocess import PRESETS, Preset, preprocess
 from fresnet.network.nodes import BasicBlock, Stem3x3
 from fresnet.training import course as running
-from fresnet.training import cross_entropy, evaluate, make_train_step, plots, share
+from fresnet.training import cross_entropy, evaluate, make_train_step, plots, save_state, share
 from fresnet.training import start as begin
 from fresnet.training.checkpoint import saved_states
-from fresnet.training.course import Outcome
+from fresnet.training.course import Course, Options, Outcome
 from fresnet.training.plan import Run
 from fresnet.training.plan import assemble as assembled
 from fresnet.training.processes import Processes
@@ -192,6 +192,30 @@ def test_norms_across_one_process_are_its_norms() -> None:
     assert_same(*ends)
 
 
+@pytest.mark.parametrize(("micro_batches", "sizes"), [(1, [9, 9]), (2, [5, 5, 4, 4])])
+def test_no_evaluation_takes_more_images_at_a_time_than_a_step(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    micro_batches: int,
+    sizes: list[int],
+) -> None:
+    """A step takes the 10 of a batch in micro-batches. There are 18 to validate on."""
+    taken: list[int] = []
+
+    def counted(params: Params, batches: Any, **options: Any) -> Any:
+        batches = list(batches)
+        taken.extend(len(x) for x, _ in batches)
+        return evaluate(params, batches, **options)
+
+    monkeypatch.setattr(running, "evaluate", counted)
+    plan = Run("tiny", V1, micro_batches=micro_batches)
+    folders = scan(digits / "train"), scan(digits / "val")
+    options = Options(recompute=False, workers=0, broken="raise", keep=1, save_every=None)
+    assert Course(plan, PARAMS, folders, tmp_path, ALONE, options).validate().images == 18
+    assert taken == sizes
+
+
 # Stopped and started again
 
 
@@ -326,6 +350,29 @@ def test_an_evaluation_is_not_waited_for_but_made_up(
     assert saved_states(tmp_path / "checkpoints")[0].stem == f"step-{2 * PER_EPOCH:012}"
     assert sum("evaluation" in line for line in read_log(tmp_path)) == 1
     assert_same_end(end_of(tmp_path, call(digits, tmp_path)), whole("v2", 1))
+
+
+def test_the_log_of_a_checkpoint_lies_on_the_disk_before_it(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may then leave more of the log than of the checkpoints, but not less."""
+    log, synced, saved = tmp_path / "log.jsonl", [0], []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        if log.exists() and os.path.samestat(os.fstat(descriptor), log.stat()):
+            synced.append(log.stat().st_size)
+
+    def saving(*args: Any, **options: Any) -> Path:
+        saved.append((synced[-1], log.stat().st_size))
+        return save_state(*args, **options)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(running, "save_state", saving)
+    call(digits, tmp_path)
+    assert len(saved) == EPOCHS
+    assert all(on_disk == written > 0 for on_disk, written in saved)
 
 
 def test_a_second_signal_does_not_wait(digits: Path, tmp_path: Path) -> None:
@@ -740,6 +787,15 @@ def test_a_shorter_recipe_has_the_same_rates_in_less_time(name: str, epochs: int
         assert float(shorter(step)) == float(rates(step))
     with pytest.raises(FresnetError, match=r"more epochs than the 5 .* warms up; got 5"):
         with_epochs(RECIPES["v2"], 5)
+
+
+@pytest.mark.parametrize(("epochs", "step"), [(0.3, 2), (0.4, 3)])
+def test_the_rate_drops_at_the_step_nearest_to_a_fraction_of_an_epoch(
+    epochs: float, step: int
+) -> None:
+    rate = schedule_of(V1._replace(rate=1.0, drops=(epochs,)), 7)
+    rates = [float(rate(torch.tensor(float(at)))) for at in range(7)]
+    assert rates == pytest.approx([1.0] * step + [0.1] * (7 - step))
 
 
 def test_another_batch_or_crop() -> None:

@@ -468,6 +468,14 @@ def test_evaluation_counts(params: Params, x: Tensor) -> None:
     assert torch.equal(found.confusion, confusion)
 
 
+def test_losses_are_those_of_float32_logits_in_float64() -> None:
+    params, x = tree.map(Tensor.float, (PARAMS, X))
+    found = training.evaluate(params, [(x[:1], Y[:1]), (x[1:], Y[1:])])
+    logits = torch.cat([fresnet.forward(params, part) for part in (x[:1], x[1:])])
+    exact = F.cross_entropy(logits.double(), Y)
+    assert abs(found.loss - exact) <= 1e-14 * exact
+
+
 NARROW = tree.map(lambda leaf: leaf.bfloat16(), PARAMS.weights)
 STATE = start(PARAMS, SGD)
 STEP = make_train_step(SGD)

@@ -70,6 +70,17 @@ def test_dicts_of_other_types_keep_them() -> None:
     assert counts == {"b": 1, "a": 2}
 
 
+def test_a_dict_in_another_order_is_another_tree() -> None:
+    """So no leaf is taken for that of another key."""
+    one, other = {"a": torch.tensor(1), "b": torch.tensor(2)}, {"b": torch.tensor(3)}
+    other["a"] = torch.tensor(4)
+    for call in (lambda: tree.map(torch.add, one, other), lambda: tree.stack([one, other])):
+        with pytest.raises(FresnetError, match=r"tree 2 differs from the first at \('a',\)"):
+            call()
+    assert tree.unflatten(other, tree.leaves(other)) == other
+    assert tree.paths(tree.map(torch.neg, other)) == tree.paths(other) == [("b",), ("a",)]
+
+
 def _step(key: Any) -> Any:
     match key:
         case _pytree.GetAttrKey(name=name):
