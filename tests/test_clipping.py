@@ -129,7 +129,7 @@ def test_bfloat16_weights() -> None:
 
 
 @pytest.mark.parametrize("regime", [lambda params: params, fresnet.fold])
-def test_gradients_of_norms_are_summed_wider_than_bfloat16(
+def test_gradients_of_norms_and_head_are_summed_wider_than_bfloat16(
     regime: Callable[[Params], Params],
 ) -> None:
     """Of one image's g, and another's -2 g clipped to -1.001 g, a thousandth is left."""
@@ -146,8 +146,24 @@ def test_gradients_of_norms_are_summed_wider_than_bfloat16(
     for path, left, whole in zip(
         tree.paths(one), tree.leaves(total), tree.leaves(one), strict=True
     ):
-        if "norm" in path:
+        if "norm" in path or "head" in path:
             assert_close(left.float(), -0.001 * whole.float(), 1e-2, str(path))
+
+
+def test_factors_are_not_rounded_up_to_bfloat16() -> None:
+    """A clipped gradient would be longer than `max_norm`, by up to 1 part in 256."""
+    params = Params(tree.map(Tensor.bfloat16, NETWORK.weights), NETWORK.stats)
+    clipped_sum = partial(fresnet.clipped_grads, cross_entropy, params, X[:1].bfloat16(), Y[:1])
+
+    def length(max_norm: float) -> tuple[float, float]:
+        total, (norm,) = clipped_sum(max_norm=max_norm)
+        return float(tree.ravel(tree.map(Tensor.double, total)).norm()), float(norm)
+
+    whole, norm = length(1e9)
+    for factor in (0.501, 0.503, 0.602, 0.7495, 2.0):  # each but the last between two of bfloat16
+        clipped, _ = length(factor * norm)
+        expected = min(factor, 1)
+        assert 0.99 * expected < clipped / whole <= (1 + 2e-4) * expected
 
 
 def test_in_inference_mode() -> None:

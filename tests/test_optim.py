@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -354,3 +355,23 @@ def test_schedules_over_no_step() -> None:
     for negative in (-1, True, None):
         with pytest.raises(FresnetError, match="warm_up expects over to be a number of steps from"):
             optim.warm_up(after, over=negative)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("build", [optim.adamw, optim.lars, partial(optim.sgd, momentum=0.9)])
+def test_gradients_and_moments_are_refused_unless_they_are_like_the_weights(
+    build: Callable[..., Optimizer],
+) -> None:
+    """None is taken by its place alone, and none is broadcast."""
+    weights = {"a": torch.zeros(3), "b": torch.ones(3)}
+    optimizer = build(0.1)
+    state = optimizer.init(weights)
+    other = {"b": torch.ones(3), "a": torch.zeros(3)}
+    with pytest.raises(FresnetError, match="tree 2 differs from the first"):
+        optimizer.update(other, state, weights)
+    with pytest.raises(FresnetError, match="differs from the first"):
+        optimizer.update(weights, optimizer.init(other), weights)
+    for wrong in ({**weights, "b": torch.ones(5, 3)}, {**weights, "b": torch.ones(())}):
+        with pytest.raises(FresnetError, match=r"of the weights' shapes; got float32 \("):
+            optimizer.update(wrong, state, weights)
+        with pytest.raises(FresnetError, match=r"got float32 .* for float32 \(3,\)"):
+            optimizer.update(weights, optimizer.init(wrong), weights)

@@ -99,6 +99,9 @@ def clipped_grads(
       max_norm: a number above 0, or a 0-d float tensor.
     Returns:
       `(grads, norms)`: a tree like `params.weights`; each image's norm before clipping, `[b]`.
+      Beside weights narrower than float32 the factors of convolutions are rounded down, so that a
+      clipped gradient may be shorter than `max_norm` by 1 part in 64, and is longer by no more than
+      sums and products are rounded.
     Raises:
       FresnetError: if max_norm is neither, or as `per_sample_norms` does.
     Source: Bu et al. 2022, arXiv:2210.00038 (book-keeping).

@@ -41,9 +41,15 @@ def squares_of(grads: Tensor) -> Tensor:
 
 
 def weighted_sum(factors: Tensor, grads: Tensor) -> Tensor:
-    """The sum of grads `[b ...]` over the images, each times its factor."""
-    total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, 1)
-    return total
+    """The sum of grads `[b ...]` over the images, each times its factor, which is wider."""
+    total: Tensor = torch.tensordot(factors, grads.to(factors.dtype), 1)
+    return total.to(grads.dtype)
+
+
+def _narrowed(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factors in a dtype, none rounded up: else a clipped gradient would exceed its bound."""
+    narrow = factors.to(dtype)
+    return torch.where(narrow > factors, narrow * (1 - torch.finfo(dtype).eps), narrow)
 
 
 class Pass:
@@ -136,7 +142,7 @@ class Listening(Composed):
 
         def tell(cotangent: Tensor, x: Tensor) -> None:
             def weighted(factors: Tensor) -> Tensor:
-                scaled = cotangent * factors.to(x.dtype)[:, None, None, None]
+                scaled = cotangent * _narrowed(factors, x.dtype)[:, None, None, None]
                 return weight_gradient(scaled, x, conv, how)
 
             self._tell(told, squared_norms(cotangent[:, None], x[:, None], conv, how), weighted)
@@ -158,7 +164,7 @@ class Listening(Composed):
             self._tell(
                 self.told_head.weight,
                 squares * squares_of(x),
-                lambda factors: (cotangent * factors.to(x.dtype)[:, None]).mT @ x,
+                lambda factors: (cotangent * factors[:, None]).mT @ x.to(factors.dtype),
             )
 
         return self._watch(ops.linear(x, *at), x, tell)

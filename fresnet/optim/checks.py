@@ -1,4 +1,4 @@
-"""What optimizers take for a rate, and for another number."""
+"""What optimizers take for a rate, for another number, and for gradients and moments."""
 
 from typing import Any
 
@@ -34,3 +34,13 @@ def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
         f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor{otherwise}; "
         f"got {got}"
     )
+
+
+def check_shapes(w: Tensor, *others: Tensor) -> None:
+    """Refuse what would be broadcast: a gradient or a moment of another shape than its weight's."""
+    for other in others:
+        if other.shape != w.shape:
+            raise FresnetError(
+                "update expects gradients and moments of the weights' shapes; "
+                f"got {describe(other)} for {describe(w)}"
+            )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError
-from fresnet.optim.checks import checked_numbers, checked_rates
+from fresnet.optim.checks import check_shapes, checked_numbers, checked_rates
 from fresnet.optim.schedules import Schedule
 from fresnet.pytorch import transform_stack
 from fresnet.tree import Tree
@@ -20,7 +20,7 @@ Move: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 
 class Update(Protocol):
-    """A step of an optimizer. Gradients and weights are trees of one structure."""
+    """A step of an optimizer. Gradients and weights are trees of one structure and its shapes."""
 
     def __call__(self, grads: object, state: "State", weights: Tree) -> tuple[Tree, "State"]: ...
 
@@ -261,13 +261,14 @@ def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where
                 f"update expects a state with {moments} moments, as its own init makes it; "
                 f"got one with {len(state.moments)}"
             )
+        tree.map(check_shapes, weights, grads, *state.moments)
         where, move = map(decay_where, tree.paths(weights)), at(state.step)
-        taken = tree.leaves(tree.map(lambda _, g: g, weights, grads))[::-1]
+        taken = tree.leaves(grads)[::-1]
         del grads  # so gradients that only this call holds are freed one by one
         others = zip(*map(tree.leaves, (weights, *state.moments)), strict=True)
         moved = [
-            _in_dtype_of(old, move(decays, old[0], taken.pop(), *old[1:]))
-            for decays, old in zip(where, others, strict=True)
+            _in_dtype_of((w, *old), move(decays, w, taken.pop(), *old))
+            for decays, (w, *old) in zip(where, others, strict=True)
         ]
         weights, *new = (tree.unflatten(weights, leaves) for leaves in zip(*moved, strict=True))
         return weights, State(state.step + 1, tuple(new))

@@ -196,10 +196,9 @@ def _apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {}
     for name, leaf in entries.items():
         leaf = leaf.detach().contiguous()
-        shared = leaf.untyped_storage().data_ptr() in seen
-        whole = leaf.untyped_storage().nbytes() == leaf.nbytes
-        result[name] = leaf if whole and not shared else leaf.clone()
-        seen.add(leaf.untyped_storage().data_ptr())
+        storage = leaf.untyped_storage().data_ptr()
+        result[name] = leaf.clone() if storage in seen else leaf
+        seen.add(storage)
     return result
 
 
