@@ -1,5 +1,6 @@
 """Checkpoints are exact to the bit, whole or not there, and never silently another state."""
 
+import json
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ from fresnet.network.nodes import BasicBlock, Bottleneck, BottleneckV1
 from fresnet.optim import adamw, sgd
 from fresnet.training import TrainState, restore_state, save_state, start
 from fresnet.training.checkpoint import saved_states
+from fresnet.weights.storage import write_safetensors
 
 Give = Callable[[Order], Report]
 
@@ -350,6 +352,78 @@ def test_where_all_are_damaged_they_are_named(tmp_path: Path) -> None:
     with pytest.raises(FresnetError, match="no checkpoint can be read: ") as caught:
         restore_state(state_of(0), tmp_path)
     assert [str(path) in str(caught.value) for path in paths] == [True] * 3
+
+
+LEAF = torch.arange(6.0).view(2, 3)
+ABOUT = {"step": 3, "notes": {}, "strides": {"state.0": [3, 1]}, "nodes": {"state": "list"}}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        None,
+        [],
+        {},
+        "[" * 100_000,
+        "{",
+        *({name: value for name, value in ABOUT.items() if name != missing} for missing in ABOUT),
+        *(ABOUT | {"step": step} for step in (None, "3", -1, 3.5, True)),
+        *(ABOUT | {name: None} for name in ("notes", "strides", "nodes")),
+        *(ABOUT | {name: ["a"]} for name in ("notes", "strides", "nodes")),
+        *(
+            ABOUT | {"strides": {"state.0": strides}}
+            for strides in (
+                None,
+                3,
+                "31",
+                [1],
+                [3, 1, 1],
+                [3, -1],
+                [3, 1.0],
+                [3, True],
+                [10**13, 1],  # 80 TB
+                [2**62, 2**62],
+                [10**30, 1],
+                [1, 1],  # values in one place
+                [2, 1],
+            )
+        ),
+    ],
+)
+def test_metadata_that_describe_no_state_are_a_damage(about: Any, tmp_path: Path) -> None:
+    """Their checksum is right, whoever wrote them. The file before them is read instead."""
+    save_state([LEAF], tmp_path, step=1)
+    texts = {"fresnet.state": about if isinstance(about, str) else json.dumps(about)}
+    write_safetensors("save", {"state.0": LEAF}, tmp_path / "step-000000000003.safetensors", texts)
+    with pytest.warns(match="step-000000000003.*; going on from .*step-000000000001"):
+        found = restore_state([LEAF], tmp_path)
+    assert found is not None
+    assert_identical(found.state, [LEAF])
+
+
+def test_what_metadata_say_of_strides_is_what_is_restored(tmp_path: Path) -> None:
+    path = tmp_path / "step-000000000003.safetensors"
+    for strides in ([3, 1], [1, 2], [1, 3], [4, 1], [0, 1], [0, 0], [3, 60]):
+        about = ABOUT | {"strides": {"state.0": strides}}
+        write_safetensors("save", {"state.0": LEAF}, path, {"fresnet.state": json.dumps(about)})
+        found = restore_state([LEAF], tmp_path)
+        assert found is not None
+        assert list(found.state[0].stride()) == strides
+
+
+def test_leaves_that_overlap_or_leave_wide_gaps_come_back_dense(tmp_path: Path) -> None:
+    """Else a small file could ask for any memory, or for values that lie in one place."""
+    wide = torch.zeros(5, 1000)[:, 0].normal_()
+    state = (
+        torch.arange(6.0).unfold(0, 4, 1),
+        wide,
+        torch.arange(9.0).as_strided((3, 2, 3), (1, 0, 2)),
+    )
+    save_state(state, tmp_path, step=0)
+    found = restore_state(state, tmp_path)
+    assert found is not None
+    assert_same(found.state, state)
+    assert [leaf.stride() for leaf in found.state] == [(1, 3), (1,), (1, 0, 3)]
 
 
 # Of another run.

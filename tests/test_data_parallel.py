@@ -42,6 +42,7 @@ from fresnet.training import (
     share,
     start,
 )
+from fresnet.training.processes import ENVIRONMENT
 
 PARAMS = fresnet.init(
     0, fresnet.Spec(Bottleneck, (1, 1), width=3), num_classes=6, dtype=torch.float64
@@ -402,6 +403,42 @@ def test_half_of_torchruns_environment_is_refused(monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv(name, raising=False)
     with (
         pytest.raises(FresnetError, match=r"LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        joined(backend="gloo"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("values", "got"),
+    [
+        ({}, ""),
+        ({"WORLD_SIZE": "", "RANK": "", "MASTER_PORT": ""}, ""),
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "29500"}, ""),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "2.0", "RANK": "0"}, "RANK=0, WORLD_SIZE=2.0"),
+        ({"RANK": "3"}, "RANK=3"),  # of which nobody would write anything
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "port"}, "MASTER_PORT=port"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
+    ],
+)
+def test_variables_that_are_not_torchruns(
+    values: dict[str, str], got: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one is not set, and what torchrun never sets is refused."""
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    if not got:
+        with joined(backend="gloo") as processes:
+            assert processes == (None, 0, 1, torch.device("cpu"))
+        return
+    with (
+        pytest.raises(FresnetError, match=f"joined expects what torchrun sets: .*; got .*{got}"),
         joined(backend="gloo"),
     ):
         pass

@@ -399,6 +399,47 @@ def test_a_log_is_read_up_to_where_it_was_cut(
     assert_same_end(end_of(tmp_path, call(digits, tmp_path)), whole("v2", 1))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "123",
+        "null",
+        "{}",
+        '"step"',
+        '{"step": "x"}',
+        '{"step": 3}',
+        '{"step": -1, "left_out": {"files": []}}',
+        '{"step": 3, "train": {"loss": "x", "accuracy": 0.5, "rate": 0.1, "images": 1}}',
+        '{"step": 3, "train": {"loss": 0.5}}',
+        '{"step": 3, "train": null}',
+        '{"step": 4, "evaluation": {}}',
+        '{"step": 4, "evaluation": 1}',
+        '{"step": 3, "left_out": {"files": [3]}}',
+        '{"step": 3, "left_out": {"files": "a"}}',
+        '{"step": 3, "tra',
+        "\0\0\xff",
+        "[" * 100_000,
+        "",
+    ],
+)
+def test_a_damaged_line_takes_no_other_with_it(
+    line: str, digits: Path, tmp_path: Path, whole: Callable[[str, int], End]
+) -> None:
+    """The run goes on, and says what it leaves out."""
+    with interrupted("step", 7, fault, late=True), pytest.raises(FaultError):
+        call(digits, tmp_path)
+    log = tmp_path / "log.jsonl"
+    before = list(read_log(tmp_path))
+    assert len(before) == 6
+    first, *rest = log.read_text().splitlines()
+    log.write_bytes("\n".join([first, line, *rest[:3], line, *rest[3:], ""]).encode("latin-1"))
+    assert list(read_log(tmp_path)) == before
+    with pytest.warns(match="log.jsonl: 2 damaged lines are left out"):
+        outcome = call(digits, tmp_path)
+    assert_same_end(end_of(tmp_path, outcome), whole("v2", 1))
+    assert log.read_text().splitlines()[:2] == [first, rest[0]]
+
+
 def start(*arguments: Any, torchrun: bool = False) -> "subprocess.Popen[str]":
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] * torchrun
     return subprocess.Popen(
@@ -860,6 +901,60 @@ def test_a_dry_run_is_a_table_and_the_first_step(
     assert f"first step  loss {first['train']['loss']:.3f};" in table
 
 
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        (38, "--batch 10 --micro-batches 10", "of 10 micro-batches expects as many images; got 9"),
+        (3, "--batch 2 --crop 4", "expects more than one value per channel"),
+        (38, "--batch 10 --rate 1e38", "the loss is nan at step 2, "),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    images: int, options: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """38 images make batches of 10, 10, 9 and 9, and 3 images batches of 2 and 1."""
+    write_digits(tmp_path / "few", 2, {"train": images, "val": 2})
+    arguments = [tmp_path / "few", *TRAIN, *options.split(), "--out", tmp_path / "out"]
+    for dry in ((), ("--dry-run",)):
+        assert message in refused(capsys, *arguments, *dry)
+
+
+def test_a_dry_run_of_a_run_under_way(capsys: pytest.CaptureFixture[str], folders: Path) -> None:
+    """It tells where the run goes on, and refuses another run."""
+    options = ["good", *TRAIN, "--epochs", "2", "--out", "out"]
+    with interrupted("step", 3, WAYS["SIGINT"], late=False):
+        assert "stopped" in refused(capsys, *options)
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    assert main(["train", *options, "--dry-run"]) == 0
+    table = capsys.readouterr().out
+    assert "goes on     after step 3, from out" in table
+    assert "out holds a run of seed 0, not 1" in refused(capsys, *options, "--seed", 1, "--dry-run")
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+    assert main(["train", *options]) == 0
+    loss = next(line for line in read_log(Path("out")) if line["step"] == 4)["train"]["loss"]
+    assert f"next step   loss {loss:.3f};" in table
+    capsys.readouterr()
+    assert main(["train", *options, "--dry-run"]) == 0
+    assert "goes on     after step 8, from out" in capsys.readouterr().out
+
+
+def test_another_validation_folder_is_another_run(
+    capsys: pytest.CaptureFixture[str], folders: Path
+) -> None:
+    """Else one curve would be of two folders. The same files may be moved."""
+    options = ["good", *TRAIN, "--epochs", "1", "--out", "out"]
+    assert main(["train", *options]) == 0
+    shutil.copytree("good/val", "moved")
+    assert main(["train", *options, "--validation", "moved"]) == 0
+    image = min(Path("moved/0").iterdir())
+    image.rename(image.with_name("other.png"))
+    capsys.readouterr()
+    said = refused(capsys, *options, "--validation", "moved")
+    assert "out holds a run of checksum of files to validate" in said
+    (image.with_name("other.png")).unlink()
+    assert "of images to validate 18, not 17" in refused(capsys, *options, "--validation", "moved")
+
+
 # Log and pictures
 
 
@@ -890,6 +985,21 @@ def test_tensorboard_holds_the_log(digits: Path, tmp_path: Path) -> None:
         assert found == pytest.approx([value for _, value in values], rel=1e-6)
 
 
+def test_a_clock_that_goes_back_hides_no_step(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard reads files in the order of their names, which begin with the time."""
+    now = time.time_ns()
+    for seconds in (0, -3600, -7200, -1e9):
+        monkeypatch.setattr(time, "time_ns", lambda seconds=seconds: int(now + seconds * 1e9))
+        with interrupted("step", 3, fault, late=False), suppress(FaultError):
+            call(digits, tmp_path, save_every=1)
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    steps = [line["step"] for line in read_log(tmp_path) if "train" in line]
+    assert [event.step for event in board.Scalars("train/loss")] == steps == list(range(1, 9))
+
+
 def log_of(steps: int, per_epoch: int) -> Iterator[Any]:
     rng = np.random.default_rng(0)
     for step in range(1, steps + 1):
@@ -910,6 +1020,19 @@ def test_curves(tmp_path: Path, steps: int, per_epoch: int) -> None:
 def test_curves_of_a_log_that_was_lost(tmp_path: Path) -> None:
     plots.draw_curves([], 4, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_the_confusion_of_many_classes_is_that_of_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of a cell for each of 21,841 classes a side would take 12 GB."""
+    monkeypatch.setattr(plots, "CELLS", 4)
+    counts = torch.arange(100).view(10, 10)
+    grouped = plots._grouped(plots._grouped(counts, 0), 1)
+    parts = [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
+    assert grouped.tolist() == [[int(counts[a, b].sum()) for b in parts] for a in parts]
+    plots.draw_confusion(counts, [str(i) for i in range(10)] * 3, tmp_path / "confusion.png")
+    assert imread(tmp_path / "confusion.png").std() > 0.05
 
 
 @pytest.mark.parametrize("classes", [2, 10, 60])
