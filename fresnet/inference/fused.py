@@ -36,7 +36,7 @@ def convolution(
         y = y if added is None else y + added
         return F.relu(y) if relu else y
 
-    return with_columns(run, missing_columns(shape[3], weight, how.stride))
+    return with_columns(run, missing_columns(shape, weight, how.stride))
 
 
 def with_columns(layer: FusedLayer, missing: int, zero: int = 0) -> FusedLayer:
@@ -47,7 +47,7 @@ def with_columns(layer: FusedLayer, missing: int, zero: int = 0) -> FusedLayer:
     def run(x: Tensor, added: Tensor | None = None) -> Tensor:
         x = F.pad(x, (0, missing), value=zero).contiguous(memory_format=torch.channels_last)
         y = layer(x, None if added is None else F.pad(added, (0, 1)))
-        return y[..., :1].contiguous(memory_format=torch.channels_last)
+        return y[..., :-1].contiguous(memory_format=torch.channels_last)
 
     return run
 

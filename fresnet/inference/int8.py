@@ -247,7 +247,7 @@ def convolution(
       result: what the levels of the results stand for.
       added: what the levels of the summand stand for, if there is one.
     """
-    missing = missing_columns(shape[3], weight, how.stride)
+    missing = missing_columns(shape, weight, how.stride)
     padding = how.padding(weight.shape[-1])
     window = ([how.stride] * 2, [padding] * 2, [how.dilation] * 2, how.groups)
     packed = torch.ops.onednn.qconv_prepack(

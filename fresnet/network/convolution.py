@@ -11,7 +11,7 @@ Both come from the form <g, convolve(x, w)>, which is linear in each of g, x and
 derivatives are made of the same two functions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -35,8 +35,14 @@ Gradients = tuple[Tensor | None, Tensor | None]
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Convolve x `[b c h w]` with weight `[o c/groups k k]`."""
     stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
-    if missing := faults.missing_columns(x.shape[3], weight, stride):
-        return convolve(F.pad(x, (0, missing)), weight, geometry)[..., :1]
+    x, weight = _as_autocast(x, weight)
+    if missing := faults.missing_columns(x.shape, weight, stride):
+        return convolve(F.pad(x, (0, missing)), weight, geometry)[..., :-1]
+    if faults.loses_weight_gradient(x.shape, weight, dilation) and (
+        torch.compiler.is_compiling() or transform_stack.differentiated(weight)
+    ):
+        with torch.autocast(x.device.type, enabled=False):
+            return convolve(x.float(), weight.float(), geometry).to(x.dtype)
     if faults.overruns(weight, stride):
         return convolve(x[:, :, ::stride, ::stride], weight, replace(geometry, stride=1))
     if not torch.compiler.is_compiling() and transform_stack.mapped():
@@ -45,21 +51,24 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
             y = rearrange(x, "b c h w -> (b h w) c") @ rearrange(weight, "o c 1 1 -> c o")
             return rearrange(y, "(b h w) o -> b o h w", b=len(x), h=x.shape[2])
         if not transform_stack.forward_mode(x, weight):
-            result: Tensor = _Convolve.apply(*_as_autocast(x, weight), geometry)
+            result: Tensor = _Convolve.apply(x, weight, geometry)
             return result
     padding = geometry.padding(weight.shape[3])
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
-def _as_autocast(*tensors: Tensor) -> Iterator[Tensor]:
-    """The tensors in the dtype in which `torch.autocast`, where it is on, runs a convolution.
+def _as_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype in which `torch.autocast`, where it is on, runs a convolution.
 
-    It does not look into an `autograd.Function`, whose derivatives would see other dtypes than it.
+    It does not look into an `autograd.Function`, whose derivatives would see other dtypes than it,
+    and what is wrong with a kernel depends on its dtype.
     """
-    for tensor in tensors:
-        kind = tensor.device.type
-        narrows = torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
-        yield tensor.to(torch.get_autocast_dtype(kind)) if narrows else tensor
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, weight
+    narrow = torch.get_autocast_dtype(kind)
+    x, weight = (v if v.dtype == torch.float64 else v.to(narrow) for v in (x, weight))
+    return x, weight
 
 
 def pull_back(
@@ -73,10 +82,14 @@ def pull_back(
     if transform_stack.mapped() and not transform_stack.forward_mode(cotangent, x, weight):
         grads: Gradients = _PullBack.apply(cotangent, x, weight, geometry, *needed)
         return grads
-    if missing := faults.missing_columns(x.shape[3], weight, geometry.stride):
+    if missing := faults.missing_columns(x.shape, weight, geometry.stride):
         wider = F.pad(cotangent, (0, 1)), F.pad(x, (0, missing))
         x_grad, weight_grad = pull_back(*wider, weight, geometry, *needed)
         return None if x_grad is None else x_grad[..., : x.shape[3]], weight_grad
+    if needed[1] and faults.loses_weight_gradient(x.shape, weight, geometry.dilation):
+        x_grad, _ = pull_back(cotangent, x, weight, geometry, needed[0], False)
+        wide = cotangent.float(), x.float(), weight.float()
+        return x_grad, weight_gradient(*wide, geometry).to(weight.dtype)
     if needed[1] and faults.overruns(weight, geometry.stride):
         x_grad, _ = pull_back(cotangent, x, weight, geometry, needed[0], False)
         x, geometry = x[:, :, :: geometry.stride, :: geometry.stride], replace(geometry, stride=1)

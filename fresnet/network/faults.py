@@ -4,15 +4,38 @@ import torch
 from torch import Tensor
 
 
-def missing_columns(width: int, weight: Tensor, stride: int) -> int:
-    """How many columns of zeros a map of this width needs beside it for a right result.
+def missing_columns(shape: torch.Size, weight: Tensor, stride: int) -> int:
+    """How many columns of zeros maps `[b c h w]` need beside them for a right result.
 
     Kernels for AMX return what was in memory before, if there is a stride, a single output in a
-    line, and a dtype of fewer than 32 bits. Gradients are wrong in the same way (PyTorch 2.13). A
-    second output in the line makes them right.
+    line, and a dtype of fewer than 32 bits. Gradients are wrong in the same way. A second output in
+    the line makes them right.
+
+    Kernels for AVX-512 without its bfloat16 are off by half for 1x1 convolutions with five outputs
+    in a map, if these have more than 64 channels. So is the gradient of x, if it has. A sixth
+    output makes them right. An exported program is exempt, because it would be bound to other sizes
+    (both: PyTorch 2.13).
     """
-    alone = stride > 1 and width <= stride and weight.shape[-1] > 1
-    return stride if alone and weight.dtype.itemsize < 4 and weight.device.type == "cpu" else 0
+    if weight.dtype.itemsize >= 4 or weight.device.type != "cpu":
+        return 0
+    height, width = shape[2:]
+    if weight.shape[-1] > 1:
+        return stride if stride > 1 and width <= stride else 0
+    if max(weight.shape[:2]) <= 64 or torch.compiler.is_exporting():
+        return 0
+    return stride if -(-height // stride) * -(-width // stride) == 5 else 0
+
+
+def loses_weight_gradient(shape: torch.Size, weight: Tensor, dilation: int) -> bool:
+    """Whether the kernel for this weight's gradient may return what was in memory before.
+
+    Those of bfloat16 for AVX-512 do so for dilated convolutions in channels last, if a line has
+    more than 28 outputs, and if the channels that an output reads are no multiple of 16 (PyTorch
+    2.13). An exported program is exempt, because it gives no gradients.
+    """
+    if dilation == 1 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return False
+    return weight.shape[1] % 16 > 0 and shape[3] > 28 and not torch.compiler.is_exporting()
 
 
 def overruns(weight: Tensor, stride: int) -> bool:
