@@ -126,6 +126,36 @@ def test_first_derivatives_agree_with_each_other(train: bool, params: Params, x:
     assert_close(bias(weights.head.bias), gradient.head.bias, 1e-9)
 
 
+def by_backward(f: Callable[[Weights], Tensor], weights: Weights) -> Weights:
+    leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(weights)]
+    f(tree.unflatten(weights, leaves)).backward()
+    grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    return tree.unflatten(weights, grads)
+
+
+@pytest.mark.parametrize("outer", [lambda f, w: grad(f)(w), by_backward], ids=["grad", "backward"])
+@pytest.mark.parametrize("train", [False, True])
+@examples(6)
+@given(params=tiny_params(), x=training_images())
+def test_a_gradient_over_tasks_by_vmap_is_one_over_a_loop(
+    train: bool,
+    outer: Callable[[Callable[[Weights], Tensor], Weights], Weights],
+    params: Params,
+    x: Tensor,
+) -> None:
+    """As in MAML. PyTorch's own batch norm takes its moments for constants there."""
+    tasks = torch.stack([x, x.flip(0).cos(), x.square()])
+
+    def after_a_step(weights: Weights, x: Tensor) -> Tensor:
+        loss = loss_of(params, x, train=train)
+        return loss(tree.map(lambda w, g: w - 0.1 * g, weights, grad(loss)(weights)))
+
+    mapped = outer(lambda w: vmap(after_a_step, (None, 0))(w, tasks).sum(), params.weights)
+    looped = outer(lambda w: torch.stack([after_a_step(w, x) for x in tasks]).sum(), params.weights)
+    scale = tree.ravel(looped).norm()
+    assert (tree.ravel(mapped) - tree.ravel(looped)).norm() <= 1e-9 * scale + 1e-12
+
+
 @examples(8)
 @given(params=tiny_params(), x=training_images())
 def test_an_ensemble_by_vmap_is_a_loop(params: Params, x: Tensor) -> None:
