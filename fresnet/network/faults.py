@@ -7,14 +7,14 @@ from torch import Tensor
 def missing_columns(shape: torch.Size, weight: Tensor, stride: int) -> int:
     """How many columns of zeros maps `[b c h w]` need beside them for a right result.
 
-    Kernels for AMX return what was in memory before, if there is a stride, a single output in a
-    line, and a dtype of fewer than 32 bits. Gradients are wrong in the same way. A second output in
-    the line makes them right.
+    Kernels for AVX-512 return what was in memory before as the weight's gradient, if there is a
+    stride, a single output in a line, and a dtype of fewer than 32 bits. Those for AMX do so for
+    the result too. A second output in the line makes them right.
 
     Kernels for AVX-512 without its bfloat16 are off by half for 1x1 convolutions with five outputs
-    in a map, if these have more than 64 channels. So is the gradient of x, if it has. A sixth
-    output makes them right. An exported program is exempt, because it would be bound to other sizes
-    (both: PyTorch 2.13).
+    in a map, if these have more than 64 channels. So is the gradient of x, if x has. Another output
+    in each line makes them right. An exported program is exempt, because it would be bound to sizes
+    with another number of outputs (both: PyTorch 2.13).
     """
     if weight.dtype.itemsize >= 4 or weight.device.type != "cpu":
         return 0
