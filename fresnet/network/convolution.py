@@ -64,7 +64,7 @@ def _as_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     and what is wrong with a kernel depends on its dtype.
     """
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if x.is_meta or not torch.is_autocast_enabled(kind):  # it knows no such device
         return x, weight
     narrow = torch.get_autocast_dtype(kind)
     x, weight = (v if v.dtype == torch.float64 else v.to(narrow) for v in (x, weight))
