@@ -141,7 +141,8 @@ def search(
     kind: str, dtype: str, whose: str, seconds: float, start: int
 ) -> tuple[int, list[Mapping[str, Any]]]:
     """How many geometries were tried, and those that are wrong or end the process."""
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": kind}
+    # Threads that spin while they wait would slow each other down.
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": kind, "GOMP_SPINCOUNT": "0"}
     end, tried = time.monotonic() + seconds, 0
     wrong: list[Mapping[str, Any]] = []
     while (left := end - time.monotonic()) > 0:
