@@ -180,6 +180,8 @@ def _train(args: argparse.Namespace) -> str:
         from fresnet.training.command import run
     except ImportError as error:
         raise FresnetError(f"it takes pip install 'fresnet[train]': {error}") from error
+    except ValueError as error:  # matplotlib and tqdm refuse variables of the environment
+        raise FresnetError(f"a library refuses to be imported: {reason(error)}") from error
     return run(args)
 
 

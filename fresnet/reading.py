@@ -11,19 +11,27 @@ from fresnet.errors import FresnetError, reason
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
-    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+    """A path of text.
+
+    Raises:
+      FresnetError: if it is none, if it is empty, or if it holds a zero.
+    """
+    text: object = None
+    if isinstance(path, str | os.PathLike):
+        text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
         raise FresnetError(f"expected a path; got {path!r}")
-    return Path(path)
+    return Path(text)
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Refuse what is there but is no file, such as a named pipe, whose reader waits for ever.
 
     Raises:
-      FresnetError: if that is so. Whoever opens the file says if nothing is there.
+      FresnetError: naming it, if that is so. Whoever opens the file says if nothing is there.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise FresnetError("it is no regular file")
+        raise FresnetError(f"{os.path.basename(path)} is no regular file")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, Params, tree
+from fresnet.gradients.listening import _narrowed
 from fresnet.network import convolution
 from fresnet.network.nodes import BasicBlock, Bias, Bottleneck, NoNorm, Weights
 
@@ -164,6 +165,16 @@ def test_factors_are_not_rounded_up_to_bfloat16() -> None:
         clipped, _ = length(factor * norm)
         expected = min(factor, 1)
         assert 0.99 * expected < clipped / whole <= (1 + 2e-4) * expected
+
+
+def test_factors_are_rounded_down_even_where_numbers_are_few() -> None:
+    factors = torch.logspace(-8, 0, 5000)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = _narrowed(factors, dtype)
+        above = (narrow.view(torch.int16) + 1).view(dtype)
+        assert (narrow.float() <= factors).all()
+        assert (above.float() > factors).all()
+    assert torch.equal(_narrowed(factors, torch.float32), factors)
 
 
 def test_in_inference_mode() -> None:

@@ -62,7 +62,7 @@ def pipe(tmp_path: Path) -> Path:
     ],
 )
 def test_a_pipe_in_place_of_a_file(read: Callable[[Path], Any], pipe: Path) -> None:
-    with pytest.raises(FresnetError, match=r"it is no regular file$"):
+    with pytest.raises(FresnetError, match=r"is no regular file$"):
         read(pipe)
 
 
@@ -75,7 +75,7 @@ def test_a_pipe_in_a_folder_of_weights(name: str, tmp_path: Path, pipe: Path) ->
         assert_same(fresnet.load(tmp_path), PARAMS)
         (tmp_path / name).unlink(missing_ok=True)
     pipe.rename(tmp_path / name)
-    with pytest.raises(FresnetError, match=r"it is no regular file$"):
+    with pytest.raises(FresnetError, match=r"is no regular file$"):
         fresnet.load(tmp_path)
 
 
@@ -97,7 +97,7 @@ def test_pipes_among_images_and_in_a_runs_folder(
         again = [*options, "--out", str(tmp_path / "other")] if kept is None else options
         assert main(again) == 1
         [*_, said] = capsys.readouterr().err.splitlines()
-        assert said.endswith("it is no regular file")
+        assert said.endswith(f"{path.name} is no regular file")
         path.rename(pipe)
         if kept:
             kept.rename(path)
@@ -118,6 +118,27 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     Image.new("RGB", (300, 300)).save(folder / "a.png")
     assert fresnet.preprocess([folder / "a.png"]).shape == (1, 3, 224, 224)
     fresnet.export(PARAMS, folder / "net.onnx", image_size=32)
+
+
+class Odd(os.PathLike[Any]):
+    def __init__(self, text: Any) -> None:
+        self.text = text
+
+    def __fspath__(self) -> Any:
+        return self.text
+
+
+@pytest.mark.parametrize("path", [b"a", Odd(b"a"), Odd("a\0b"), Odd(""), "", 3, None])
+def test_what_is_no_path(path: Any) -> None:
+    for call in (
+        fresnet.load,
+        scan,
+        lambda path: fresnet.save(PARAMS, path),
+        lambda path: save_state(PARAMS, path, step=1),
+        lambda path: restore_state(PARAMS, path),
+    ):
+        with pytest.raises(FresnetError, match="expected a path"):
+            call(path)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/y", "a/" + "x" * 300, "a\0b", "a\0b/c"])
@@ -165,6 +186,11 @@ def test_a_folder_of_weights_with_damaged_json(name: str, content: str, tmp_path
         return
     with pytest.raises(FresnetError, match=rf"^cannot load {re.escape(str(tmp_path))}: .*json"):
         fresnet.load(tmp_path)
+
+
+def test_names_of_entries_are_of_some_length() -> None:
+    with pytest.raises(FresnetError, match="expects names of at most 1000 letters"):
+        fresnet.from_state_dict({"a." * 10**5 + name: value for name, value in STATE.items()})
 
 
 @pytest.mark.parametrize("shard", ["x" * 300, "..", "", "a\0b", 3, None])

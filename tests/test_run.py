@@ -65,7 +65,7 @@ from fresnet.training.recipes import (
 )
 from fresnet.training.record import read_log
 from fresnet.training.run import train
-from fresnet.weights.storage import read_safetensors
+from fresnet.weights.storage import read_safetensors, write_safetensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -412,6 +412,8 @@ def test_a_log_is_read_up_to_where_it_was_cut(
         '{"step": 3, "train": {"loss": "x", "accuracy": 0.5, "rate": 0.1, "images": 1}}',
         '{"step": 3, "train": {"loss": 0.5}}',
         '{"step": 3, "train": null}',
+        '{"step": 1, "left_out": {"files": []}, "evaluation": 1}',
+        '{"step": 1, "left_out": {"files": []}, "train": {"loss": 1}}',
         '{"step": 4, "evaluation": {}}',
         '{"step": 4, "evaluation": 1}',
         '{"step": 3, "left_out": {"files": [3]}}',
@@ -434,7 +436,7 @@ def test_a_damaged_line_takes_no_other_with_it(
     first, *rest = log.read_text().splitlines()
     log.write_bytes("\n".join([first, line, *rest[:3], line, *rest[3:], ""]).encode("latin-1"))
     assert list(read_log(tmp_path)) == before
-    with pytest.warns(match="log.jsonl: 2 damaged lines are left out"):
+    with pytest.warns(match=r"log.jsonl: left out as damaged, 2 lines"):
         outcome = call(digits, tmp_path)
     assert_same_end(end_of(tmp_path, outcome), whole("v2", 1))
     assert log.read_text().splitlines()[:2] == [first, rest[0]]
@@ -550,6 +552,9 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --micro-batches 11 --batch 10", "of 11 micro-batches expects as many images; got"),
         ("good --seed 99999999999999999999", "--seed expects"),
         ("good --workers -1", "loader expects workers of at least 0; got -1"),
+        ("good --workers -1 --dry-run", "loader expects workers of at least 0; got -1"),
+        ("good --timeout nan", "--timeout expects a positive number of at most 10000000; got nan"),
+        ("good --timeout 1e15", "--timeout expects a positive number of at most"),
         ("good --batch 1000", "a batch of 1000 images is more than the"),
         ("good --arch resnet20 --weights a.pth", "cannot load a.pth: No such file or directory"),
         ("good --out file", "cannot write to file: File exists"),
@@ -919,6 +924,24 @@ def test_a_dry_run_refuses_what_the_run_refuses(
         assert message in refused(capsys, *arguments, *dry)
 
 
+def test_a_checkpoint_of_other_steps_than_it_says_is_refused(
+    capsys: pytest.CaptureFixture[str], folders: Path
+) -> None:
+    options = ["good", *TRAIN, "--epochs", "1", "--out", "out"]
+    assert main(["train", *options]) == 0
+    [path] = saved_states(Path("out") / "checkpoints")
+    entries, texts = read_safetensors(path)
+    for name in ("state.step", "state.position"):
+        for steps in (-5, 3, 9 * 10**18):
+            changed = {**entries, name: torch.tensor(steps)}
+            write_safetensors("save", changed, path, texts)
+            for dry in ((), ("--dry-run",)):
+                assert "is damaged: expected one number of steps" in refused(capsys, *options, *dry)
+    write_safetensors("save", entries, path, texts)
+    path.rename(path.with_name("step-000000000007.safetensors"))
+    assert "it is of step 4, unlike its name" in refused(capsys, *options)
+
+
 def test_a_dry_run_of_a_run_under_way(capsys: pytest.CaptureFixture[str], folders: Path) -> None:
     """It tells where the run goes on, and refuses another run."""
     options = ["good", *TRAIN, "--epochs", "2", "--out", "out"]
@@ -950,9 +973,9 @@ def test_another_validation_folder_is_another_run(
     image.rename(image.with_name("other.png"))
     capsys.readouterr()
     said = refused(capsys, *options, "--validation", "moved")
-    assert "out holds a run of checksum of files to validate" in said
+    assert "out holds a run of validation files' checksum" in said
     (image.with_name("other.png")).unlink()
-    assert "of images to validate 18, not 17" in refused(capsys, *options, "--validation", "moved")
+    assert "of validation images 18, not 17" in refused(capsys, *options, "--validation", "moved")
 
 
 # Log and pictures

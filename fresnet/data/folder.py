@@ -55,8 +55,10 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
             found = list(classes)
         passed_over = [os.path.join(root, name) for name in hidden]
         images = [_images(root, name, passed_over) for name in found]
-    except OSError as error:
-        place = error.filename or root
+    except FresnetError:
+        raise
+    except (OSError, ValueError) as error:
+        place = getattr(error, "filename", None) or root
         raise FresnetError(
             f"scan expects a folder of class folders; {place}: {reason(error)}"
         ) from error

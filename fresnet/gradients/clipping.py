@@ -100,7 +100,7 @@ def clipped_grads(
     Returns:
       `(grads, norms)`: a tree like `params.weights`; each image's norm before clipping, `[b]`.
       Beside weights narrower than float32 the factors of convolutions are rounded down, so that a
-      clipped gradient may be shorter than `max_norm` by 1 part in 64, and is longer by no more than
+      clipped gradient may be shorter than `max_norm` by 1 part in 128, and is longer only by what
       sums and products are rounded.
     Raises:
       FresnetError: if max_norm is neither, or as `per_sample_norms` does.

@@ -49,7 +49,10 @@ def weighted_sum(factors: Tensor, grads: Tensor) -> Tensor:
 def _narrowed(factors: Tensor, dtype: torch.dtype) -> Tensor:
     """The factors in a dtype, none rounded up: else a clipped gradient would exceed its bound."""
     narrow = factors.to(dtype)
-    return torch.where(narrow > factors, narrow * (1 - torch.finfo(dtype).eps), narrow)
+    if dtype.itemsize > 2:
+        return narrow
+    below = (narrow.view(torch.int16) - 1).view(dtype)  # the number before it: factors are positive
+    return torch.where(narrow > factors, below, narrow)
 
 
 class Pass:

@@ -11,17 +11,19 @@ def missing_columns(shape: torch.Size, weight: Tensor, stride: int) -> int:
     stride, a single output in a line, and a dtype of fewer than 32 bits. Those for AMX do so for
     the result too. A second output in the line makes them right.
 
-    Kernels for AVX-512 without its bfloat16 are off by half for 1x1 convolutions with five outputs
-    in a map, if these have more than 64 channels. So is the gradient of x, if x has. Another output
-    in each line makes them right. An exported program is exempt, because it would be bound to sizes
-    with another number of outputs (both: PyTorch 2.13).
+    In bfloat16, kernels for AVX-512 without its instructions for it are off by half for 1x1
+    convolutions with five outputs in a map, if these have more than 64 channels. So is the gradient
+    of x, if x has. Another output in each line makes them right. A program exported for images of
+    any size is exempt, because it would be bound to other numbers of outputs; its maps have more of
+    them (both: PyTorch 2.13).
     """
     if weight.dtype.itemsize >= 4 or weight.device.type != "cpu":
         return 0
     height, width = shape[2:]
     if weight.shape[-1] > 1:
         return stride if stride > 1 and width <= stride else 0
-    if max(weight.shape[:2]) <= 64 or torch.compiler.is_exporting():
+    known = isinstance(height, int) and isinstance(width, int)
+    if max(weight.shape[:2]) <= 64 or (torch.compiler.is_exporting() and not known):
         return 0
     return stride if -(-height // stride) * -(-width // stride) == 5 else 0
 
@@ -35,7 +37,7 @@ def loses_weight_gradient(shape: torch.Size, weight: Tensor, dilation: int) -> b
     """
     if dilation == 1 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return False
-    return weight.shape[1] % 16 > 0 and shape[3] > 28 and not torch.compiler.is_exporting()
+    return not torch.compiler.is_exporting() and weight.shape[1] % 16 > 0 and shape[3] > 28
 
 
 def overruns(weight: Tensor, stride: int) -> bool:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -75,8 +76,11 @@ def save_state(
     files, number = as_integer(keep), as_integer(step)
     if files is None or files < 1:
         raise FresnetError(f"save_state expects keep to be a positive integer; got {keep!r}")
-    if number is None or number < 0:
-        raise FresnetError(f"save_state expects step to be an integer from 0 on; got {step!r}")
+    if number is None or not 0 <= number < 2**63:
+        got = "a larger one" if number is not None and number > 0 else repr(step)
+        raise FresnetError(f"save_state expects step to be an integer from 0 on; got {got}")
+    if not isinstance(notes, Mapping | None):
+        raise FresnetError(f"save_state expects notes to be a mapping; got {describe(notes)}")
     entries = _entries("save_state", state)
     about = {
         "step": number,
@@ -123,6 +127,8 @@ def restore_state(like: State, folder: str | os.PathLike[str]) -> Restored[State
         try:
             entries, texts = read_safetensors(path)
             about = _about(texts, entries)
+            if about.step != _step_of(path):
+                raise FresnetError(f"it is of step {about.step}, unlike its name")
         except FresnetError as error:
             damaged.append(f"{path}: {error}")
             continue
@@ -217,7 +223,8 @@ def _about(texts: Mapping[str, str], entries: Mapping[str, Tensor]) -> _About:
             "strides": dict(strides),
             "nodes": nodes,
         } if (
-            as_integer(step) == step >= 0
+            as_integer(step) == step
+            and 0 <= step < 2**63
             and isinstance(nodes, dict)
             and all(_are_strides(strides.get(name), leaf) for name, leaf in entries.items())
         ):
@@ -236,7 +243,7 @@ def _strides(leaf: Tensor) -> list[int]:
 
 
 def _lie_apart(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether each value has a place of its own, without wide gaps. With stride 0 one is repeated.
+    """Whether values lie line after line, without wide gaps; with stride 0 one is repeated.
 
     Wide gaps would let a small file ask for any amount of memory.
     """
@@ -277,4 +284,7 @@ def _check_same(path: Path, here: Mapping[str, str], there: Mapping[str, str]) -
     for name in [*here, *there]:
         expected, got = (side.get(name, "none") for side in (here, there))
         if expected != got:
-            raise FresnetError(f"{path} is of another state: expected {name} {expected}; got {got}")
+            shown = shorten(str(got), 200)
+            raise FresnetError(
+                f"{path} is of another state: expected {name} {expected}; got {shown}"
+            )

@@ -24,9 +24,16 @@ from fresnet.training.resuming import CHECKPOINTS
 from fresnet.training.run import train
 from fresnet.weights.files import load
 
+MOST_SECONDS = 10**7
+"""The longest that a process may wait for another: four months."""
+
 
 def run(args: argparse.Namespace) -> str:
     """Do what the command asks, and return what it says; only the first process says anything."""
+    if not 0 < args.timeout <= MOST_SECONDS:
+        raise FresnetError(
+            f"--timeout expects a positive number of at most {MOST_SECONDS}; got {args.timeout}"
+        )
     with joined(timeout_s=args.timeout) as processes:
         recipe = _recipe(args)
         share(recipe.batch, processes.size)
@@ -34,7 +41,8 @@ def run(args: argparse.Namespace) -> str:
         plan, params = _begun(args, recipe, len(folders[0].classes))
         params = tree.map(lambda leaf: leaf.to(processes.device), params)
         if args.dry_run:
-            options = Options(args.recompute, 0, _on_broken(args), args.keep, args.save_every)
+            workers = min(0, args.workers or 0)  # none is needed; a negative number is refused
+            options = Options(args.recompute, workers, _on_broken(args), args.keep, args.save_every)
             said = tried(Course(plan, params, folders, args.out, processes, options))
         else:
             said = _told(_trained(args, plan, params, folders, processes), recipe, args.out)

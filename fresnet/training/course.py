@@ -16,16 +16,24 @@ from fresnet.data.folder import write_labels
 from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError, listed
 from fresnet.network.nodes import Params
+from fresnet.reading import check_regular
 from fresnet.training.checkpoint import save_state
 from fresnet.training.evaluation import Evaluation, evaluate
 from fresnet.training.plan import Run, assemble
 from fresnet.training.plots import draw_confusion, draw_curves
 from fresnet.training.processes import Processes, gathered
 from fresnet.training.recipes import schedule_of
-from fresnet.training.record import Record, evaluated_steps, left_out_files, read_log, recording
+from fresnet.training.record import (
+    LOG,
+    Record,
+    evaluated_steps,
+    left_out_files,
+    read_log,
+    recording,
+)
 from fresnet.training.resuming import CHECKPOINTS, last_good, notes_of, resumed
 from fresnet.training.step import Metrics
-from fresnet.training.stopping import alone, stop_signals
+from fresnet.training.stopping import LOCK, alone, stop_signals
 from fresnet.weights.files import save
 from fresnet.weights.storage import remove_leftovers, write_file
 
@@ -64,6 +72,8 @@ class Course:
         processes: Processes,
         options: Options,
     ) -> None:
+        for name in (LOG, LOCK, LABELS, NETWORK, CURVES, CONFUSION):
+            check_regular(out / name)
         self.run, self.out, self.processes, self.options = run, out, processes, options
         self.training, self.validation = folders
         first, self.train_step, self.order = assemble(

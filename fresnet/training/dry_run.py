@@ -9,7 +9,6 @@ import torch
 from fresnet import data, tree
 from fresnet.data import AreaCrop, Augmentation, ScaleCrop
 from fresnet.data.preprocess import Preset
-from fresnet.errors import FresnetError
 from fresnet.training.course import Course
 from fresnet.training.plan import Run
 from fresnet.training.processes import check_same
@@ -26,16 +25,18 @@ def tried(course: Course) -> str:
     """
     run, order, step = course.run, course.order, course.step
     check_same(course.state, course.processes.group)
+    places = next(course.places(), None) or _places(course, 0)
     began = time.perf_counter()
-    batch = _batch(course, step % course.steps)
+    (batch,) = course.batches([places])
     read = time.perf_counter()
     course.take(batch)
-    if course.unread is None:
-        raise FresnetError(f"too few images of a batch can be read; the first is {batch.broken[0]}")
-    loss = float(course.unread[1].loss)
+    seen = "no image can be read"
+    if course.unread is not None:
+        seen = f"loss {float(course.unread[1].loss):.3f}"
     computed = time.perf_counter()
     if order.size % course.per_epoch:
-        course.take(_batch(course, course.per_epoch - 1))
+        (smallest,) = course.batches([_places(course, course.per_epoch - 1)])
+        course.take(smallest)
     course.read()
     parameters = sum(leaf.numel() for leaf in tree.leaves(course.state.params.weights))
     images, validation = len(course.training.files), len(course.validation.files)
@@ -44,8 +45,8 @@ def tried(course: Course) -> str:
         "images": f"{images:,} to train on, {validation:,} to validate",
         **_rows(run, course.per_epoch, course.processes.size),
         **({"goes on": f"after step {step:,}, from {course.out}"} if step else {}),
-        "next step" if step else "first step": f"loss {loss:.3f}; {read - began:.2f} s to "
-        f"read images, {computed - read:.2f} s more",
+        "next step" if step else "first step": f"{seen}; {read - began:.2f} s to read "
+        f"images, {computed - read:.2f} s more",
         "all steps": f"{_duration(course.steps * (computed - read))} at that rate, if images "
         "are read meanwhile",
     }
@@ -56,10 +57,9 @@ def tried(course: Course) -> str:
     return "\n".join(lines)
 
 
-def _batch(course: Course, step: int) -> data.Batch:
+def _places(course: Course, step: int) -> list[data.Place]:
     rank, ranks = course.processes.rank, course.processes.size
-    (batch,) = course.batches([data.batch_at(course.order, step, rank=rank, ranks=ranks)])
-    return batch
+    return data.batch_at(course.order, step, rank=rank, ranks=ranks)
 
 
 def _rows(run: Run, per_epoch: int, processes: int) -> Mapping[str, str]:

@@ -16,7 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from fresnet.errors import FresnetError
-from fresnet.reading import check_regular, from_json
+from fresnet.reading import from_json
 from fresnet.training.evaluation import Evaluation
 from fresnet.weights.storage import write_file
 
@@ -106,7 +106,7 @@ def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
 
     write_file("train", folder / LOG, write)
     if damaged:
-        warnings.warn(f"{folder / LOG}: {damaged} damaged lines are left out", stacklevel=3)
+        warnings.warn(f"{folder / LOG}: left out as damaged, {damaged} lines", stacklevel=3)
     events = folder / "tensorboard"
     events.mkdir(exist_ok=True)
     name = f"events.out.tfevents.{_after_all_in(events):019}.{os.getpid()}"
@@ -141,7 +141,6 @@ def _lines(folder: Path) -> Iterator[Line | None]:
     path = folder / LOG
     if not path.exists():
         return
-    check_regular(path)
     with path.open("rb") as file:
         for text in file:
             line = _line(text)
@@ -154,6 +153,8 @@ def _line(text: bytes) -> Line | None:
     try:
         line: Line = from_json(text)
     except FresnetError:
+        return None
+    if not isinstance(line, dict) or len(line) != 2:
         return None
     match line:
         case {

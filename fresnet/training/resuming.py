@@ -30,8 +30,8 @@ def notes_of(run: Fields, training: Folder, validation: Folder) -> Notes:
         "images": len(training.files),
         "classes": " ".join(training.classes),
         "files' checksum": _checksum(training),
-        "images to validate": len(validation.files),
-        "checksum of files to validate": _checksum(validation),
+        "validation images": len(validation.files),
+        "validation files' checksum": _checksum(validation),
     }
 
     def add(name: str, value: object) -> None:
@@ -70,6 +70,11 @@ def resumed(state: TrainState, out: Path, notes: Notes) -> TrainState:
         raise FresnetError(
             f"{out} holds a run of {'; of '.join(others)}: go on with the same, or choose another "
             "folder"
+        )
+    steps = {restored.step, int(restored.state.step), int(restored.state.position)}
+    if len(steps) > 1:
+        raise FresnetError(
+            f"{restored.path} is damaged: expected one number of steps; got {sorted(steps)}"
         )
     return restored.state
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import FrameType
 
 from fresnet.errors import FresnetError
-from fresnet.reading import check_regular
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -25,8 +26,7 @@ def alone(out: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    check_regular(out / ".lock")
-    with (out / ".lock").open("w", encoding="utf-8") as file:
+    with (out / LOCK).open("w", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
         except BlockingIOError as error:

@@ -143,7 +143,10 @@ def _sharded(index: Path) -> dict[str, Tensor]:
         raise FresnetError(f"{index.name} lists {missing[0]}, which is not there")
     entries: dict[str, Tensor] = {}
     for file in files:
-        entries |= read_safetensors(file)[0]
+        try:
+            entries |= read_safetensors(file)[0]
+        except FresnetError as error:
+            raise FresnetError(f"{file.name}: {error}") from error
     return entries
 
 

@@ -3,9 +3,10 @@
 import os
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from fresnet.errors import FresnetError, reason
+from fresnet.errors import FresnetError, describe, reason
 from fresnet.network.nodes import BottleneckV1
 from fresnet.network.specs import RESNET50, Spec
 from fresnet.reading import read_json
@@ -40,7 +41,7 @@ def download(repository: str) -> tuple[Path, Spec | None]:
     """
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise FresnetError(
             "there is no such file, and a repository takes huggingface_hub: "
@@ -62,7 +63,7 @@ def download(repository: str) -> tuple[Path, Spec | None]:
         if weights.name.endswith(INDEX):
             for shard in shards(weights):
                 fetch(shard)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # a connection may fail in any way
         raise FresnetError(
             "there is no such file, and no such repository with a config.json and weights to be "
             f"had: {reason(error)}"
@@ -85,7 +86,7 @@ def local(path: Path) -> tuple[Path, Spec | None]:
                 raise FresnetError(f"the folder has none of {', '.join(WEIGHTS)}")
             path = found[0]
         config = path.parent / "config.json"
-        if path.name in WEIGHTS and config.exists():
+        if path.name in WEIGHTS and os.path.lexists(config):
             return path, _architecture(read_json(config))
     except (OSError, ValueError) as error:
         raise FresnetError(reason(error)) from error
@@ -115,16 +116,19 @@ def _architecture(config: Any) -> Spec | None:
         raise FresnetError("its config.json is no object")
     architecture = config.get("architecture")
     if architecture is not None and not re.fullmatch(ARCHITECTURE, str(architecture)):
-        raise FresnetError(f"its architecture is {architecture}, not a plain ResNet")
+        shown = shorten(str(architecture), 80)
+        raise FresnetError(f"its architecture is {shown}, not a plain ResNet")
     if config.get("model_args"):
-        raise FresnetError(f"its architecture has arguments of its own: {config['model_args']}")
+        shown = shorten(str(config["model_args"]), 80)
+        raise FresnetError(f"its architecture has arguments of its own: {shown}")
     if config.get("hidden_act", "relu") != "relu":
-        raise FresnetError(f"its activation is {config['hidden_act']}; networks here have relu")
+        shown = shorten(str(config["hidden_act"]), 80)
+        raise FresnetError(f"its activation is {shown}; networks here have relu")
     if config.get("downsample_in_first_stage"):
         raise FresnetError("its first stage strides, which no network here does")
     if not config.get("downsample_in_bottleneck") or config.get("layer_type") == "basic":
         return None
     depths = config.get("depths", RESNET50.depths)
     if not isinstance(depths, list | tuple):
-        raise FresnetError(f"its depths are {depths!r}, and not numbers of blocks")
+        raise FresnetError(f"its depths are {describe(depths)}, and not numbers of blocks")
     return Spec(BottleneckV1, tuple(depths))

@@ -41,6 +41,12 @@ STORAGES = {
 
 DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 
+NAMES = 10_000
+"""How many things a pickle may name that are not made."""
+
+ENTRY = 64
+"""Bytes that an entry of a mapping or of a list takes at least."""
+
 BUILTINS = {"bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object"}
 BUILTINS |= {"set", "str", "tuple"}
 """Names that say nothing of what a file wants: they are skipped, but not told."""
@@ -70,17 +76,34 @@ class _Call(NamedTuple):
     function: Callable[..., Any]
 
 
+class Budget:
+    """The bytes that a file may still ask for, which are a few times its length in all.
+
+    With strides of 0 a few bytes would make a tensor of any size, and mappings can be copied over
+    and over.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._left = 16 * length
+
+    def take(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise FresnetError("what it describes is many times larger than the file")
+
+
 class Storage(NamedTuple):
     """Bytes that tensors share, and the dtype of which they are."""
 
     data: Tensor
     dtype: torch.dtype
-    most: int
-    """The length of the file. With strides of 0 a few bytes would make a tensor of any size."""
+    budget: Budget
 
     def tensor(self, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        if prod(size) * self.dtype.itemsize > self.most:
-            raise FresnetError(f"a tensor of {tuple(size)} in it is larger than the file")
+        numbers = (offset, *size, *stride)
+        if len(numbers) > 2 * 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise FresnetError("it is damaged: a tensor has no sizes and strides")
+        self.budget.take(prod(size) * self.dtype.itemsize)
         return self.data.view(self.dtype).as_strided(size, stride, offset)
 
 
@@ -135,10 +158,14 @@ class Unpickler(_Base):  # type: ignore[misc]
     dispatch: ClassVar[dict[int, Any]] = dict(_Base.dispatch)
 
     def __init__(
-        self, file: IO[bytes], storage: Callable[..., Storage], skipped: dict[str, type[Skipped]]
+        self,
+        file: IO[bytes],
+        storage: Callable[..., Storage],
+        skipped: dict[str, type[Skipped]],
+        budget: Budget,
     ) -> None:
         super().__init__(file, encoding="utf-8", errors="surrogateescape")
-        self._storage, self._skipped = storage, skipped
+        self._storage, self._skipped, self._budget = storage, skipped, budget
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -149,6 +176,8 @@ class Unpickler(_Base):  # type: ignore[misc]
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         shown = full.encode("unicode_escape").decode()
+        if len(self._skipped) > NAMES:
+            raise FresnetError(f"a pickle that names more than {NAMES} things")
         kind = self._skipped.get(shown) or type(shown, (Skipped,), {})
         if module not in ("builtins", "__builtin__") or name not in BUILTINS:
             self._skipped[shown] = kind
@@ -156,12 +185,14 @@ class Unpickler(_Base):  # type: ignore[misc]
 
     def persistent_load(self, at: Any) -> Any:
         kind, *details = at
-        if kind == "storage" and isinstance(details[0], torch.dtype):
+        if kind == "storage" and isinstance(details[0], torch.dtype) and type(details[1]) is str:
             return self._storage(*details)
         return details[0] if kind == "module" else Skipped()
 
     def _called(self, function: Any, arguments: Any) -> Any:
         if isinstance(function, _Call):
+            copied = sum(len(one) for one in arguments if isinstance(one, dict | list | tuple))
+            self._budget.take(ENTRY * copied)
             return function.function(*arguments)
         return function() if isinstance(function, type) and issubclass(function, Skipped) else None
 
@@ -237,5 +268,6 @@ for _code, _name in {
     pickle.INST: "refuse",
     pickle.OBJ: "refuse",
     pickle.PERSID: "refuse",
+    pickle.BYTEARRAY8: "refuse",
 }.items():
     Unpickler.dispatch[_code[0]] = getattr(Unpickler, _name)

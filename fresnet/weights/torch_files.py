@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError, reason
-from fresnet.weights.pickles import Skipped, Storage, Unpickler
+from fresnet.weights.pickles import Budget, Skipped, Storage, Unpickler
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 """With which files of PyTorch before 1.6 begin."""
@@ -63,15 +63,15 @@ def _zipped(path: Path, skipped: dict[str, type[Skipped]]) -> Any:
                     f"its numbers are in {order}-endian order, unlike this machine's"
                 )
         storages: dict[str, Tensor] = {}
-        most = path.stat().st_size
+        budget = Budget(path.stat().st_size)
 
         def storage(dtype: torch.dtype, key: str, *_: object) -> Storage:
             if key not in storages:
                 read = bytearray(archive.read(f"{folder}data/{key}"))  # zipfile checks the checksum
                 storages[key] = _bytes(read)
-            return Storage(storages[key], dtype, most)
+            return Storage(storages[key], dtype, budget)
 
-        return Unpickler(BytesIO(archive.read(pickled)), storage, skipped).load()
+        return Unpickler(BytesIO(archive.read(pickled)), storage, skipped, budget).load()
 
 
 def _bytes(read: bytearray) -> Tensor:
@@ -82,12 +82,15 @@ def _in_sequence(path: Path, skipped: dict[str, type[Skipped]]) -> Any:
     """An older file: pickles one after the other, and then the storages."""
     sizes: dict[str, int] = {}
     storages: dict[str, Tensor] = {}
-    most = path.stat().st_size
+    left = path.stat().st_size
+    budget = Budget(left)
 
     def storage(dtype: torch.dtype, key: str, _: object, count: int, view: Any = None) -> Storage:
+        nonlocal left
         size = dtype.itemsize
         if key not in storages:
-            if count * size + sum(map(len, storages.values())) > most:
+            left -= count * size
+            if left < 0:
                 raise FresnetError("it is cut short: its tensors are larger than the file")
             sizes[key] = size
             storages[key] = torch.zeros(count * size, dtype=torch.uint8, device="cpu")
@@ -95,18 +98,18 @@ def _in_sequence(path: Path, skipped: dict[str, type[Skipped]]) -> Any:
         if view is not None:
             _, offset, length = view
             whole = whole[offset * size : (offset + length) * size]
-        return Storage(whole, dtype, most)
+        return Storage(whole, dtype, budget)
 
     with path.open("rb") as file:
 
         def pickled() -> Any:
-            return Unpickler(file, storage, skipped).load()
+            return Unpickler(file, storage, skipped, budget).load()
 
         if pickled() != MAGIC or pickled() != PROTOCOL:
             raise FresnetError("a pickle, but not of torch.save")
         pickled()  # about the system
         found, keys = pickled(), pickled()
-        if set(keys) != set(storages):
+        if not all(type(key) is str for key in keys) or set(keys) != set(storages):
             raise FresnetError("it is damaged: it lists other tensors than it has")
         for key in keys:
             count = int.from_bytes(file.read(8), sys.byteorder)

@@ -25,6 +25,9 @@ WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "ne
 
 WRAPPINGS = 10
 
+LONGEST = 1000
+"""The most letters of an entry's name, so that prefixes are soon told apart."""
+
 STEMS = (
     "conv1.weight",
     "conv1.0.weight",
@@ -108,6 +111,8 @@ def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
         raise FresnetError(
             f"from_state_dict expects names to be strings; got {describe(strange[0])}"
         )
+    if any(len(name) > LONGEST for name in mapping):
+        raise FresnetError(f"from_state_dict expects names of at most {LONGEST} letters")
     return mapping
 
 
