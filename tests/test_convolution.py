@@ -1,11 +1,13 @@
 """Convolution under `vmap` by fresnet's own kernels equals a loop of PyTorch's."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +19,11 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.functional import conv2d
 
+import fresnet
 from fresnet import tree
-from fresnet.network import convolution
+from fresnet.network import convolution, faults
 from fresnet.network.convolution import convolve, pull_back, squared_norms, weight_gradients
-from fresnet.network.nodes import Geometry
+from fresnet.network.nodes import Bottleneck, Geometry
 
 Function = Callable[[Tensor, Tensor], Any]
 
@@ -227,6 +230,104 @@ def test_few_channels_by_a_stride(vectors: str, threads: str) -> None:
     """oneDNN's kernels overrun their buffers: gradients are wrong, or the process ends."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": vectors, "OMP_NUM_THREADS": threads}
     subprocess.run([sys.executable, "-c", FEW_CHANNELS], check=True, env=environment)
+
+
+FOUND = Path(__file__).parent / "wrong_convolutions.jsonl"
+"""Geometries of which PyTorch's own kernels were wrong: see `benchmarks/wrong_convolutions.py`."""
+
+
+def test_every_geometry_that_was_found_wrong_is_known() -> None:
+    """On whatever processor it was."""
+    for line in FOUND.read_text().splitlines():
+        one = json.loads(line)
+        shape = torch.Size([one["images"], one["inputs"], one["height"], one["width"]])
+        sides = one["outputs"], one["inputs"] // one["groups"], one["side"], one["side"]
+        weight = torch.empty(sides, dtype=getattr(torch, one["dtype"]))
+        assert (
+            faults.missing_columns(shape, weight, one["stride"])
+            or faults.loses_weight_gradient(shape, weight, one["dilation"])
+            or faults.overruns(weight, one["stride"])
+        ), one
+
+
+WRONG = """
+import json, sys
+import torch
+from torch.func import grad, vmap
+from fresnet.network.convolution import convolve, pull_back
+from fresnet.network.nodes import Geometry
+
+def laid(value, last):
+    return value.contiguous(memory_format=torch.channels_last) if last else value
+
+def autograd(x, weight, cotangent):
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = convolve(x, weight, geometry)
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), cotangent.to(y.dtype))]
+
+def autocast(x, weight, cotangent):
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype != torch.float64):
+        return autograd(x.float(), weight.float(), cotangent)
+
+def functional(x, weight, cotangent):
+    loss = lambda x, weight: (convolve(x, weight, geometry) * cotangent).sum()
+    return [convolve(x, weight, geometry), *grad(loss, (0, 1))(x, weight)]
+
+def mapped(x, weight, cotangent):
+    def loss(x, weight, cotangent):
+        return (convolve(x, weight, geometry) * cotangent).sum()
+    both = vmap(grad(loss, (0, 1)), (0, None, 0))(x[None], weight, cotangent[None])
+    return [convolve(x, weight, geometry), *(one[0] for one in both)]
+
+def pulled(x, weight, cotangent):
+    pulled = pull_back(cotangent, x, weight, geometry, True, True)
+    return [convolve(x, weight, geometry), *pulled]
+
+for line in open(sys.argv[1]):
+    one = json.loads(line)
+    dtype, generator = getattr(torch, one["dtype"]), torch.Generator().manual_seed(0)
+    geometry = Geometry(one["stride"], one["dilation"], one["groups"])
+    sides = one["outputs"], one["inputs"] // one["groups"], one["side"], one["side"]
+    x = torch.randn(one["images"], one["inputs"], one["height"], one["width"], generator=generator)
+    weight = torch.randn(sides, generator=generator)
+    x, weight = laid(x.to(dtype), one["x_last"]), laid(weight.to(dtype), one["weight_last"])
+    y = convolve(x.double(), weight.double(), geometry)
+    cotangent = laid(torch.randn(y.shape, generator=generator).to(dtype), one["x_last"])
+    exact = autograd(x.double(), weight.double(), cotangent)
+    ways = [autograd, functional, mapped, pulled, *[autocast] * (dtype == torch.bfloat16)]
+    for way in ways:
+        for size in (x.numel(), weight.numel(), 1 << 16):
+            torch.full((size,), torch.nan, dtype=dtype)  # freed memory holds no zeros
+        for a, b in zip(way(x, weight, cotangent), exact, strict=True):
+            error = (a.double() - b).norm() / b.norm()
+            assert error < (3e-2 if dtype == torch.bfloat16 else 1e-4), (way.__name__, error, line)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vectors", ["AVX2", "AVX512_CORE", "AVX512_CORE_BF16", "ALL"])
+def test_what_pytorch_computes_wrongly_is_right_in_every_way(vectors: str) -> None:
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": vectors, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WRONG, str(FOUND)]
+    subprocess.run(command, check=True, env=environment)
+
+
+def test_an_export_keeps_off_wrong_kernels_and_takes_images_of_any_size(tmp_path: Path) -> None:
+    """Of one size it has another column where five outputs would be wrong."""
+    spec = fresnet.Spec(Bottleneck, (1, 1, 1, 1), width=16, groups=4, group_width=4)
+    dilated = fresnet.dilate(fresnet.init(0, spec, dtype=torch.bfloat16), output_stride=8)
+    fresnet.export(dilated, tmp_path / "any.pt2")
+    program: Any = torch.export.load(tmp_path / "any.pt2").module()
+    for size in ((40, 300), (64, 64)):
+        x = torch.randn(2, 3, *size).bfloat16()
+        assert_close(program(x).float(), fresnet.forward(dilated, x).float(), 2e-2)
+    wide = fresnet.init(0, fresnet.Spec(Bottleneck, (1, 1, 1, 1), width=32), dtype=torch.bfloat16)
+    for size, pads in (((32, 160), True), ((64, 160), False)):
+        fresnet.export(wide, tmp_path / "one.pt2", image_size=size)
+        exported: Any = torch.export.load(tmp_path / "one.pt2")
+        assert ("pad" in exported.graph_module.code) == pads
+        x = torch.randn(2, 3, *size).bfloat16()
+        assert_close(exported.module()(x).float(), fresnet.forward(wide, x).float(), 2e-2)
 
 
 def test_norms_form_no_gradient_where_positions_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
