@@ -58,9 +58,9 @@ class CuDNN(Fused):
     ) -> FusedLayer:
         return convolution(shape, weight, bias, how, relu=relu)
 
-    def max_pool(self, x: Tensor) -> Tensor:
+    def max_pool(self, x: Tensor, stride: int = 2) -> Tensor:
         """It is compiled. PyTorch's own kernel also writes indices, four times as many bytes."""
-        return _compiled(ops.max_pool)(x)
+        return _compiled(ops.max_pool)(x, stride)
 
 
 def prepare(params: Params, x: Tensor) -> Inference:

@@ -172,6 +172,8 @@ class _Values:
 
 def _weights(draw: _Values, spec: Spec, num_classes: int, in_channels: int) -> Weights:
     stem = spec.stem.draw(draw, in_channels, spec.width)
+    if spec.stem_pool is not None:
+        stem = spec.stem_pool.around(stem, draw, spec.width)
     channels, stages = spec.width, []
     for stage, depth in enumerate(spec.depths):
         blocks = []
@@ -179,6 +181,6 @@ def _weights(draw: _Values, spec: Spec, num_classes: int, in_channels: int) -> W
             plan = spec.plan(stage, channels, strides=stage > 0 and i == 0)
             blocks.append(spec.block.draw(draw, plan))
             channels = plan.out
-        stages.append(tuple(blocks))
+        stages.append(spec.stage(tuple(blocks)) if stage else tuple(blocks))
     last = spec.last.draw(draw, channels)
     return Weights(stem, tuple(stages), last, draw.head(channels, num_classes))

@@ -7,7 +7,7 @@ from typing import Any
 
 from fresnet.errors import FresnetError, reason
 from fresnet.network.nodes import BottleneckV1
-from fresnet.network.specs import RESNET50, Spec
+from fresnet.network.specs import RESNET50, SPECS, Spec
 from fresnet.reading import read_json
 
 INDEX = ".safetensors.index.json"
@@ -113,9 +113,9 @@ def _architecture(config: Any) -> Spec | None:
     """
     if not isinstance(config, dict):
         raise FresnetError("its config.json is no object")
-    architecture = config.get("architecture")
-    if architecture is not None and not re.fullmatch(ARCHITECTURE, str(architecture)):
-        raise FresnetError(f"its architecture is {architecture}, not a plain ResNet")
+    architecture = str(config.get("architecture", ""))
+    if architecture and architecture not in SPECS and not re.fullmatch(ARCHITECTURE, architecture):
+        raise FresnetError(f"its architecture is {architecture}, not a ResNet that fresnet has")
     if config.get("model_args"):
         raise FresnetError(f"its architecture has arguments of its own: {config['model_args']}")
     if config.get("hidden_act", "relu") != "relu":
@@ -123,7 +123,7 @@ def _architecture(config: Any) -> Spec | None:
     if config.get("downsample_in_first_stage"):
         raise FresnetError("its first stage strides, which no network here does")
     if not config.get("downsample_in_bottleneck") or config.get("layer_type") == "basic":
-        return None
+        return SPECS.get(architecture)
     depths = config.get("depths", RESNET50.depths)
     if not isinstance(depths, list | tuple):
         raise FresnetError(f"its depths are {depths!r}, and not numbers of blocks")

@@ -16,7 +16,17 @@ from fresnet import tree
 from fresnet.errors import FresnetError, suggestion
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.init import init
-from fresnet.network.nodes import BottleneckV1, DilatedStage, FrozenNorm, Norm, Params, ZeroPad
+from fresnet.network.nodes import (
+    STAGES,
+    AveragedStem,
+    BlurredStem,
+    BottleneckV1,
+    DilatedStage,
+    FrozenNorm,
+    Norm,
+    Params,
+    ZeroPad,
+)
 from fresnet.network.specs import SPECS, Spec
 from fresnet.weights.assembly import assemble
 from fresnet.weights.names import (
@@ -30,6 +40,9 @@ from fresnet.weights.names import (
 )
 from fresnet.weights.recognition import recognised
 from fresnet.weights.unwrapping import network_entries
+
+UNTOLD = (BottleneckV1, *STAGES, AveragedStem, BlurredStem, FrozenNorm)
+"""What names do not tell of a network."""
 
 SAME_NAMES: set[type] = {Norm, FrozenNorm, DilatedStage}
 """What a network has by itself or by `freeze` and `dilate`, and no architecture says."""
@@ -207,7 +220,7 @@ def check_architecture(
 def untold(params: Params) -> list[str]:
     """The node types of a network that names do not tell: lost from a state dict."""
     found = kinds(params.weights)
-    return [kind.__name__ for kind in (BottleneckV1, DilatedStage, FrozenNorm) if kind in found]
+    return [kind.__name__ for kind in UNTOLD if kind in found]
 
 
 def _widened(value: Any) -> Any:

@@ -37,9 +37,9 @@ from fresnet.network.nodes.layers import (
     T,
     Unit,
     over,
+    units_of,
 )
 from fresnet.network.nodes.params import (
-    DilatedStage,
     Head,
     NoLastNorm,
     Params,
@@ -47,11 +47,8 @@ from fresnet.network.nodes.params import (
     Stats,
     Weights,
     beside,
-    blocks_of,
-    grids,
     paired,
     replaced,
-    with_blocks,
 )
 from fresnet.network.nodes.preactivation import BareStem7x7, LastNorm, PreActivation
 from fresnet.network.nodes.protocols import (
@@ -75,9 +72,27 @@ from fresnet.network.nodes.shortcuts import (
     Shortcut,
     ZeroPad,
 )
-from fresnet.network.nodes.stems import DeepStem, Stem3x3, Stem7x7
+from fresnet.network.nodes.stages import (
+    POOLED,
+    STAGES,
+    AveragedStage,
+    BlurredStage,
+    DilatedStage,
+    blocks_of,
+    grids,
+    with_blocks,
+)
+from fresnet.network.nodes.stems import (
+    AveragedStem,
+    BlurredStem,
+    DeepStem,
+    Stem3x3,
+    Stem7x7,
+    StridedStem,
+)
 
-STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7)
+POOLED_STEMS = (AveragedStem, BlurredStem, StridedStem)
+STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7, *POOLED_STEMS)
 BLOCKS = (BasicBlock, Bottleneck, BottleneckV1, PreActivation)
 LASTS = (NoLastNorm, LastNorm)
 SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, NoShortcut)
@@ -112,15 +127,22 @@ __all__ = [
     "NORMS",
     "PLACES",
     "PLAIN",
+    "POOLED",
+    "POOLED_STEMS",
     "SHORTCUTS",
+    "STAGES",
     "STEMS",
     "UNITS",
     "AnyNorm",
     "Attention",
+    "AveragedStage",
+    "AveragedStem",
     "BareStem7x7",
     "BasicBlock",
     "Bias",
     "Block",
+    "BlurredStage",
+    "BlurredStem",
     "Bottleneck",
     "BottleneckV1",
     "CentredZeroPad",
@@ -159,6 +181,7 @@ __all__ = [
     "Stem",
     "Stem3x3",
     "Stem7x7",
+    "StridedStem",
     "Unit",
     "Weights",
     "ZeroPad",
@@ -170,5 +193,6 @@ __all__ = [
     "over",
     "paired",
     "replaced",
+    "units_of",
     "with_blocks",
 ]
