@@ -136,15 +136,8 @@ def tiny_specs(draw: st.DrawFn, attention: bool = True) -> Spec:
     They are for laws that need no reference.
     """
     block = draw(st.sampled_from(BLOCKS))
-    stem = draw(
-        st.sampled_from(
-            [
-                kind
-                for kind in STEMS
-                if kind not in POOLED_STEMS and (kind is not BareStem7x7 or block is PreActivation)
-            ]
-        )
-    )
+    stems: list[Any] = [kind for kind in STEMS if kind not in (*POOLED_STEMS, BareStem7x7)]
+    stem = draw(st.sampled_from([*stems, BareStem7x7] if block is PreActivation else stems))
     pools = [None, None, *(kind for kind in POOLED_STEMS if stem in PLACES[kind]["stem"])]
     attentions = PLACES[block].get("attention", ()) if attention else ()
     width = 2 * draw(st.integers(1, 3))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.errors import FresnetError
 from fresnet.network.nodes import (
+    POOLED,
     UNITS,
     BareStem7x7,
     FrozenNorm,
@@ -101,8 +102,8 @@ def foreign_to(layout: str, params: Params) -> str:
     found = kinds(params.weights)
     if found & V2 and not found >= V2:
         return f"{_listed(found & V2)} without {_listed(V2 - found)}"
-    if found & V2 and PooledProjection in found:
-        return "PooledProjection in PreActivation, where the name tells no pooling"
+    if found & V2 and (pooling := found & {PooledProjection, *POOLED}):
+        return f"{_listed(pooling)} in PreActivation, where names tell no pooling"
     blocks = [block for stage in params.weights.stages for block in blocks_of(stage)]
     if layout == "huggingface" and not all(map(_is_plain, blocks)):
         return "bottlenecks that are grouped or wide"
@@ -139,7 +140,8 @@ def _nodes(weights: Weights) -> list[Any]:
     """Stem, blocks, what is in them, and the last norm."""
     blocks = [block for stage in weights.stages for block in blocks_of(stage)]
     within = [node for block in blocks for node in block if hasattr(node, "names")]
-    return [weights.stem, *blocks, *within, weights.last]
+    pooled = [stage for stage in weights.stages if isinstance(stage, POOLED)]
+    return [weights.stem, *pooled, *blocks, *within, weights.last]
 
 
 def kinds(node: Any) -> set[type]:

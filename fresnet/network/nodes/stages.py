@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fresnet.network.nodes.protocols import Geometry, Grid, Regime
+from fresnet.network.nodes.protocols import Geometry, Grid, Names, Regime
 
 
 class DilatedStage(NamedTuple):
@@ -27,6 +27,10 @@ class AveragedStage(NamedTuple):
         return do.average_pool(x)
 
     @staticmethod
+    def names() -> Names:
+        return Names(libraries=("timm",))
+
+    @staticmethod
     def note() -> str:
         return "2x2 average pool, stride 2"
 
@@ -42,6 +46,10 @@ class BlurredStage(NamedTuple):
     @staticmethod
     def pool(x: Tensor, do: Regime) -> Tensor:
         return do.blur(x)
+
+    @staticmethod
+    def names() -> Names:
+        return Names(libraries=("timm",))
 
     @staticmethod
     def note() -> str:
