@@ -99,7 +99,7 @@ def errors(one: Drawn, dtype: torch.dtype, ours: bool, seed: int) -> Iterator[fl
     x = noise(one.images, one.inputs, one.height, one.width, last=one.x_last)
     shape = one.outputs, one.inputs // one.groups, one.side, one.side
     inputs = x, noise(*shape, last=one.weight_last)
-    window = one.stride, geometry.padding(one.side), one.dilation, one.groups
+    window = one.stride, geometry.padding(inputs[1]), one.dilation, one.groups
 
     def run(cotangent: Tensor | None, ours: bool, x: Tensor, weight: Tensor) -> list[Tensor]:
         x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()

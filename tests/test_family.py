@@ -166,7 +166,9 @@ def test_every_member_is_what_its_name_says(name: str) -> None:
     blocks = [block for stage in weights.stages for block in blocks_of(stage)]
     shortcuts = {type(block.shortcut) for block in blocks}
     assert (NoShortcut in shortcuts) == name.startswith("plain")
-    assert (PooledProjection in shortcuts) == bool(re.fullmatch(r"(se)?resnet(aa|blur)?\d+d", name))
+    assert (PooledProjection in shortcuts) == bool(
+        re.fullmatch(r"(se|eca)?resnet(aa|blur)?(\d+d|light)", name)
+    )
     pooled = {"aa": AveragedStage, "blur": BlurredStage}
     assert {type(stage) for stage in weights.stages[1:]} == {
         next((kind for part, kind in pooled.items() if part in name), tuple)

@@ -30,6 +30,7 @@ from fresnet.network.nodes import (
     BottleneckV1,
     CentredZeroPad,
     DeepStem,
+    EfficientAttention,
     LastNorm,
     Layer,
     NoNorm,
@@ -70,12 +71,13 @@ def is_grouped_or_wide(params: Params) -> bool:
 
 V2 = (PreActivation, BareStem7x7, LastNorm)
 OPTION_A = (ZeroPad, CentredZeroPad)
+ATTENTION = (SqueezeExcite, EfficientAttention)
 OTHERS = (
     *POOLED,
     *POOLED_STEMS,
     DeepStem,
     PooledProjection,
-    SqueezeExcite,
+    *ATTENTION,
     NoShortcut,
     *OPTION_A,
     Stem3x3,
@@ -540,7 +542,7 @@ def test_layers_that_do_not_fit_one_another_are_refused_in_those_words(
 @pytest.mark.parametrize(
     ("name", "unexpected"),
     [
-        ("ecaresnet26t", "layer1.0.se.conv.weight is unexpected"),
+        
         ("resnetv2_50d_gn", "expects the names of torchvision, timm or Hugging Face"),
         ("resnet50_gn", "layer1.0.bn1.running_mean is missing"),
         ("skresnet18", "layer1.0.conv1.weight is missing"),

@@ -80,6 +80,7 @@ def test_v2_equals_timm(x: Tensor, seed: int, depths: list[int], width: int) -> 
     check(reference.perturbed(model, seed), fresnet.from_state_dict, x)
 
 
+@pytest.mark.parametrize("attention", ["se", "eca"])
 @examples(8)
 @given(
     x=training_images(),
@@ -88,11 +89,11 @@ def test_v2_equals_timm(x: Tensor, seed: int, depths: list[int], width: int) -> 
     block=st.sampled_from([resnet.BasicBlock, resnet.Bottleneck]),
     deep=st.booleans(),
 )
-def test_squeeze_and_excitation_equals_timm(
-    x: Tensor, seed: int, depths: tuple[int, ...], block: Any, deep: bool
+def test_attention_equals_timm(
+    attention: str, x: Tensor, seed: int, depths: tuple[int, ...], block: Any, deep: bool
 ) -> None:
     stem = {"stem_width": 32, "stem_type": "deep", "avg_down": True} if deep else {}
-    model = resnet.ResNet(block, depths, 10, block_args={"attn_layer": "se"}, **stem)
+    model = resnet.ResNet(block, depths, 10, block_args={"attn_layer": attention}, **stem)
     check(reference.perturbed(model, seed), fresnet.from_state_dict, x)
 
 
@@ -181,7 +182,11 @@ def test_networks_that_pool_otherwise_go_back_to_timm(name: str) -> None:
     [
         "resnetv2_50",
         "seresnet18",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("seresnet50", "resnetv2_101")),
+        "ecaresnetlight",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("seresnet50", "ecaresnet50d", "resnetv2_101")
+        ),
     ],
 )
 def test_timms_networks_run_as_they_did_and_go_back(name: str) -> None:
@@ -191,14 +196,14 @@ def test_timms_networks_run_as_they_did_and_go_back(name: str) -> None:
     with torch.no_grad():
         assert_close(fresnet.forward(params, X), model.eval()(X), 1e-12)
     back = fresnet.to_state_dict(params, "timm")
-    assert list(back) == list(state) if name.startswith("se") else back.keys() == state.keys()
+    assert back.keys() == state.keys() if "v2" in name else list(back) == list(state)
     assert_same(back, {key: state[key] for key in back})
     drawn = fresnet.init(0, fresnet.SPECS[name], num_classes=7, device="meta")
     shapes = [leaf.shape for leaf in tree.leaves(drawn)]
     assert [leaf.shape for leaf in tree.leaves(params)] == shapes
 
 
-@pytest.mark.parametrize("name", ["resnetv2_50", "seresnet18"])
+@pytest.mark.parametrize("name", ["resnetv2_50", "seresnet18", "ecaresnetlight", "resnetblur18"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_compiled(name: str, dtype: torch.dtype) -> None:
     """These have the published sizes; other tests draw small ones. A warning would be an error."""

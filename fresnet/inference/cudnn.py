@@ -108,7 +108,7 @@ def convolution(
     """
     k = weight.shape[3]
     if how != Geometry(2) or weight.shape[1] >= ALIGNED:
-        window = [how.stride] * 2, [how.padding(k)] * 2, [how.dilation] * 2, how.groups
+        window = [how.stride] * 2, how.padding(weight), [how.dilation] * 2, how.groups
         return _convolution(weight, bias, window, relu=relu)
     back = [k // 2 + side % 2 for side in shape[2:]]
     border = (k // 2, back[1], k // 2, back[0])

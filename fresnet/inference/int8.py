@@ -261,8 +261,7 @@ def convolution(
       added: what the levels of the summand stand for, if there is one.
     """
     missing = missing_columns(shape, weight, how.stride)
-    padding = how.padding(weight.shape[-1])
-    window = ([how.stride] * 2, [padding] * 2, [how.dilation] * 2, how.groups)
+    window = ([how.stride] * 2, how.padding(weight), [how.dilation] * 2, how.groups)
     packed = torch.ops.onednn.qconv_prepack(
         weight, scale, *source, *window, [*shape[:3], shape[3] + missing]
     )

@@ -139,6 +139,10 @@ class _Values:
         conv = self._conv(channels, out, side)
         return Layer(torch.zeros_like(conv) if last and not self.last_scale else conv, NoNorm())
 
+    def row(self, length: int) -> Layer:
+        weight = self._uniform(1, 1, 1, length, bound=1 / sqrt(length))
+        return Layer(weight.contiguous(memory_format=torch.channels_last), NoNorm())
+
     def normed(self, channels: int) -> Normed:
         return Normed(self._norm(channels, 1.0))
 

@@ -25,12 +25,13 @@ def conv2d(x: Tensor, weight: Tensor, how: Geometry = PLAIN) -> Tensor:
     """Convolve x `[b c h w]` with weight `[o c/groups k k]`, padded so that stride 1 keeps h and w.
 
     Raises:
-      FresnetError: if the channels do not fit, or if k is not one odd number.
+      FresnetError: if the channels do not fit, or if k is not one odd number; a kernel may also be
+        a single row.
     """
     groups = how.groups
     fits = weight.ndim == 4 and weight.shape[1] * groups == x.shape[1]
     fits = fits and weight.shape[0] % groups == 0
-    if not fits or weight.shape[2] != weight.shape[3] or weight.shape[3] % 2 == 0:
+    if not fits or weight.shape[2] not in (1, weight.shape[3]) or weight.shape[3] % 2 == 0:
         channels = x.shape[1] if groups == 1 else f"{x.shape[1]}/{groups}"
         raise FresnetError(
             f"a convolution of activations {tuple(x.shape)} expects a weight "

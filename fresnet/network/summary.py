@@ -184,9 +184,9 @@ def _convolutions(node: Iterable[object]) -> str:
     found, channels = [], None
     for layer in node:
         if isinstance(layer, Layer):
-            o, c, k, _ = layer.conv.shape
+            o, c, height, width = layer.conv.shape
             groups = 1 if channels is None else channels // c
-            found.append(f"{k}x{k} {o}" + (f" in {groups} groups" if groups > 1 else ""))
+            found.append(f"{height}x{width} {o}" + (f" in {groups} groups" if groups > 1 else ""))
             channels = o
     return ", ".join(found)
 

@@ -232,6 +232,12 @@ _OF_CIFAR = re.compile(r"^(layer\d+\.\d+\.)shortcut\.")
 """What kuangliu's pytorch-cifar, and much that follows it, calls a projection."""
 
 
+def as_row(value: Any) -> Any:
+    """A kernel along channels, `[1 1 k]`, as one of a single row, `[1 1 1 k]`."""
+    one = isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, 1)
+    return value[:, :, None] if one else value
+
+
 def canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The layout found, and the entries under canonical names; unknown ones keep their own."""
     if any(name.startswith("embedder.embedder.") for name in mapping):
@@ -239,7 +245,9 @@ def canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     elif "stem.conv.weight" in mapping:
         layout = "timm"
     else:
-        return "torchvision", {_OF_CIFAR.sub(r"\1downsample.", n): v for n, v in mapping.items()}
+        return "torchvision", {
+            _OF_CIFAR.sub(r"\1downsample.", name): as_row(value) for name, value in mapping.items()
+        }
     found: dict[str, Any] = {}
     for name, value in mapping.items():
         for rule in RULES[layout]:

@@ -143,6 +143,9 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     state = named_leaves(params)
     if layout == "timm":
         state["fc.weight"] = state["fc.weight"][..., None, None]  # timm's V2 has a convolution
+    for name, value in state.items():
+        if layout != "huggingface" and name.endswith(".se.conv.weight"):
+            state[name] = value[:, :, 0]
     return {name_in(layout, name): value for name, value in state.items()}
 
 

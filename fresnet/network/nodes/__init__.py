@@ -12,7 +12,12 @@ A network is two such trees of the same types, `weights` and `stats`: where the 
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from fresnet.network.nodes.attention import Attention, NoAttention, SqueezeExcite
+from fresnet.network.nodes.attention import (
+    Attention,
+    EfficientAttention,
+    NoAttention,
+    SqueezeExcite,
+)
 from fresnet.network.nodes.blocks import (
     BasicBlock,
     Bottleneck,
@@ -96,7 +101,7 @@ STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7, *POOLED_STEMS)
 BLOCKS = (BasicBlock, Bottleneck, BottleneckV1, PreActivation)
 LASTS = (NoLastNorm, LastNorm)
 SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, NoShortcut)
-ATTENTIONS = (NoAttention, SqueezeExcite)
+ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
 NORMS = (Norm, FrozenNorm, Bias, Rescale, NoNorm)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
 
@@ -149,6 +154,7 @@ __all__ = [
     "DeepStem",
     "DilatedStage",
     "Drawer",
+    "EfficientAttention",
     "FrozenNorm",
     "Geometry",
     "Grid",

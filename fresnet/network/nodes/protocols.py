@@ -22,9 +22,9 @@ class Geometry:
     dilation: int = 1
     groups: int = 1
 
-    def padding(self, side: int) -> int:
-        """The padding of a kernel of this side."""
-        return self.dilation * (side // 2)
+    def padding(self, weight: Tensor) -> list[int]:
+        """The rows and the columns of zeros on each side, for a kernel `[o c/groups k k]`."""
+        return [self.dilation * (side // 2) for side in weight.shape[2:]]
 
 
 PLAIN = Geometry()
@@ -135,6 +135,9 @@ class Drawer(Protocol):
 
     def bare(self, channels: int, out: int, side: int, *, last: bool = False) -> Layer:
         """A convolution and `NoNorm`. Of the last layer of a block the weight may start at 0."""
+
+    def row(self, length: int) -> Layer:
+        """A convolution of one channel and one row, and `NoNorm`."""
 
     def normed(self, channels: int) -> Normed:
         """A `Norm` that no convolution precedes."""
