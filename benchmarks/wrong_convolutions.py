@@ -7,8 +7,9 @@ oneDNN has other kernels for each kind of processor, and can be told to use thos
 The search goes over all kinds that this machine can be, and over the dtypes. Each runs in a process
 of its own, because some kernels end the process.
 
-It prints how many geometries are wrong. `--record FILE` writes those of PyTorch's. What is known of
-them stands in `fresnet/network/faults.py`; fresnet's own column has to be 0.
+It prints how many geometries are wrong. `--record FILE` writes those of PyTorch's. Where a process
+ended, an earlier geometry may have written past its buffer. What is known of them stands in
+`fresnet/network/faults.py`; fresnet's own column has to be 0.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def errors(one: Drawn, dtype: torch.dtype, ours: bool, seed: int) -> Iterator[fl
     x = noise(one.images, one.inputs, one.height, one.width, last=one.x_last)
     shape = one.outputs, one.inputs // one.groups, one.side, one.side
     inputs = x, noise(*shape, last=one.weight_last)
-    window = one.stride, geometry.padding(one.side), one.dilation, one.groups
+    window = one.stride, geometry.padding(inputs[1]), one.dilation, one.groups
 
     def run(cotangent: Tensor | None, ours: bool, x: Tensor, weight: Tensor) -> list[Tensor]:
         x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()

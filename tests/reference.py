@@ -23,6 +23,9 @@ except RuntimeError:
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fresnet
+from fresnet import nodes
+from fresnet.network.nodes import POOLED_STEMS, attention_of
+from fresnet.weights.state_dicts import UNTOLD
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -182,16 +185,22 @@ __all__ = [
 
 
 def architecture(params: fresnet.Params) -> fresnet.Spec | None:
-    """What the names of a network's entries do not tell: that its bottlenecks are the paper's."""
-    stages = [fresnet.nodes.blocks_of(stage) for stage in params.weights.stages]
-    if not isinstance(stages[0][0], fresnet.nodes.BottleneckV1):
+    """What the names of a network's entries do not tell, if there is anything."""
+    weights = params.weights
+    stages = [nodes.blocks_of(stage) for stage in weights.stages]
+    pool = type(weights.stem) if isinstance(weights.stem, POOLED_STEMS) else None
+    kinds = {type(stages[0][0]), *map(type, weights.stages), pool}
+    if kinds.isdisjoint(UNTOLD):
         return None
     shortcuts = [type(block.shortcut) for stage in stages for block in stage]
-    changing = [kind for kind in shortcuts if kind is not fresnet.nodes.Identity]
+    changing = [kind for kind in shortcuts if kind is not nodes.Identity]
     return fresnet.Spec(
-        fresnet.nodes.BottleneckV1,
+        type(stages[0][0]),
         tuple(map(len, stages)),
-        shortcut=changing[0] if changing else fresnet.nodes.Projection,
-        stem=type(params.weights.stem),
-        attention=type(stages[0][0].attention),
+        shortcut=changing[0] if changing else nodes.Projection,
+        stem=type(weights.stem.stem if pool else weights.stem),
+        attention=type(attention_of(stages[0][0])),
+        last=type(weights.last),
+        stage=type(weights.stages[-1]) if len(stages) > 1 else tuple,
+        stem_pool=pool,
     )

@@ -19,6 +19,8 @@ from fresnet.network.nodes import (
     BLOCKS,
     LASTS,
     PLACES,
+    POOLED,
+    POOLED_STEMS,
     SHORTCUTS,
     STEMS,
     BareStem7x7,
@@ -134,7 +136,9 @@ def tiny_specs(draw: st.DrawFn, attention: bool = True) -> Spec:
     They are for laws that need no reference.
     """
     block = draw(st.sampled_from(BLOCKS))
-    stems = [kind for kind in STEMS if kind is not BareStem7x7 or block is PreActivation]
+    stems: list[Any] = [kind for kind in STEMS if kind not in (*POOLED_STEMS, BareStem7x7)]
+    stem = draw(st.sampled_from([*stems, BareStem7x7] if block is PreActivation else stems))
+    pools = [None, None, *(kind for kind in POOLED_STEMS if stem in PLACES[kind]["stem"])]
     attentions = PLACES[block].get("attention", ()) if attention else ()
     width = 2 * draw(st.integers(1, 3))
     fits = groupings.filter(lambda grouping: grouping[1] * width % 64 == 0)
@@ -143,12 +147,14 @@ def tiny_specs(draw: st.DrawFn, attention: bool = True) -> Spec:
         block,
         tuple(draw(st.lists(st.integers(1, 2), min_size=1, max_size=4))),
         width,
-        stem=draw(st.sampled_from(stems)),
+        stem=stem,
         shortcut=draw(st.sampled_from([kind for kind in SHORTCUTS if kind is not Identity])),
         last=draw(st.sampled_from(LASTS)),
         attention=draw(st.sampled_from(attentions or (NoAttention,))),
         groups=groups,
         group_width=group_width,
+        stage=draw(st.sampled_from([tuple, tuple, *POOLED])),
+        stem_pool=draw(st.sampled_from(pools)),
     )
 
 
@@ -161,7 +167,8 @@ def tiny_params(draw: st.DrawFn, dilated: bool = True, attention: bool = True) -
     generator = torch.Generator().manual_seed(draw(seeds))
     spec = draw(tiny_specs(attention))
     params = fresnet.init(generator, spec, num_classes=draw(class_counts), dtype=torch.float64)
-    if dilated and spec.shortcut is not PooledProjection and draw(st.booleans()):
+    pools = spec.shortcut is PooledProjection or spec.stage in POOLED
+    if dilated and not pools and draw(st.booleans()):
         strides = [spec.stem.stride() << stage for stage in range(len(spec.depths))]
         params = fresnet.dilate(params, output_stride=draw(st.sampled_from(strides)))
 

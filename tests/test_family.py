@@ -1,5 +1,6 @@
 """The members beyond the paper's five equal independent implementations."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,10 @@ from torch.nn.functional import cross_entropy
 import fresnet
 from fresnet import Params, Spec, tree
 from fresnet.network.nodes import (
+    POOLED,
+    AveragedStage,
     BasicBlock,
+    BlurredStage,
     Bottleneck,
     BottleneckV1,
     CentredZeroPad,
@@ -31,6 +35,7 @@ from fresnet.network.nodes import (
     Stem3x3,
     Weights,
     ZeroPad,
+    blocks_of,
 )
 
 Read = Callable[[Mapping[str, Tensor]], Params]
@@ -146,7 +151,7 @@ def test_counts_equal_timm(name: str) -> None:
 def test_plain_and_v1_members_are_of_the_same_sizes() -> None:
     for depth in (18, 34):
         params = fresnet.init(0, fresnet.SPECS[f"resnet{depth}"], num_classes=10, device="meta")
-        blocks = [block for stage in params.weights.stages for block in stage]
+        blocks = [block for stage in params.weights.stages for block in blocks_of(stage)]
         shortcuts = sum(leaf.numel() for b in blocks for leaf in tree.leaves(b.shortcut))
         assert count(f"plain{depth}") == count(f"resnet{depth}") - shortcuts
     for depth in (50, 101, 152):
@@ -158,10 +163,16 @@ def test_every_member_is_what_its_name_says(name: str) -> None:
     """The stem, the shortcuts and the sizes of an image of 64x64 are those of the name."""
     params = fresnet.init(0, fresnet.SPECS[name], num_classes=10, device="meta")
     weights = params.weights
-    blocks = [block for stage in weights.stages for block in stage]
+    blocks = [block for stage in weights.stages for block in blocks_of(stage)]
     shortcuts = {type(block.shortcut) for block in blocks}
     assert (NoShortcut in shortcuts) == name.startswith("plain")
-    assert (PooledProjection in shortcuts) == (name in ("resnet26d", "resnet50d"))
+    assert (PooledProjection in shortcuts) == bool(
+        re.fullmatch(r"(se|eca)?resnet(aa|blur)?(\d+d|light)", name)
+    )
+    pooled = {"aa": AveragedStage, "blur": BlurredStage}
+    assert {type(stage) for stage in weights.stages[1:]} == {
+        next((kind for part, kind in pooled.items() if part in name), tuple)
+    }
     assert {type(b).__name__ == "BottleneckV1" for b in blocks} == {name.endswith("_v1")}
     cifar = len(weights.stages) == 3
     assert (CentredZeroPad in shortcuts) == name.endswith("_centred")
@@ -199,8 +210,8 @@ def test_dilated_activations_at_every_second_place_are_those_of_the_strided_netw
     params: Params, x: Tensor, data: st.DataObject
 ) -> None:
     """This holds for blocks of every type, but not with pooled shortcuts, which dilate refuses."""
-    blocks = params.weights.stages[-1]
-    if isinstance(blocks[0].shortcut, PooledProjection):
+    stage = params.weights.stages[-1]
+    if isinstance(stage, POOLED) or isinstance(blocks_of(stage)[0].shortcut, PooledProjection):
         return
     stem_stride = 1 if isinstance(params.weights.stem, Stem3x3) else 4
     last = len(params.weights.stages) - 1

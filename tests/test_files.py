@@ -206,8 +206,14 @@ def test_a_repository_that_is_not_to_be_had_is_named(tmp_path: Path) -> None:
         ([], "its config.json is no object"),
         ({"hidden_act": "gelu"}, "its activation is gelu"),
         ({"downsample_in_first_stage": True}, "its first stage strides"),
-        ({"architecture": "resnetaa50"}, "its architecture is resnetaa50, not a plain ResNet"),
-        ({"architecture": "resnetv2_34"}, "its architecture is resnetv2_34, not a plain ResNet"),
+        (
+            {"architecture": "resnet50_gn"},
+            "architecture is resnet50_gn, not a ResNet that fresnet",
+        ),
+        (
+            {"architecture": "resnetv2_34"},
+            "architecture is resnetv2_34, not a ResNet that fresnet",
+        ),
         ({"architecture": "resnet50", "model_args": {"output_stride": 8}}, "arguments of its own"),
     ],
 )
@@ -218,12 +224,14 @@ def test_a_repository_of_other_computations_is_refused(config: Any, message: str
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50d", "resnet10t", "resnext101_64x4d", "seresnet50", "resnetv2_50"]
+    "name",
+    ["resnet18", "resnet50d", "resnet10t", "resnext101_64x4d", "resnetaa50d", "resnetv2_50"],
 )
 def test_a_repository_of_a_plain_resnet_is_not(name: str) -> None:
     config = timm.get_pretrained_cfg(name)
     assert config is not None
-    hub._architecture({"architecture": config.architecture, "num_classes": 1000})
+    told = hub._architecture({"architecture": config.architecture, "num_classes": 1000})
+    assert told == fresnet.SPECS.get(config.architecture)
     hub._architecture(transformers.ResNetConfig().to_dict())
 
 

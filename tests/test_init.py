@@ -13,6 +13,7 @@ from strategies import examples, seeds, tiny_specs
 
 import fresnet
 from fresnet import Spec, tree
+from fresnet.network.check import first_conv
 from fresnet.network.nodes import BasicBlock, Bottleneck
 
 named = pytest.mark.parametrize("name", reference.TORCHVISION)
@@ -53,7 +54,7 @@ def test_the_seed_determines_every_bit(seed: int, spec: Spec, classes: int, chan
     params = build(seed)
     assert_same(build(seed), params)
     assert_same(build(torch.Generator().manual_seed(seed)), params)
-    assert params.weights.stem[0].conv.shape[1] == channels
+    assert first_conv(params.weights).shape[1] == channels
     assert params.weights.head.bias.shape == (classes,)
 
 

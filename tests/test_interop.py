@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
 from fresnet.network.nodes import (
+    POOLED,
+    POOLED_STEMS,
     BareStem7x7,
     BasicBlock,
     Bias,
@@ -28,6 +30,7 @@ from fresnet.network.nodes import (
     BottleneckV1,
     CentredZeroPad,
     DeepStem,
+    EfficientAttention,
     LastNorm,
     Layer,
     NoNorm,
@@ -38,18 +41,19 @@ from fresnet.network.nodes import (
     SqueezeExcite,
     Stem3x3,
     ZeroPad,
+    blocks_of,
     over,
 )
 
 
 def has(params: Params, kinds: tuple[type, ...]) -> bool:
     """Whether some node is of one of these types."""
-    stages = [getattr(stage, "blocks", stage) for stage in params.weights.stages]
-    blocks = [block for stage in stages for block in stage]
+    stages = params.weights.stages
+    blocks = [block for stage in stages for block in blocks_of(stage)]
     within = [node for block in blocks for node in block]
     return any(
         isinstance(node, kinds)
-        for node in (params.weights.stem, *blocks, *within, params.weights.last)
+        for node in (params.weights.stem, *stages, *blocks, *within, params.weights.last)
     )
 
 
@@ -67,7 +71,18 @@ def is_grouped_or_wide(params: Params) -> bool:
 
 V2 = (PreActivation, BareStem7x7, LastNorm)
 OPTION_A = (ZeroPad, CentredZeroPad)
-OTHERS = (DeepStem, PooledProjection, SqueezeExcite, NoShortcut, *OPTION_A, Stem3x3, *V2)
+ATTENTION = (SqueezeExcite, EfficientAttention)
+OTHERS = (
+    *POOLED,
+    *POOLED_STEMS,
+    DeepStem,
+    PooledProjection,
+    *ATTENTION,
+    NoShortcut,
+    *OPTION_A,
+    Stem3x3,
+    *V2,
+)
 FOREIGN = {
     "torchvision": OTHERS,
     "timm": (NoShortcut, *OPTION_A, Stem3x3),
@@ -76,9 +91,9 @@ FOREIGN = {
 
 
 def is_half_v2(params: Params) -> bool:
-    """Whether it is V2 in part, or V2 with pooled projections, which V2's names do not tell."""
+    """Whether it is V2 in part, or V2 with poolings, which V2's names do not tell."""
     there = [has(params, (kind,)) for kind in V2]
-    return any(there) and (not all(there) or has(params, (PooledProjection,)))
+    return any(there) and (not all(there) or has(params, (PooledProjection, *POOLED)))
 
 
 @pytest.mark.parametrize("layout", FOREIGN)
@@ -527,7 +542,6 @@ def test_layers_that_do_not_fit_one_another_are_refused_in_those_words(
 @pytest.mark.parametrize(
     ("name", "unexpected"),
     [
-        ("ecaresnet26t", "layer1.0.se.conv.weight is unexpected"),
         ("resnetv2_50d_gn", "expects the names of torchvision, timm or Hugging Face"),
         ("resnet50_gn", "layer1.0.bn1.running_mean is missing"),
         ("skresnet18", "layer1.0.conv1.weight is missing"),

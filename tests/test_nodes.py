@@ -1,10 +1,11 @@
-"""ResNet V2 and squeeze-and-excitation equal timm's, and a norm that a regime does not know raises.
+"""Nodes that torchvision does not have equal timm's, and a norm that a regime does not know raises.
 
 The other files test what holds for every node, under every transform and in every backend. Their
 strategies draw these nodes too.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, seeds, training_images
 from test_family import check
+from timm.layers import BlurPool2d, get_attn
 from timm.models import resnet, resnetv2
 from torch import Tensor, nn
 
@@ -27,16 +29,28 @@ from fresnet.inference.int8 import _Packing
 from fresnet.inference.onednn import OneDNN
 from fresnet.network.nodes import (
     PLAIN,
+    AveragedStage,
+    AveragedStem,
     BareStem7x7,
+    BasicBlock,
+    BlurredStage,
+    BlurredStem,
+    Bottleneck,
+    DeepStem,
     LastNorm,
     Layer,
+    NoAttention,
     Norm,
     Normed,
     NormStats,
     NoShortcut,
     Pair,
+    PooledProjection,
     PreActivation,
+    Projection,
     Regime,
+    SqueezeExcite,
+    Stem7x7,
     ZeroPad,
     over,
 )
@@ -66,6 +80,7 @@ def test_v2_equals_timm(x: Tensor, seed: int, depths: list[int], width: int) -> 
     check(reference.perturbed(model, seed), fresnet.from_state_dict, x)
 
 
+@pytest.mark.parametrize("attention", ["se", "eca"])
 @examples(8)
 @given(
     x=training_images(),
@@ -74,12 +89,92 @@ def test_v2_equals_timm(x: Tensor, seed: int, depths: list[int], width: int) -> 
     block=st.sampled_from([resnet.BasicBlock, resnet.Bottleneck]),
     deep=st.booleans(),
 )
-def test_squeeze_and_excitation_equals_timm(
-    x: Tensor, seed: int, depths: tuple[int, ...], block: Any, deep: bool
+def test_attention_equals_timm(
+    attention: str, x: Tensor, seed: int, depths: tuple[int, ...], block: Any, deep: bool
 ) -> None:
     stem = {"stem_width": 32, "stem_type": "deep", "avg_down": True} if deep else {}
-    model = resnet.ResNet(block, depths, 10, block_args={"attn_layer": "se"}, **stem)
+    model = resnet.ResNet(block, depths, 10, block_args={"attn_layer": attention}, **stem)
     check(reference.perturbed(model, seed), fresnet.from_state_dict, x)
+
+
+@pytest.mark.parametrize("pooling", ["averaged", "blurred"])
+@examples(8)
+@given(
+    data=st.data(),
+    seed=seeds,
+    depths=st.tuples(*[st.integers(1, 2)] * 4),
+    block=st.sampled_from([BasicBlock, Bottleneck]),
+    deep=st.booleans(),
+    excited=st.booleans(),
+)
+def test_pooling_against_aliasing_equals_timm(
+    pooling: str,
+    data: st.DataObject,
+    seed: int,
+    depths: tuple[int, ...],
+    block: Any,
+    deep: bool,
+    excited: bool,
+) -> None:
+    """timm averages maps of even sides alone, and blurs those of two and more."""
+    averaged = pooling == "averaged"
+    stem = {"stem_width": 32, "stem_type": "deep", "avg_down": True} if deep else {}
+    model = resnet.ResNet(
+        getattr(resnet, block.__name__),
+        depths,
+        10,
+        block_args={"attn_layer": "se"} if excited else {},
+        aa_layer=nn.AvgPool2d if averaged else BlurPool2d,
+        **stem,
+    )
+    spec = fresnet.Spec(
+        block,
+        depths,
+        stem=DeepStem if deep else Stem7x7,
+        shortcut=PooledProjection if deep else Projection,
+        attention=SqueezeExcite if excited else NoAttention,
+        stage=AveragedStage if averaged else BlurredStage,
+        stem_pool=AveragedStem if averaged else BlurredStem,
+    )
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64) if averaged else data.draw(training_images())
+    read = partial(fresnet.from_state_dict, architecture=spec)
+    check(reference.perturbed(model, seed), read, x)
+
+
+@examples(8)
+@given(x=training_images(), seed=seeds, block=st.sampled_from([BasicBlock, Bottleneck]))
+def test_a_convolution_that_pools_equals_timm(x: Tensor, seed: int, block: Any) -> None:
+    """As in ResNet-RS, which names tell."""
+    model = resnet.ResNet(
+        getattr(resnet, block.__name__),
+        (1, 2, 1, 1),
+        10,
+        stem_width=32,
+        stem_type="deep",
+        replace_stem_pool=True,
+        avg_down=True,
+        block_args={"attn_layer": partial(get_attn("se"), rd_ratio=0.25)},
+    )
+    check(reference.perturbed(model, seed), fresnet.from_state_dict, x)
+
+
+@pytest.mark.parametrize("name", ["resnetaa50d", "resnetblur18", "resnetrs50"])
+def test_networks_that_pool_otherwise_go_back_to_timm(name: str) -> None:
+    """An architecture that does not go with the entries is refused."""
+    model = reference.perturbed(timm.create_model(name, num_classes=7), seed=0)
+    state = model.state_dict()
+    told = {"architecture": name} if name in fresnet.SPECS else {}
+    params = fresnet.from_state_dict(state, **told)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(fresnet.forward(params, x), model.eval()(x), 1e-12)
+    back = fresnet.to_state_dict(params, "timm")
+    assert list(back) == list(state)
+    assert_same(back, {key: state[key] for key in back})
+    with pytest.raises(FresnetError, match="expects a network that torchvision has; got"):
+        fresnet.to_state_dict(params)
+    with pytest.raises(FresnetError, match="as architecture says"):
+        fresnet.from_state_dict(state, architecture="resnetblur101d")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +182,11 @@ def test_squeeze_and_excitation_equals_timm(
     [
         "resnetv2_50",
         "seresnet18",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("seresnet50", "resnetv2_101")),
+        "ecaresnetlight",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("seresnet50", "ecaresnet50d", "resnetv2_101")
+        ),
     ],
 )
 def test_timms_networks_run_as_they_did_and_go_back(name: str) -> None:
@@ -97,14 +196,14 @@ def test_timms_networks_run_as_they_did_and_go_back(name: str) -> None:
     with torch.no_grad():
         assert_close(fresnet.forward(params, X), model.eval()(X), 1e-12)
     back = fresnet.to_state_dict(params, "timm")
-    assert list(back) == list(state) if name.startswith("se") else back.keys() == state.keys()
+    assert back.keys() == state.keys() if "v2" in name else list(back) == list(state)
     assert_same(back, {key: state[key] for key in back})
     drawn = fresnet.init(0, fresnet.SPECS[name], num_classes=7, device="meta")
     shapes = [leaf.shape for leaf in tree.leaves(drawn)]
     assert [leaf.shape for leaf in tree.leaves(params)] == shapes
 
 
-@pytest.mark.parametrize("name", ["resnetv2_50", "seresnet18"])
+@pytest.mark.parametrize("name", ["resnetv2_50", "seresnet18", "ecaresnetlight", "resnetblur18"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_compiled(name: str, dtype: torch.dtype) -> None:
     """These have the published sizes; other tests draw small ones. A warning would be an error."""

@@ -131,7 +131,7 @@ def test_a_layer_is_its_float_arithmetic_rounded_once(
         weight * scale.double()[:, None, None, None],
         bias.double(),
         stride,
-        how.padding(kernel),
+        how.padding(weight),
         dilation,
         groups,
     )

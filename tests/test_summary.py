@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.network.nodes import DilatedStage, LastNorm
+from fresnet.network.nodes import LastNorm, blocks_of
 
 sides = st.integers(1, 300)
 
@@ -71,7 +71,7 @@ def test_rows_are_what_the_network_is_and_does(
     assert last.output == params.weights.head.bias.shape
     kinds = []
     for stage, output in zip(params.weights.stages, stages, strict=True):
-        blocks = stage.blocks if isinstance(stage, DilatedStage) else stage
+        blocks = blocks_of(stage)
         kinds += [(type(b).__name__, tuple(output.shape[1:]), count(b)) for b in blocks]
     listed = [(row.layer, row.output, row.parameters) for row in rows for _ in range(row.blocks)]
     assert listed == kinds

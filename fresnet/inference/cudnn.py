@@ -58,9 +58,9 @@ class CuDNN(Fused):
     ) -> FusedLayer:
         return convolution(shape, weight, bias, how, relu=relu)
 
-    def max_pool(self, x: Tensor) -> Tensor:
+    def max_pool(self, x: Tensor, stride: int = 2) -> Tensor:
         """It is compiled. PyTorch's own kernel also writes indices, four times as many bytes."""
-        return _compiled(ops.max_pool)(x)
+        return _compiled(ops.max_pool)(x, stride)
 
 
 def prepare(params: Params, x: Tensor) -> Inference:
@@ -108,7 +108,7 @@ def convolution(
     """
     k = weight.shape[3]
     if how != Geometry(2) or weight.shape[1] >= ALIGNED:
-        window = [how.stride] * 2, [how.padding(k)] * 2, [how.dilation] * 2, how.groups
+        window = [how.stride] * 2, how.padding(weight), [how.dilation] * 2, how.groups
         return _convolution(weight, bias, window, relu=relu)
     back = [k // 2 + side % 2 for side in shape[2:]]
     border = (k // 2, back[1], k // 2, back[0])

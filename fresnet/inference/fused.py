@@ -29,7 +29,7 @@ def convolution(
       weight: `[o c/groups k k]`, detached.
       bias: `[o]`, detached.
     """
-    window = how.stride, how.padding(weight.shape[-1]), how.dilation, how.groups
+    window = how.stride, how.padding(weight), how.dilation, how.groups
 
     def run(x: Tensor, added: Tensor | None = None) -> Tensor:
         y = F.conv2d(x, weight, bias, *window)

@@ -3,6 +3,7 @@
 PyTorch has these operators for its compilers alone. No other file here touches them.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple, NoReturn
 
@@ -188,19 +189,31 @@ class _Levels(Floating):
     def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, tuple[()]]:
         return at.beside(x, None), ()
 
-    def max_pool(self, x: Tensor) -> Tensor:
+    def max_pool(self, x: Tensor, stride: int = 2) -> Tensor:
         """PyTorch's public function for this refuses uint8."""
-        y: Tensor = torch.ops.quantized.max_pool2d(x, *([side] * 2 for side in (3, 2, 1, 1)), False)
+        window = ([side] * 2 for side in (ops.SIDE, stride, ops.PADDING, 1))
+        y: Tensor = torch.ops.quantized.max_pool2d(x, *window, False)
         return y
 
     def average_pool(self, x: Tensor) -> Tensor:
-        return ops.average_pool(x.float()).round_().to(torch.uint8)
+        return _rounded(ops.average_pool, x)
+
+    def halve(self, x: Tensor) -> Tensor:
+        return _rounded(ops.halve, x)
+
+    def blur(self, x: Tensor) -> Tensor:
+        return _rounded(ops.blur, x)
 
     def subsample(self, x: Tensor, stride: int) -> Tensor:
         return x[:, :, ::stride, ::stride]
 
     def head(self, at: Head, x: Tensor) -> Tensor:
         return super().head(at, from_levels(x, self.last))
+
+
+def _rounded(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A mean of levels, which is between levels."""
+    return function(x.float()).round_().to(torch.uint8)
 
 
 def _refuse(unit: Unit) -> NoReturn:
@@ -248,8 +261,7 @@ def convolution(
       added: what the levels of the summand stand for, if there is one.
     """
     missing = missing_columns(shape, weight, how.stride)
-    padding = how.padding(weight.shape[-1])
-    window = ([how.stride] * 2, [padding] * 2, [how.dilation] * 2, how.groups)
+    window = ([how.stride] * 2, how.padding(weight), [how.dilation] * 2, how.groups)
     packed = torch.ops.onednn.qconv_prepack(
         weight, scale, *source, *window, [*shape[:3], shape[3] + missing]
     )

@@ -62,7 +62,7 @@ def convolution(
 def _convolution(
     n: int, shape: torch.Size, weight: Tensor, bias: Tensor | None, how: Geometry
 ) -> Callable[[Tensor], Tensor]:
-    k, padding = weight.shape[-1], how.padding(weight.shape[-1])
+    k, (_, padding) = weight.shape[-1], how.padding(weight)
     if how.stride == 1:
         laid = (padding, n * padding), (how.dilation, n * how.dilation), how.groups
         return lambda x: F.conv2d(x, weight, bias, 1, *laid)

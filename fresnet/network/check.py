@@ -114,9 +114,10 @@ def check_values(caller: str, *trees: object) -> None:
 
 def first_conv(weights: Weights) -> Any:
     """The convolution that meets the images, or whatever stands in its place."""
-    stem = weights.stem
-    first = stem[0] if isinstance(stem, tuple) and stem else None
-    return first[0] if isinstance(first, tuple) and first else None
+    first = weights.stem
+    while isinstance(first, tuple) and first:
+        first = first[0]
+    return first
 
 
 def check_momentum(caller: str, momentum: float | Tensor) -> float | Tensor:

@@ -46,15 +46,14 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if faults.overruns(weight, stride):
         return convolve(x[:, :, ::stride, ::stride], weight, replace(geometry, stride=1))
     if not torch.compiler.is_compiling() and transform_stack.mapped():
-        if weight.shape[2] == groups == 1:
+        if weight.shape[3] == groups == 1:
             x = x[:, :, ::stride, ::stride]
             y = rearrange(x, "b c h w -> (b h w) c") @ rearrange(weight, "o c 1 1 -> c o")
             return rearrange(y, "(b h w) o -> b o h w", b=len(x), h=x.shape[2])
         if not transform_stack.forward_mode(x, weight):
             result: Tensor = _Convolve.apply(x, weight, geometry)
             return result
-    padding = geometry.padding(weight.shape[3])
-    return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return F.conv2d(x, weight, None, stride, geometry.padding(weight), dilation, groups)
 
 
 def _as_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +105,7 @@ def pull_back(
         weight,
         None,
         [geometry.stride] * 2,
-        [geometry.padding(weight.shape[3])] * 2,
+        geometry.padding(weight),
         [geometry.dilation] * 2,
         False,
         [0, 0],
@@ -247,12 +246,12 @@ def weight_gradient(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geom
 
 def weight_gradients(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The n gradients of one weight, from cotangent `[n b o h w]` and x `[n b c h w]`."""
-    k = weight.shape[3]
-    if k > 1 and cotangent.shape[3:].numel() > SMALL:
+    if weight[0, 0].numel() > 1 and cotangent.shape[3:].numel() > SMALL:
         pairs = zip(cotangent, x, strict=True)
         return torch.stack([weight_gradient(*pair, weight, geometry) for pair in pairs])
-    rows, patches = _rows(cotangent, geometry), _patches(x, k, geometry)
-    return rearrange(rows.mT @ patches, "n g o (i j c) -> n (g o) c i j", i=k, j=k)
+    rows, patches = _rows(cotangent, geometry), _patches(x, weight, geometry)
+    i, j = weight.shape[2:]
+    return rearrange(rows.mT @ patches, "n g o (i j c) -> n (g o) c i j", i=i, j=j)
 
 
 def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -270,7 +269,7 @@ def squared_norms(cotangent: Tensor, x: Tensor, weight: Tensor, geometry: Geomet
         grads = weight_gradients(cotangent, x, weight, geometry)
         return grads.to(wide).square().flatten(1).sum(1)
     cotangent, x = cotangent.to(wide), x.to(wide)
-    rows, patches = _rows(cotangent, geometry), _patches(x, weight.shape[3], geometry)
+    rows, patches = _rows(cotangent, geometry), _patches(x, weight, geometry)
     return ((rows @ rows.mT) * (patches @ patches.mT)).flatten(1).sum(1)
 
 
@@ -279,15 +278,16 @@ def _rows(cotangent: Tensor, geometry: Geometry) -> Tensor:
     return rearrange(cotangent, "n b (g o) h w -> n g (b h w) o", g=geometry.groups)
 
 
-def _patches(x: Tensor, k: int, geometry: Geometry) -> Tensor:
-    """The values of x `[n b c h w]` below the kernel in each place.
+def _patches(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The values of x `[n b c h w]` below the kernel `[o c/groups k k]` in each place.
 
     They are matrices `[n groups b*h*w k*k*c/groups]`.
     """
     stride, dilation = geometry.stride, geometry.dilation
-    x = F.pad(x, [geometry.padding(k)] * 4)
-    for dim in (3, 4):
-        x = x.unfold(dim, dilation * (k - 1) + 1, stride)
+    rows, columns = geometry.padding(weight)
+    x = F.pad(x, (columns, columns, rows, rows))
+    for dim, side in zip((3, 4), weight.shape[2:], strict=True):
+        x = x.unfold(dim, dilation * (side - 1) + 1, stride)
     x = x[..., ::dilation, ::dilation]
     return rearrange(x, "n b (g c) h w i j -> n g (b h w) (i j c)", g=geometry.groups)
 

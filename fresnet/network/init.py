@@ -139,6 +139,10 @@ class _Values:
         conv = self._conv(channels, out, side)
         return Layer(torch.zeros_like(conv) if last and not self.last_scale else conv, NoNorm())
 
+    def row(self, length: int) -> Layer:
+        weight = self._uniform(1, 1, 1, length, bound=1 / sqrt(length))
+        return Layer(weight.contiguous(memory_format=torch.channels_last), NoNorm())
+
     def normed(self, channels: int) -> Normed:
         return Normed(self._norm(channels, 1.0))
 
@@ -172,6 +176,8 @@ class _Values:
 
 def _weights(draw: _Values, spec: Spec, num_classes: int, in_channels: int) -> Weights:
     stem = spec.stem.draw(draw, in_channels, spec.width)
+    if spec.stem_pool is not None:
+        stem = spec.stem_pool.around(stem, draw, spec.width)
     channels, stages = spec.width, []
     for stage, depth in enumerate(spec.depths):
         blocks = []
@@ -179,6 +185,6 @@ def _weights(draw: _Values, spec: Spec, num_classes: int, in_channels: int) -> W
             plan = spec.plan(stage, channels, strides=stage > 0 and i == 0)
             blocks.append(spec.block.draw(draw, plan))
             channels = plan.out
-        stages.append(tuple(blocks))
+        stages.append(spec.stage(tuple(blocks)) if stage else tuple(blocks))
     last = spec.last.draw(draw, channels)
     return Weights(stem, tuple(stages), last, draw.head(channels, num_classes))

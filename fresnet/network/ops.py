@@ -17,20 +17,21 @@ from fresnet.network.convolution import convolve
 from fresnet.network.nodes import PLAIN, Geometry
 from fresnet.pytorch import transform_stack
 
-POOLING = 3, 2, 1
-"""The side of max pooling's window, its stride and its padding."""
+SIDE, PADDING = 3, 1
+"""Of max pooling's window."""
 
 
 def conv2d(x: Tensor, weight: Tensor, how: Geometry = PLAIN) -> Tensor:
     """Convolve x `[b c h w]` with weight `[o c/groups k k]`, padded so that stride 1 keeps h and w.
 
     Raises:
-      FresnetError: if the channels do not fit, or if k is not one odd number.
+      FresnetError: if the channels do not fit, or if k is not one odd number; a kernel may also be
+        a single row.
     """
     groups = how.groups
     fits = weight.ndim == 4 and weight.shape[1] * groups == x.shape[1]
     fits = fits and weight.shape[0] % groups == 0
-    if not fits or weight.shape[2] != weight.shape[3] or weight.shape[3] % 2 == 0:
+    if not fits or weight.shape[2] not in (1, weight.shape[3]) or weight.shape[3] % 2 == 0:
         channels = x.shape[1] if groups == 1 else f"{x.shape[1]}/{groups}"
         raise FresnetError(
             f"a convolution of activations {tuple(x.shape)} expects a weight "
@@ -39,27 +40,26 @@ def conv2d(x: Tensor, weight: Tensor, how: Geometry = PLAIN) -> Tensor:
     return convolve(x, weight, how)
 
 
-def max_pool(x: Tensor) -> Tensor:
-    """3x3 max pooling of stride 2, padded by one: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`.
+def max_pool(x: Tensor, stride: int = 2) -> Tensor:
+    """3x3 max pooling, padded by one: `[b c h w]` -> `[b c ceil(h/stride) ceil(w/stride)]`.
 
     Where several derivatives are to come, it takes the values at the places of the maxima. All
     derivatives of that have rules for every transform.
     """
     if torch.compiler.is_compiling():
-        return F.max_pool2d(x, *POOLING)
+        return F.max_pool2d(x, SIDE, stride, PADDING)
     if not transform_stack.one_derivative(x):
-        y, places = _pooled(x.detach())
+        y, places = _pooled(x.detach(), stride)
         return x.flatten(2).gather(2, places.flatten(2)).view(y.shape)
     if transform_stack.active() or not (torch.is_grad_enabled() and x.requires_grad):
-        return F.max_pool2d(x, *POOLING)
-    pooled: Tensor = _MaxPool.apply(x)
+        return F.max_pool2d(x, SIDE, stride, PADDING)
+    pooled: Tensor = _MaxPool.apply(x, stride)
     return pooled
 
 
-def _pooled(x: Tensor) -> tuple[Tensor, Tensor]:
+def _pooled(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """The maxima and their places, as numbers of the values in each map."""
-    side, stride, padding = ([n, n] for n in POOLING)
-    y, places = F.max_pool2d_with_indices(x, side, stride, padding)
+    y, places = F.max_pool2d_with_indices(x, [SIDE] * 2, [stride] * 2, [PADDING] * 2)
     return y, places
 
 
@@ -67,26 +67,54 @@ class _MaxPool(torch.autograd.Function):
     """PyTorch's kernel for `torch.autograd`, with a derivative that can be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, places = _pooled(x)
+    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
+        y, places = _pooled(x, stride)
         ctx.save_for_backward(x, places)
+        ctx.stride = stride
         return y
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
         x, places = ctx.saved_tensors
         kernel = getattr(torch.ops.aten, "max_pool2d_with_indices_backward", None)
         if torch.is_grad_enabled() or kernel is None:
             zeros = torch.zeros_like(x).flatten(2)
-            return zeros.scatter_add(2, places.flatten(2), cotangent.flatten(2)).view(x.shape)
-        side, stride, padding = ([n] * 2 for n in POOLING)
-        grad: Tensor = kernel(cotangent, x, side, stride, padding, [1, 1], False, places)
-        return grad
+            flat = zeros.scatter_add(2, places.flatten(2), cotangent.flatten(2))
+            return flat.view(x.shape), None
+        window = [SIDE] * 2, [ctx.stride] * 2, [PADDING] * 2, [1, 1]
+        return kernel(cotangent, x, *window, False, places), None
 
 
 def average_pool(x: Tensor) -> Tensor:
     """2x2 average pooling of stride 2: `[b c h w]` -> `[b c ceil(h/2) ceil(w/2)]`."""
     return F.avg_pool2d(x, kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
+
+
+def halve(x: Tensor) -> Tensor:
+    """2x2 average pooling of stride 2: `[b c h w]` -> `[b c floor(h/2) floor(w/2)]`.
+
+    A single row or column is kept.
+    """
+    window = [2 if _several(x, dim) else 1 for dim in (2, 3)]
+    return F.avg_pool2d(x, kernel_size=window, stride=window)
+
+
+def blur(x: Tensor) -> Tensor:
+    """x `[b c h w]` smoothed, at every second place: `[b c ceil(h/2) ceil(w/2)]`.
+
+    The kernel is 1/4, 1/2, 1/4 in both directions, which is the average of 2x2 values, twice. Maps
+    are reflected at their edges; a single row or column stands beside itself.
+
+    Source: Zhang 2019, arXiv:1904.11486, Sec. 3.3.
+    """
+    for dim, edge in ((3, (1, 1, 0, 0)), (2, (0, 0, 1, 1))):
+        x = F.pad(x, edge, "reflect" if _several(x, dim) else "replicate")
+    return F.avg_pool2d(F.avg_pool2d(x, kernel_size=2, stride=1), kernel_size=2, stride=2)
+
+
+def _several(x: Tensor, dim: int) -> bool:
+    """Whether a map has several rows or columns, which an exported program takes for granted."""
+    return torch.compiler.is_exporting() or x.shape[dim] > 1
 
 
 def subsample(x: Tensor, stride: int) -> Tensor:

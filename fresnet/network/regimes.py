@@ -21,11 +21,17 @@ class Floating(Regime):
     def join(self, y: Tensor, add: Tensor | None) -> Tensor:
         return ops.relu(y if add is None else ops.add(y, add))
 
-    def max_pool(self, x: Tensor) -> Tensor:
-        return ops.max_pool(x)
+    def max_pool(self, x: Tensor, stride: int = 2) -> Tensor:
+        return ops.max_pool(x, stride)
 
     def average_pool(self, x: Tensor) -> Tensor:
         return ops.average_pool(x)
+
+    def halve(self, x: Tensor) -> Tensor:
+        return ops.halve(x)
+
+    def blur(self, x: Tensor) -> Tensor:
+        return ops.blur(x)
 
     def subsample(self, x: Tensor, stride: int) -> Tensor:
         return ops.subsample(x, stride)

@@ -14,6 +14,7 @@ from fresnet.network.check import check_call, check_params
 from fresnet.network.init import fresh_stats
 from fresnet.network.net import forward_moments
 from fresnet.network.nodes import (
+    POOLED,
     Bias,
     DilatedStage,
     FrozenNorm,
@@ -165,7 +166,7 @@ def dilate(params: Params, *, output_stride: int) -> Params:
       The same weights and statistics; the last stages are `DilatedStage`s.
     Raises:
       FresnetError: if params is not a network, if it has no such stride, or if a stage pools its
-        shortcuts (ResNet-D), which has no dilated form.
+        shortcuts (ResNet-D) or against aliasing, which has no dilated form.
     Source: Yu, Koltun & Funkhouser 2017, arXiv:1705.09914, Sec. 2.
     """
     check_params("dilate", params)
@@ -177,8 +178,10 @@ def dilate(params: Params, *, output_stride: int) -> Params:
             f"dilate expects output_stride to be one of {strides}; got {output_stride!r}"
         )
     for stage, stride in zip(weights.stages, strides, strict=True):
-        if stride > wanted and isinstance(blocks_of(stage)[0].shortcut, PooledProjection):
-            raise FresnetError("dilate expects shortcuts without pooling; got PooledProjection")
+        kinds = type(stage), type(blocks_of(stage)[0].shortcut)
+        pooling = [kind.__name__ for kind in kinds if kind in (*POOLED, PooledProjection)]
+        if stride > wanted and pooling:
+            raise FresnetError(f"dilate expects stages that do not pool; got {pooling[0]}")
 
     def dilated(stages: tuple[Any, ...]) -> tuple[Any, ...]:
         each = zip(map(blocks_of, stages), strides, strict=True)

@@ -1,7 +1,7 @@
 """The networks that `init` builds, with one line for each member of the family."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,15 +11,22 @@ from fresnet.network.nodes import (
     BLOCKS,
     LASTS,
     PLACES,
+    POOLED,
+    POOLED_STEMS,
     SHORTCUTS,
     STEMS,
+    AveragedStage,
+    AveragedStem,
     BareStem7x7,
     BasicBlock,
     Block,
+    BlurredStage,
+    BlurredStem,
     Bottleneck,
     BottleneckV1,
     CentredZeroPad,
     DeepStem,
+    EfficientAttention,
     Identity,
     Last,
     LastNorm,
@@ -55,6 +62,9 @@ class Spec:
       groups: the groups of a bottleneck's 3x3 convolution, which is ResNeXt's cardinality
         (Xie et al. 2017, arXiv:1611.05431).
       group_width: the channels of a group for each 64 channels of the stage.
+      stage: the type of the stages after the first: `tuple` if their first convolution strides,
+        `AveragedStage` or `BlurredStage` if they pool against aliasing.
+      stem_pool: what pools in the stem instead of the maximum, such as `AveragedStem`; or None.
     Raises:
       FresnetError: if a type is none of `fresnet.nodes` or does not go with the block's, if a
         number is not positive, if a basic block is to be grouped or widened, or if a convolution
@@ -70,18 +80,22 @@ class Spec:
     attention: type[Any] = NoAttention
     groups: int = 1
     group_width: int = 64
+    stage: type[Any] = tuple
+    stem_pool: type[Any] | None = None
 
     def __post_init__(self) -> None:
         changing = tuple(kind for kind in SHORTCUTS if kind is not Identity)
         for field, kinds in (
             ("block", BLOCKS),
-            ("stem", STEMS),
+            ("stem", tuple(kind for kind in STEMS if kind not in POOLED_STEMS)),
             ("shortcut", changing),
             ("last", LASTS),
             ("attention", ATTENTIONS),
+            ("stage", (tuple, *POOLED)),
+            ("stem_pool", (None, *POOLED_STEMS)),
         ):
             if getattr(self, field) not in kinds:
-                names = " or ".join(kind.__name__ for kind in kinds)
+                names = " or ".join(getattr(kind, "__name__", "None") for kind in kinds)
                 raise FresnetError(f"Spec expects {field} {names}; got {getattr(self, field)!r}")
         sizes = [as_integer(n) for n in (self.width, self.groups, self.group_width)]
         depths = [as_integer(n) for n in self.depths] if isinstance(self.depths, tuple) else []
@@ -101,6 +115,10 @@ class Spec:
             raise FresnetError(
                 "Spec expects blocks that begin with a norm after BareStem7x7, PreActivation; "
                 f"got {self.block!r}"
+            )
+        if self.stem_pool and self.stem not in PLACES[self.stem_pool]["stem"]:
+            raise FresnetError(
+                f"Spec expects a stem that pools with {self.stem_pool.__name__}; got {self.stem!r}"
             )
         if self.block is BasicBlock and (self.groups, self.group_width) != (1, 64):
             raise FresnetError(f"Spec expects groups and group_width of bottlenecks; got {self}")
@@ -135,6 +153,21 @@ def _cifar(n: int, shortcut: type) -> Spec:
     return Spec(BasicBlock, (n, n, n), width=16, stem=Stem3x3, shortcut=shortcut)
 
 
+def _deep(block: type[Block], *depths: int, **more: Any) -> Spec:
+    """ResNet-D (He et al. 2018, arXiv:1812.01187): a deep stem and pooled projections."""
+    return Spec(block, depths, stem=DeepStem, shortcut=PooledProjection, **more)
+
+
+def _averaged(spec: Spec) -> Spec:
+    """timm's resnetaa (Zhang 2019, arXiv:1904.11486, against aliasing)."""
+    return replace(spec, stage=AveragedStage, stem_pool=AveragedStem)
+
+
+def _blurred(spec: Spec) -> Spec:
+    """timm's resnetblur."""
+    return replace(spec, stage=BlurredStage, stem_pool=BlurredStem)
+
+
 def _v2(*depths: int) -> Spec:
     """ResNet V2 (He et al. 2016, arXiv:1603.05027), with the stride in the 3x3 as in timm."""
     return Spec(PreActivation, depths, stem=BareStem7x7, last=LastNorm)
@@ -161,14 +194,35 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
         "resnext101_64x4d": Spec(Bottleneck, (3, 4, 23, 3), groups=64, group_width=4),
         "wide_resnet50_2": Spec(Bottleneck, (3, 4, 6, 3), group_width=128),
         "wide_resnet101_2": Spec(Bottleneck, (3, 4, 23, 3), group_width=128),
-        "resnet26d": Spec(Bottleneck, (2, 2, 2, 2), stem=DeepStem, shortcut=PooledProjection),
-        "resnet50d": Spec(Bottleneck, (3, 4, 6, 3), stem=DeepStem, shortcut=PooledProjection),
+        "resnet18d": _deep(BasicBlock, 2, 2, 2, 2),
+        "resnet34d": _deep(BasicBlock, 3, 4, 6, 3),
+        "resnet26d": _deep(Bottleneck, 2, 2, 2, 2),
+        "resnet50d": _deep(Bottleneck, 3, 4, 6, 3),
+        "resnet101d": _deep(Bottleneck, 3, 4, 23, 3),
+        "resnetaa34d": _averaged(_deep(BasicBlock, 3, 4, 6, 3)),
+        "resnetaa50": _averaged(Spec(Bottleneck, (3, 4, 6, 3))),
+        "resnetaa50d": _averaged(_deep(Bottleneck, 3, 4, 6, 3)),
+        "resnetaa101d": _averaged(_deep(Bottleneck, 3, 4, 23, 3)),
+        "resnetblur18": _blurred(Spec(BasicBlock, (2, 2, 2, 2))),
+        "resnetblur50": _blurred(Spec(Bottleneck, (3, 4, 6, 3))),
+        "resnetblur50d": _blurred(_deep(Bottleneck, 3, 4, 6, 3)),
+        "resnetblur101d": _blurred(_deep(Bottleneck, 3, 4, 23, 3)),
+        "seresnetaa50d": _averaged(_deep(Bottleneck, 3, 4, 6, 3, attention=SqueezeExcite)),
         "resnetv2_50": _v2(3, 4, 6, 3),
         "resnetv2_101": _v2(3, 4, 23, 3),
         "resnetv2_152": _v2(3, 8, 36, 3),
         "seresnet18": Spec(BasicBlock, (2, 2, 2, 2), attention=SqueezeExcite),
         "seresnet34": Spec(BasicBlock, (3, 4, 6, 3), attention=SqueezeExcite),
         "seresnet50": Spec(Bottleneck, (3, 4, 6, 3), attention=SqueezeExcite),
+        "ecaresnet50d": _deep(Bottleneck, 3, 4, 6, 3, attention=EfficientAttention),
+        "ecaresnet101d": _deep(Bottleneck, 3, 4, 23, 3, attention=EfficientAttention),
+        "ecaresnetlight": Spec(
+            Bottleneck,
+            (1, 1, 11, 3),
+            stem=Stem7x7,
+            shortcut=PooledProjection,
+            attention=EfficientAttention,
+        ),
         "plain18": Spec(BasicBlock, (2, 2, 2, 2), shortcut=NoShortcut),
         "plain34": Spec(BasicBlock, (3, 4, 6, 3), shortcut=NoShortcut),
         **{f"resnet{6 * n + 2}": _cifar(n, ZeroPad) for n in (3, 5, 7, 9, 18, 200)},

@@ -13,7 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fresnet import tree
 from fresnet.network.check import check_image_size, check_params, first_conv
-from fresnet.network.nodes import Grid, Head, Layer, Params, attention_of, blocks_of, grids, paired
+from fresnet.network.nodes import (
+    Grid,
+    Head,
+    Layer,
+    Params,
+    attention_of,
+    blocks_of,
+    grids,
+    paired,
+    units_of,
+)
 from fresnet.network.regimes import INFERENCE
 
 
@@ -121,7 +131,7 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
     weights, stats = tree.map(lambda leaf: leaf.to("meta"), params)
     at, conv = paired(weights, stats), first_conv(weights)
     x = conv.new_empty((1, conv.shape[1], *size))
-    words = ", ".join(filter(None, [_convolutions(weights.stem), weights.stem.note()]))
+    words = ", ".join(filter(None, [_convolutions(units_of(weights.stem)), weights.stem.note()]))
     x, row = _measure(weights.stem, partial(at.stem.run, x, INFERENCE), words)
     rows = [row]
     stages = zip(weights.stages, at.stages, grids(weights.stages), strict=True)
@@ -161,7 +171,7 @@ def _measure(
 
 def _describe_block(block: Any, grid: Grid) -> str:
     notes = [
-        "stride 2" if grid.stride == 2 else "",
+        grid.pooled.note() if grid.pooled else "stride 2" if grid.stride == 2 else "",
         f"dilation {grid.dilation_after}" if grid.dilation_after > 1 else "",
         attention_of(block).note(),
         block.shortcut.note(),
@@ -174,9 +184,9 @@ def _convolutions(node: Iterable[object]) -> str:
     found, channels = [], None
     for layer in node:
         if isinstance(layer, Layer):
-            o, c, k, _ = layer.conv.shape
+            o, c, height, width = layer.conv.shape
             groups = 1 if channels is None else channels // c
-            found.append(f"{k}x{k} {o}" + (f" in {groups} groups" if groups > 1 else ""))
+            found.append(f"{height}x{width} {o}" + (f" in {groups} groups" if groups > 1 else ""))
             channels = o
     return ", ".join(found)
 

@@ -21,6 +21,7 @@ from fresnet.network.nodes import (
     Stats,
     beside,
     blocks_of,
+    units_of,
 )
 from fresnet.network.norm import inference_norm
 from fresnet.network.regimes import INFERENCE, Composed
@@ -214,11 +215,12 @@ def _described(named: Params, given: Mapping[str, Any]) -> str:
         shape = getattr(given.get(str(name)), "shape", ())
         return str(shape[0]) if shape else "?"
 
+    stem = units_of(named.weights.stem)
     stages = [blocks_of(stage) for stage in named.weights.stages]
     depths = ", ".join(str(len(blocks)) for blocks in stages)
     return (
         f"a ResNet of {type(stages[0][0]).__name__} blocks ({depths}), "
-        f"width {size(named.weights.stem[-1].conv)}, {size(named.weights.head.weight)} classes"
+        f"width {size(stem[-1].conv)}, {size(named.weights.head.weight)} classes"
     )
 
 

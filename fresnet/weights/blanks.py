@@ -36,6 +36,9 @@ class Blanks:
     def bare(self, channels: int, out: int, side: int, *, last: bool = False) -> Layer:
         return Layer(BLANK, NoNorm())
 
+    def row(self, length: int) -> Layer:
+        return Layer(BLANK, NoNorm())
+
     def normed(self, channels: int) -> Normed:
         return Normed(Norm(BLANK, BLANK))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fresnet.errors import FresnetError, describe, reason
 from fresnet.network.nodes import BottleneckV1
-from fresnet.network.specs import RESNET50, Spec
+from fresnet.network.specs import RESNET50, SPECS, Spec
 from fresnet.reading import read_json
 
 INDEX = ".safetensors.index.json"
@@ -114,10 +114,10 @@ def _architecture(config: Any) -> Spec | None:
     """
     if not isinstance(config, dict):
         raise FresnetError("its config.json is no object")
-    architecture = config.get("architecture")
-    if architecture is not None and not re.fullmatch(ARCHITECTURE, str(architecture)):
-        shown = shorten(str(architecture), 80)
-        raise FresnetError(f"its architecture is {shown}, not a plain ResNet")
+    architecture = str(config.get("architecture", ""))
+    if architecture and architecture not in SPECS and not re.fullmatch(ARCHITECTURE, architecture):
+        shown = shorten(architecture, 80)
+        raise FresnetError(f"its architecture is {shown}, not a ResNet that fresnet has")
     if config.get("model_args"):
         shown = shorten(str(config["model_args"]), 80)
         raise FresnetError(f"its architecture has arguments of its own: {shown}")
@@ -127,7 +127,7 @@ def _architecture(config: Any) -> Spec | None:
     if config.get("downsample_in_first_stage"):
         raise FresnetError("its first stage strides, which no network here does")
     if not config.get("downsample_in_bottleneck") or config.get("layer_type") == "basic":
-        return None
+        return SPECS.get(architecture)
     depths = config.get("depths", RESNET50.depths)
     if not isinstance(depths, list | tuple):
         raise FresnetError(f"its depths are {describe(depths)}, and not numbers of blocks")

@@ -14,6 +14,7 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.errors import FresnetError
 from fresnet.network.nodes import (
+    POOLED,
     UNITS,
     BareStem7x7,
     FrozenNorm,
@@ -101,8 +102,8 @@ def foreign_to(layout: str, params: Params) -> str:
     found = kinds(params.weights)
     if found & V2 and not found >= V2:
         return f"{_listed(found & V2)} without {_listed(V2 - found)}"
-    if found & V2 and PooledProjection in found:
-        return "PooledProjection in PreActivation, where the name tells no pooling"
+    if found & V2 and (pooling := found & {PooledProjection, *POOLED}):
+        return f"{_listed(pooling)} in PreActivation, where names tell no pooling"
     blocks = [block for stage in params.weights.stages for block in blocks_of(stage)]
     if layout == "huggingface" and not all(map(_is_plain, blocks)):
         return "bottlenecks that are grouped or wide"
@@ -139,7 +140,8 @@ def _nodes(weights: Weights) -> list[Any]:
     """Stem, blocks, what is in them, and the last norm."""
     blocks = [block for stage in weights.stages for block in blocks_of(stage)]
     within = [node for block in blocks for node in block if hasattr(node, "names")]
-    return [weights.stem, *blocks, *within, weights.last]
+    pooled = [stage for stage in weights.stages if isinstance(stage, POOLED)]
+    return [weights.stem, *pooled, *blocks, *within, weights.last]
 
 
 def kinds(node: Any) -> set[type]:
@@ -230,6 +232,12 @@ _OF_CIFAR = re.compile(r"^(layer\d+\.\d+\.)shortcut\.")
 """What kuangliu's pytorch-cifar, and much that follows it, calls a projection."""
 
 
+def as_row(value: Any) -> Any:
+    """A kernel along channels, `[1 1 k]`, as one of a single row, `[1 1 1 k]`."""
+    one = isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, 1)
+    return value[:, :, None] if one else value
+
+
 def canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The layout found, and the entries under canonical names; unknown ones keep their own."""
     if any(name.startswith("embedder.embedder.") for name in mapping):
@@ -237,7 +245,9 @@ def canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     elif "stem.conv.weight" in mapping:
         layout = "timm"
     else:
-        return "torchvision", {_OF_CIFAR.sub(r"\1downsample.", n): v for n, v in mapping.items()}
+        return "torchvision", {
+            _OF_CIFAR.sub(r"\1downsample.", name): as_row(value) for name, value in mapping.items()
+        }
     found: dict[str, Any] = {}
     for name, value in mapping.items():
         for rule in RULES[layout]:

@@ -31,6 +31,7 @@ from fresnet.network.nodes import (
     Projection,
     Stem3x3,
     Stem7x7,
+    StridedStem,
     Weights,
     ZeroPad,
     beside,
@@ -90,6 +91,11 @@ def recognised(given: Mapping[str, Any], spec: Spec | None) -> Params:
         block = _agreed(spec, *found)
     stem = stem_type.draw(Blanks(), 0, 0)
     channels = _channels(given, stem, "")
+    pool: Any = spec.stem_pool if spec else None
+    if "maxpool.0.weight" in given:
+        pool = StridedStem
+    if pool is not None:
+        stem = pool.around(stem, Blanks(), 0)
     if spec is not None:
         changing = spec.shortcut
     else:
@@ -106,7 +112,7 @@ def recognised(given: Mapping[str, Any], spec: Spec | None) -> Params:
                 best = best._replace(shortcut=changing)
             blocks.append(best.draw())
             channels = out
-        drawn.append(tuple(blocks))
+        drawn.append((spec.stage if spec and drawn else tuple)(tuple(blocks)))
     last = LastNorm.draw(Blanks(), 0) if block is PreActivation else NoLastNorm()
     weights = Weights(stem, tuple(drawn), last, Head(BLANK, BLANK))
     return Params(weights, beside(blank_stats, weights))

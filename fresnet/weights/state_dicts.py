@@ -16,7 +16,17 @@ from fresnet import tree
 from fresnet.errors import FresnetError, suggestion
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.init import init
-from fresnet.network.nodes import BottleneckV1, DilatedStage, FrozenNorm, Norm, Params, ZeroPad
+from fresnet.network.nodes import (
+    STAGES,
+    AveragedStem,
+    BlurredStem,
+    BottleneckV1,
+    DilatedStage,
+    FrozenNorm,
+    Norm,
+    Params,
+    ZeroPad,
+)
 from fresnet.network.specs import SPECS, Spec
 from fresnet.weights.assembly import assemble
 from fresnet.weights.names import (
@@ -30,6 +40,9 @@ from fresnet.weights.names import (
 )
 from fresnet.weights.recognition import recognised
 from fresnet.weights.unwrapping import network_entries
+
+UNTOLD = (BottleneckV1, *STAGES, AveragedStem, BlurredStem, FrozenNorm)
+"""What names do not tell of a network."""
 
 SAME_NAMES: set[type] = {Norm, FrozenNorm, DilatedStage}
 """What a network has by itself or by `freeze` and `dilate`, and no architecture says."""
@@ -61,11 +74,12 @@ def from_state_dict(
     - that a network with a 3x3 stem and no projections pads new channels at the end ("resnet20"),
       and not on both sides ("resnet20_centred"), nor has no shortcuts ("plain20"). A warning says
       so;
+    - that maps are made smaller by the strides of convolutions ("resnet50d"), and not by pooling
+      against aliasing ("resnetaa50d", "resnetblur50d");
     - strides of 2 in each stage but the first, pooling after a 7x7 stem and none after a 3x3 one,
       projections without pooling and convolutions without standardised weights in ResNet V2, ReLU,
-      and an eps of 1e-5. A network that was trained otherwise, such as timm's resnetaa and
-      resnetblur, or one with dilation, loads but is another one; `dilate`, and other nodes in the
-      tree, make of it what they can express.
+      and an eps of 1e-5. A network that was trained otherwise, such as one with dilation, loads but
+      is another one; `dilate`, and other nodes in the tree, make of it what they can express.
 
     Args:
       mapping: names to tensors, as `model.state_dict()` gives them.
@@ -130,6 +144,9 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     state = named_leaves(params)
     if layout == "timm":
         state["fc.weight"] = state["fc.weight"][..., None, None]  # timm's V2 has a convolution
+    for name, value in state.items():
+        if layout != "huggingface" and name.endswith(".se.conv.weight"):
+            state[name] = value[:, :, 0]
     return {name_in(layout, name): value for name, value in state.items()}
 
 
@@ -207,7 +224,7 @@ def check_architecture(
 def untold(params: Params) -> list[str]:
     """The node types of a network that names do not tell: lost from a state dict."""
     found = kinds(params.weights)
-    return [kind.__name__ for kind in (BottleneckV1, DilatedStage, FrozenNorm) if kind in found]
+    return [kind.__name__ for kind in UNTOLD if kind in found]
 
 
 def _widened(value: Any) -> Any:

@@ -12,7 +12,12 @@ A network is two such trees of the same types, `weights` and `stats`: where the 
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from fresnet.network.nodes.attention import Attention, NoAttention, SqueezeExcite
+from fresnet.network.nodes.attention import (
+    Attention,
+    EfficientAttention,
+    NoAttention,
+    SqueezeExcite,
+)
 from fresnet.network.nodes.blocks import (
     BasicBlock,
     Bottleneck,
@@ -37,9 +42,9 @@ from fresnet.network.nodes.layers import (
     T,
     Unit,
     over,
+    units_of,
 )
 from fresnet.network.nodes.params import (
-    DilatedStage,
     Head,
     NoLastNorm,
     Params,
@@ -47,11 +52,8 @@ from fresnet.network.nodes.params import (
     Stats,
     Weights,
     beside,
-    blocks_of,
-    grids,
     paired,
     replaced,
-    with_blocks,
 )
 from fresnet.network.nodes.preactivation import BareStem7x7, LastNorm, PreActivation
 from fresnet.network.nodes.protocols import (
@@ -75,13 +77,31 @@ from fresnet.network.nodes.shortcuts import (
     Shortcut,
     ZeroPad,
 )
-from fresnet.network.nodes.stems import DeepStem, Stem3x3, Stem7x7
+from fresnet.network.nodes.stages import (
+    POOLED,
+    STAGES,
+    AveragedStage,
+    BlurredStage,
+    DilatedStage,
+    blocks_of,
+    grids,
+    with_blocks,
+)
+from fresnet.network.nodes.stems import (
+    AveragedStem,
+    BlurredStem,
+    DeepStem,
+    Stem3x3,
+    Stem7x7,
+    StridedStem,
+)
 
-STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7)
+POOLED_STEMS = (AveragedStem, BlurredStem, StridedStem)
+STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7, *POOLED_STEMS)
 BLOCKS = (BasicBlock, Bottleneck, BottleneckV1, PreActivation)
 LASTS = (NoLastNorm, LastNorm)
 SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, NoShortcut)
-ATTENTIONS = (NoAttention, SqueezeExcite)
+ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
 NORMS = (Norm, FrozenNorm, Bias, Rescale, NoNorm)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
 
@@ -112,21 +132,29 @@ __all__ = [
     "NORMS",
     "PLACES",
     "PLAIN",
+    "POOLED",
+    "POOLED_STEMS",
     "SHORTCUTS",
+    "STAGES",
     "STEMS",
     "UNITS",
     "AnyNorm",
     "Attention",
+    "AveragedStage",
+    "AveragedStem",
     "BareStem7x7",
     "BasicBlock",
     "Bias",
     "Block",
+    "BlurredStage",
+    "BlurredStem",
     "Bottleneck",
     "BottleneckV1",
     "CentredZeroPad",
     "DeepStem",
     "DilatedStage",
     "Drawer",
+    "EfficientAttention",
     "FrozenNorm",
     "Geometry",
     "Grid",
@@ -159,6 +187,7 @@ __all__ = [
     "Stem",
     "Stem3x3",
     "Stem7x7",
+    "StridedStem",
     "Unit",
     "Weights",
     "ZeroPad",
@@ -170,5 +199,6 @@ __all__ = [
     "over",
     "paired",
     "replaced",
+    "units_of",
     "with_blocks",
 ]

@@ -1,5 +1,6 @@
 """Attention: what a block does to its last layer's result before the sum."""
 
+from math import log2
 from typing import Any, Generic, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -72,4 +73,38 @@ class SqueezeExcite(NamedTuple, Generic[T]):
         return "squeeze and excitation"
 
 
-Attention: TypeAlias = NoAttention | SqueezeExcite[T]
+class EfficientAttention(NamedTuple, Generic[T]):
+    """Each map is scaled by a function of its own mean and of those of its neighbours.
+
+        y <- y * sigmoid(conv(mean(y)))
+
+    The convolution goes along the channels, `[1 1 1 k]`. It has no norm.
+
+    Source: Wang et al. 2020 ("ECA-Net"), arXiv:1910.03151, Sec. 3.2 and Eq. 12 for k.
+    """
+
+    along: T
+
+    def end(
+        self, last: Any, y: Tensor, add: Tensor | None, do: Regime, how: Geometry
+    ) -> tuple[Tensor, Any, "EfficientAttention[Any]"]:
+        y, seen = do.layer(last, y, how, relu=False)
+        row = do.mean(y).permute(0, 2, 3, 1)
+        gates, along = do.layer(self.along, row, PLAIN, relu=False)
+        return do.join(do.gate(y, gates.permute(0, 3, 1, 2)), add), seen, EfficientAttention(along)
+
+    @staticmethod
+    def draw(d: Drawer, channels: int) -> "EfficientAttention[Layer]":
+        nearest = int(abs(log2(max(channels, 1)) + 1) / 2)
+        return EfficientAttention(d.row(max(3, nearest + 1 - nearest % 2)))
+
+    @staticmethod
+    def names() -> Names:
+        return Names({"along": ("se.conv", "se.conv")}, ("timm",))
+
+    @staticmethod
+    def note() -> str:
+        return "efficient channel attention"
+
+
+Attention: TypeAlias = NoAttention | SqueezeExcite[T] | EfficientAttention[T]

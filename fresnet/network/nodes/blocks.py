@@ -8,6 +8,7 @@ from fresnet.network.nodes.attention import Attention, NoAttention
 from fresnet.network.nodes.layers import Layer, T
 from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Grid, Names, Plan, Regime
 from fresnet.network.nodes.shortcuts import Shortcut
+from fresnet.network.nodes.stages import strided
 
 
 class BasicBlock(NamedTuple, Generic[T]):
@@ -19,7 +20,7 @@ class BasicBlock(NamedTuple, Generic[T]):
     shortcut: Shortcut[T]
 
     def run(self, x: Tensor, grid: Grid, do: Regime) -> tuple[Tensor, "BasicBlock[Any]"]:
-        y, one = do.layer(self.layer1, x, Geometry(grid.stride, grid.dilation))
+        y, one = strided(self.layer1, x, grid, do, dilation=grid.dilation)
         add, shortcut = self.shortcut.run(x, grid.stride, channels_of(self.layer2), do)
         after = Geometry(dilation=grid.dilation_after)
         y, two, attention = self.attention.end(self.layer2, y, add, do, after)
@@ -61,7 +62,7 @@ class Bottleneck(NamedTuple, Generic[T]):
     def run(self, x: Tensor, grid: Grid, do: Regime) -> tuple[Tensor, "Bottleneck[Any]"]:
         y, one = do.layer(self.layer1, x, PLAIN)
         groups = groups_of(self.layer1, self.layer2)
-        y, two = do.layer(self.layer2, y, Geometry(grid.stride, grid.dilation, groups))
+        y, two = strided(self.layer2, y, grid, do, dilation=grid.dilation, groups=groups)
         add, shortcut = self.shortcut.run(x, grid.stride, channels_of(self.layer3), do)
         y, three, attention = self.attention.end(self.layer3, y, add, do, PLAIN)
         return y, Bottleneck(one, two, three, attention, shortcut)
@@ -89,7 +90,7 @@ class BottleneckV1(NamedTuple, Generic[T]):
     shortcut: Shortcut[T]
 
     def run(self, x: Tensor, grid: Grid, do: Regime) -> tuple[Tensor, "BottleneckV1[Any]"]:
-        y, one = do.layer(self.layer1, x, Geometry(grid.stride))
+        y, one = strided(self.layer1, x, grid, do, dilation=1)
         groups = groups_of(self.layer1, self.layer2)
         y, two = do.layer(self.layer2, y, Geometry(1, grid.dilation_after, groups))
         add, shortcut = self.shortcut.run(x, grid.stride, channels_of(self.layer3), do)

@@ -94,6 +94,13 @@ class Pair(NamedTuple):
     beside: Any
 
 
+def units_of(node: Any) -> list[Any]:
+    """The units of a node, in their order."""
+    found: list[Any] = []
+    over(found.append, node)
+    return found
+
+
 def over(
     function: Callable[..., Any], node: Any, *rest: Any, units: tuple[type, ...] = UNITS
 ) -> Any:

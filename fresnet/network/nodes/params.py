@@ -1,29 +1,12 @@
 """A whole network: stem, stages, what stands before the head, and the head, as two trees."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fresnet.network.nodes.layers import Pair, over
-from fresnet.network.nodes.protocols import Drawer, Grid, Names, Regime
-
-
-class DilatedStage(NamedTuple):
-    """Blocks that double the dilation of what follows instead of striding; else a bare tuple."""
-
-    blocks: tuple[Any, ...]
-
-
-def blocks_of(stage: Any) -> tuple[Any, ...]:
-    """The blocks of a stage, whether it dilates or strides."""
-    blocks: tuple[Any, ...] = stage.blocks if isinstance(stage, DilatedStage) else stage
-    return blocks
-
-
-def with_blocks(stage: Any, blocks: Iterable[Any]) -> Any:
-    """A stage that strides or dilates as this one does, of these blocks."""
-    return DilatedStage(tuple(blocks)) if isinstance(stage, DilatedStage) else tuple(blocks)
+from fresnet.network.nodes.protocols import Drawer, Names, Regime
 
 
 class NoLastNorm(NamedTuple):
@@ -108,16 +91,3 @@ def replaced(function: Callable[..., Any], weights: Weights, *rest: Stats) -> We
 def paired(weights: Weights, stats: Stats) -> Stats:
     """The tree that runs: beside each unit what stands in its place in the other tree."""
     return beside(Pair, weights, stats)
-
-
-def grids(stages: tuple[Any, ...]) -> list[list[Grid]]:
-    """How each block reads activations: from the second stage on, the first block strides."""
-    found, stride, dilation = [], 1, 1
-    for stage in stages:
-        if isinstance(stage, DilatedStage):
-            first = Grid(1, dilation, dilation * stride)
-        else:
-            first = Grid(stride, dilation, dilation)
-        stride, dilation = 2, first.dilation_after
-        found.append([first] + [Grid(1, dilation, dilation)] * (len(blocks_of(stage)) - 1))
-    return found

@@ -11,6 +11,7 @@ from fresnet.network.nodes.blocks import channels_of, groups_of
 from fresnet.network.nodes.layers import Layer, N, Normed, T
 from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Grid, Names, Plan, Regime
 from fresnet.network.nodes.shortcuts import Identity, Shortcut
+from fresnet.network.nodes.stages import strided
 
 
 class PreActivation(NamedTuple, Generic[T, N]):
@@ -31,7 +32,7 @@ class PreActivation(NamedTuple, Generic[T, N]):
         add, shortcut = self.shortcut.run(source, grid.stride, channels_of(self.layer3), do)
         y, one = do.layer(self.layer1, active, PLAIN)
         groups = groups_of(self.layer1, self.layer2)
-        y, two = do.layer(self.layer2, y, Geometry(grid.stride, grid.dilation, groups))
+        y, two = strided(self.layer2, y, grid, do, dilation=grid.dilation, groups=groups)
         y, three = do.layer(self.layer3, y, PLAIN, add=add, relu=False)
         return y, PreActivation(before, one, two, three, shortcut)
 

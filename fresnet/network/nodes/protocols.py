@@ -22,9 +22,9 @@ class Geometry:
     dilation: int = 1
     groups: int = 1
 
-    def padding(self, side: int) -> int:
-        """The padding of a kernel of this side."""
-        return self.dilation * (side // 2)
+    def padding(self, weight: Tensor) -> list[int]:
+        """The rows and the columns of zeros on each side, for a kernel `[o c/groups k k]`."""
+        return [self.dilation * (side // 2) for side in weight.shape[2:]]
 
 
 PLAIN = Geometry()
@@ -57,11 +57,17 @@ class Regime(Protocol):
     def join(self, y: Tensor, add: Tensor | None) -> Tensor:
         """relu(y + add), where a node stands between the last layer and the sum."""
 
-    def max_pool(self, x: Tensor) -> Tensor:
-        """3x3 max pooling of stride 2."""
+    def max_pool(self, x: Tensor, stride: int = 2) -> Tensor:
+        """3x3 max pooling."""
 
     def average_pool(self, x: Tensor) -> Tensor:
         """2x2 average pooling of stride 2."""
+
+    def halve(self, x: Tensor) -> Tensor:
+        """2x2 average pooling of stride 2, which drops an odd last row or column."""
+
+    def blur(self, x: Tensor) -> Tensor:
+        """x at every second place, smoothed by a binomial kernel of side 3."""
 
     def subsample(self, x: Tensor, stride: int) -> Tensor:
         """x at every `stride`-th place."""
@@ -80,11 +86,29 @@ class Regime(Protocol):
 
 
 class Grid(NamedTuple):
-    """How a block reads activations: its stride, and the dilation before and after the stride."""
+    """How a block reads activations.
+
+    stride: from one of its results to the next.
+    dilation, dilation_after: before and after the stride.
+    pooled: the stage that pools after a convolution, which then has no stride; None otherwise.
+    """
 
     stride: int = 1
     dilation: int = 1
     dilation_after: int = 1
+    pooled: "PooledStage | None" = None
+
+
+class PooledStage(Protocol):
+    """A stage whose first block pools."""
+
+    @staticmethod
+    def pool(x: Tensor, do: Regime) -> Tensor:
+        """x at every second place in some way."""
+
+    @staticmethod
+    def note() -> str:
+        """What a layer table says of it."""
 
 
 class Plan(NamedTuple):
@@ -111,6 +135,9 @@ class Drawer(Protocol):
 
     def bare(self, channels: int, out: int, side: int, *, last: bool = False) -> Layer:
         """A convolution and `NoNorm`. Of the last layer of a block the weight may start at 0."""
+
+    def row(self, length: int) -> Layer:
+        """A convolution of one channel and one row, and `NoNorm`."""
 
     def normed(self, channels: int) -> Normed:
         """A `Norm` that no convolution precedes."""

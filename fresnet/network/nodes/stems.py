@@ -1,6 +1,6 @@
 """Stems: what makes the first activations of images."""
 
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -14,8 +14,12 @@ class Stem7x7(NamedTuple, Generic[T]):
     layer: T
 
     def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "Stem7x7[Any]"]:
+        y, stem = self.convolve(x, do)
+        return do.max_pool(y), stem
+
+    def convolve(self, x: Tensor, do: Regime) -> tuple[Tensor, "Stem7x7[Any]"]:
         y, layer = do.layer(self.layer, x, Geometry(2))
-        return do.max_pool(y), Stem7x7(layer)
+        return y, Stem7x7(layer)
 
     @staticmethod
     def draw(d: Drawer, channels: int, width: int) -> "Stem7x7[Layer]":
@@ -43,10 +47,14 @@ class DeepStem(NamedTuple, Generic[T]):
     layer3: T
 
     def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "DeepStem[Any]"]:
+        y, stem = self.convolve(x, do)
+        return do.max_pool(y), stem
+
+    def convolve(self, x: Tensor, do: Regime) -> tuple[Tensor, "DeepStem[Any]"]:
         y, one = do.layer(self.layer1, x, Geometry(2))
         y, two = do.layer(self.layer2, y, PLAIN)
         y, three = do.layer(self.layer3, y, PLAIN)
-        return do.max_pool(y), DeepStem(one, two, three)
+        return y, DeepStem(one, two, three)
 
     @staticmethod
     def draw(d: Drawer, channels: int, width: int) -> "DeepStem[Layer]":
@@ -95,3 +103,102 @@ class Stem3x3(NamedTuple, Generic[T]):
     @staticmethod
     def stride() -> int:
         return 1
+
+
+Convolutions: TypeAlias = Stem7x7[T] | DeepStem[T]
+"""The stems of which another pooling may follow the convolutions."""
+
+
+class AveragedStem(NamedTuple, Generic[T]):
+    """A stem with a 2x2 average pooling instead of the maximum, as timm's resnetaa has it."""
+
+    stem: Convolutions[T]
+
+    def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "AveragedStem[Any]"]:
+        y, stem = self.stem.convolve(x, do)
+        return do.halve(y), AveragedStem(stem)
+
+    def draw(self, d: Drawer, channels: int, width: int) -> "AveragedStem[Layer]":
+        return AveragedStem.around(self.stem.draw(d, channels, width), d, width)
+
+    @staticmethod
+    def around(stem: Any, d: Drawer, width: int) -> "AveragedStem[Layer]":
+        return AveragedStem(stem)
+
+    @staticmethod
+    def names() -> Names:
+        return Names(libraries=("timm",))
+
+    @staticmethod
+    def note() -> str:
+        return "the first stride 2; 2x2 average pool, stride 2"
+
+    @staticmethod
+    def stride() -> int:
+        return 4
+
+
+class BlurredStem(NamedTuple, Generic[T]):
+    """A stem whose 3x3 max pooling has no stride, and a blur with a stride of 2 after it.
+
+    Source: Zhang 2019, arXiv:1904.11486, Sec. 3.
+    """
+
+    stem: Convolutions[T]
+
+    def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "BlurredStem[Any]"]:
+        y, stem = self.stem.convolve(x, do)
+        return do.blur(do.max_pool(y, stride=1)), BlurredStem(stem)
+
+    def draw(self, d: Drawer, channels: int, width: int) -> "BlurredStem[Layer]":
+        return BlurredStem.around(self.stem.draw(d, channels, width), d, width)
+
+    @staticmethod
+    def around(stem: Any, d: Drawer, width: int) -> "BlurredStem[Layer]":
+        return BlurredStem(stem)
+
+    @staticmethod
+    def names() -> Names:
+        return Names(libraries=("timm",))
+
+    @staticmethod
+    def note() -> str:
+        return "the first stride 2; 3x3 max pool; blur, stride 2"
+
+    @staticmethod
+    def stride() -> int:
+        return 4
+
+
+class StridedStem(NamedTuple, Generic[T]):
+    """A stem with a 3x3 convolution of stride 2 instead of the maximum: ResNet-RS's.
+
+    Source: Bello et al. 2021, arXiv:2103.07579, App. B.
+    """
+
+    stem: Convolutions[T]
+    pool: T
+
+    def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "StridedStem[Any]"]:
+        y, stem = self.stem.convolve(x, do)
+        y, pool = do.layer(self.pool, y, Geometry(2))
+        return y, StridedStem(stem, pool)
+
+    def draw(self, d: Drawer, channels: int, width: int) -> "StridedStem[Layer]":
+        return StridedStem.around(self.stem.draw(d, channels, width), d, width)
+
+    @staticmethod
+    def around(stem: Any, d: Drawer, width: int) -> "StridedStem[Layer]":
+        return StridedStem(stem, d.layer(width, width, 3))
+
+    @staticmethod
+    def names() -> Names:
+        return Names({"pool": ("maxpool.0", "maxpool.1")}, ("timm",))
+
+    @staticmethod
+    def note() -> str:
+        return "the first and the last stride 2"
+
+    @staticmethod
+    def stride() -> int:
+        return 4
