@@ -13,11 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fresnet
 from fresnet import FresnetError, Params, Spec, training, tree
 from fresnet.network.nodes import (
+    AveragedStage,
+    AveragedStem,
     BareStem7x7,
     BasicBlock,
     Bias,
     Bottleneck,
     DeepStem,
+    DilatedStage,
     Identity,
     Norm,
     NormStats,
@@ -25,6 +28,7 @@ from fresnet.network.nodes import (
     PreActivation,
     Projection,
     SqueezeExcite,
+    Stem3x3,
 )
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4), num_classes=5)
@@ -120,8 +124,8 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a projection as a stem": (
         PARAMS._replace(weights=w._replace(stem=Projection(*w.stem))),
-        "expects weights.stem to be Stem7x7 or DeepStem or Stem3x3 or BareStem7x7; "
-        "got a Projection",
+        "expects weights.stem to be Stem7x7 or DeepStem or Stem3x3 or BareStem7x7 or AveragedStem "
+        "or BlurredStem or StridedStem; got a Projection",
     ),
     "a norm that is missing": (
         with_stages(weights=with_layer(lambda layer: layer._replace(norm=()))),
@@ -327,7 +331,13 @@ def test_momentum(momentum: Any, got: str) -> None:
         ({"group_width": 1, "width": 32}, "Spec expects at least one channel in each group"),
         ({"stem": DeepStem, "width": 1}, "Spec expects width to be at least 2 with a deep stem"),
         ({"last": Norm}, "Spec expects last NoLastNorm or LastNorm; got"),
-        ({"attention": Norm}, "Spec expects attention NoAttention or SqueezeExcite; got"),
+        ({"attention": Norm}, "Spec expects attention NoAttention or SqueezeExcite or Effic"),
+        ({"stage": DilatedStage}, "Spec expects stage tuple or AveragedStage or BlurredStage; got"),
+        ({"stem_pool": Stem3x3}, "expects stem_pool None or AveragedStem or BlurredStem or Strid"),
+        (
+            {"stem": Stem3x3, "stem_pool": AveragedStem},
+            "Spec expects a stem that pools with AveragedStem; got",
+        ),
         (
             {"block": PreActivation, "attention": SqueezeExcite},
             "Spec expects no attention in a PreActivation; got",
@@ -353,7 +363,12 @@ POOLED = fresnet.init(0, Spec(Bottleneck, (1, 1), width=2, shortcut=PooledProjec
         (RESNET8, 16, "dilate expects output_stride to be one of [4, 8]; got 16"),
         (RESNET8, 8.0, "dilate expects output_stride to be one of [4, 8]; got 8.0"),
         (RESNET8, None, "dilate expects output_stride to be one of [4, 8]; got None"),
-        (POOLED, 4, "dilate expects shortcuts without pooling; got PooledProjection"),
+        (POOLED, 4, "dilate expects stages that do not pool; got PooledProjection"),
+        (
+            fresnet.init(0, Spec(BasicBlock, (1, 1), 4, stage=AveragedStage), device="meta"),
+            4,
+            "dilate expects stages that do not pool; got AveragedStage",
+        ),
     ],
 )
 def test_dilate(params: Any, output_stride: Any, message: str) -> None:

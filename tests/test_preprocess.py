@@ -286,7 +286,7 @@ def test_bad_files(tmp_path: Path) -> None:
     (text := tmp_path / "text.png").write_text("not an image")
     missing = tmp_path / "missing.png"
     refused([missing], f"images[0], {missing}: No such file or directory")
-    refused([PHOTO, str(tmp_path)], f"images[1], {tmp_path}: Is a directory")
+    refused([PHOTO, str(tmp_path)], f"images[1], {tmp_path}: {tmp_path.name} is no regular")
     refused([text], f"images[0], {text}: cannot identify image file")
     refused(["\0"], "embedded null byte")
 
