@@ -225,7 +225,15 @@ def test_a_repository_of_other_computations_is_refused(config: Any, message: str
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "resnet50d", "resnet10t", "resnext101_64x4d", "resnetaa50d", "resnetv2_50"],
+    [
+        "resnet18",
+        "resnet50d",
+        "resnet10t",
+        "resnext101_64x4d",
+        "resnetaa50d",
+        "resnetrs50",
+        "resnetv2_50",
+    ],
 )
 def test_a_repository_of_a_plain_resnet_is_not(name: str) -> None:
     config = timm.get_pretrained_cfg(name)

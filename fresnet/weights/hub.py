@@ -16,7 +16,10 @@ INDEX = ".safetensors.index.json"
 
 WEIGHTS = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin")
 
-ARCHITECTURE = r"((wide_|se)?res(net|next)\d+[cdst]?(_\d+x\d+d|_2)?|resnetv2_(50|101|152))"
+ARCHITECTURE = (
+    r"((wide_|se|eca)?res(net|next)\d+[cdst]?n?(_\d+x\d+d|_2|_pruned)?"
+    r"|resnetrs\d+|senet154|resnetv2_(50|101|152))"
+)
 """timm's names of the networks that fresnet computes. Others share entries, but not results."""
 
 

@@ -131,7 +131,7 @@ class AveragedStem(NamedTuple, Generic[T]):
 
     @staticmethod
     def note() -> str:
-        return "the first stride 2; 2x2 average pool, stride 2"
+        return "stride 2 at first; 2x2 average pool, stride 2"
 
     @staticmethod
     def stride() -> int:
@@ -163,7 +163,7 @@ class BlurredStem(NamedTuple, Generic[T]):
 
     @staticmethod
     def note() -> str:
-        return "the first stride 2; 3x3 max pool; blur, stride 2"
+        return "stride 2 at first; 3x3 max pool; blur, stride 2"
 
     @staticmethod
     def stride() -> int:
@@ -197,7 +197,7 @@ class StridedStem(NamedTuple, Generic[T]):
 
     @staticmethod
     def note() -> str:
-        return "the first and the last stride 2"
+        return "stride 2 at first and at last"
 
     @staticmethod
     def stride() -> int:
