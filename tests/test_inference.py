@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fresnet
 from fresnet import FresnetError, Params, tree
 from fresnet.inference import fused, onednn, side_by_side, winograd
-from fresnet.network.nodes import PLAIN, Geometry
+from fresnet.network.nodes import PLAIN, POOLED, Bottleneck, Geometry, PooledProjection, Projection
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """The largest errors, relative to the terms of the logits, because logits may cancel."""
@@ -235,6 +235,18 @@ def test_every_network_runs_side_by_side(
         patch.setattr(side_by_side, "images_together", lambda shape, dtype, stride: n(shape[0]))
         logits = fresnet.compile_inference(network, x.float())(x.float())
     assert_logits_close(params, x, logits, 1e-5)
+
+
+@pytest.mark.parametrize("kind", POOLED)
+@pytest.mark.parametrize("shortcut", [Projection, PooledProjection])
+def test_where_the_last_stage_pools_images_lie_apart(kind: type, shortcut: type) -> None:
+    """Only a convolution with a stride lays them side by side."""
+    spec = fresnet.Spec(Bottleneck, (1, 1), width=4, shortcut=shortcut, stage=kind)
+    params, x = fresnet.init(0, spec, num_classes=5), torch.randn(4, 3, 32, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side_by_side, "images_together", lambda shape, dtype, stride: shape[0])
+        logits = fresnet.compile_inference(fresnet.fold(params), x)(x)
+    assert_close(logits, fresnet.forward(params, x), 1e-5)
 
 
 @pytest.mark.slow
