@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from fresnet import FresnetError
-from fresnet.data.preprocess import PRESETS, Preset, preprocess
+from fresnet.data.preprocess import PRESETS, Preset, preprocess, preset_of
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (31, 47, 3), np.uint8)
@@ -355,3 +355,9 @@ def test_a_tensor_is_told_from_an_array() -> None:
         FresnetError, match=re.escape("got a tensor uint8 (4, 4, 3) (image.numpy()?)")
     ):
         preprocess([torch.zeros(4, 4, 3, dtype=torch.uint8)])
+
+
+@pytest.mark.parametrize("text", ["9" * 5000 + ",1,bilinear", "256,300,bilinear", "256,0,bilinear"])
+def test_presets_that_no_text_makes(text: str) -> None:
+    with pytest.raises(FresnetError, match="--preset expects a name or, say, 256,224,bilinear"):
+        preset_of(text)

@@ -101,7 +101,10 @@ def preset_of(text: str) -> Preset:
         return _named(text)
     match text.split(","):
         case [resize, crop, "bilinear" | "bicubic" as interpolation] if (
-            resize.isdecimal() and crop.isdecimal() and 0 < int(crop) <= int(resize)
+            resize.isdecimal()
+            and crop.isdecimal()
+            and max(len(resize), len(crop)) < 7
+            and 0 < int(crop) <= int(resize)
         ):
             return Preset(int(resize), int(crop), interpolation)
     raise FresnetError(f"--preset expects a name or, say, 256,224,bilinear; got {text}")

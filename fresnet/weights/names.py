@@ -232,7 +232,7 @@ _OF_CIFAR = re.compile(r"^(layer\d+\.\d+\.)shortcut\.")
 """What kuangliu's pytorch-cifar, and much that follows it, calls a projection."""
 
 
-def as_row(value: Any) -> Any:
+def _as_row(value: Any) -> Any:
     """A kernel along channels, `[1 1 k]`, as one of a single row, `[1 1 1 k]`."""
     one = isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, 1)
     return value[:, :, None] if one else value
@@ -246,7 +246,7 @@ def canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         layout = "timm"
     else:
         return "torchvision", {
-            _OF_CIFAR.sub(r"\1downsample.", name): as_row(value) for name, value in mapping.items()
+            _OF_CIFAR.sub(r"\1downsample.", name): _as_row(value) for name, value in mapping.items()
         }
     found: dict[str, Any] = {}
     for name, value in mapping.items():

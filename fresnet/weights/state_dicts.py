@@ -145,8 +145,8 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     if layout == "timm":
         state["fc.weight"] = state["fc.weight"][..., None, None]  # timm's V2 has a convolution
     for name, value in state.items():
-        if layout != "huggingface" and name.endswith(".se.conv.weight"):
-            state[name] = value[:, :, 0]
+        if name.endswith(".se.conv.weight"):
+            state[name] = value[:, :, 0]  # timm's goes along one dimension
     return {name_in(layout, name): value for name, value in state.items()}
 
 
