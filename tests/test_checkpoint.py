@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,16 @@ def test_metadata_that_describe_no_state_are_a_damage(about: Any, tmp_path: Path
         found = restore_state([LEAF], tmp_path)
     assert found is not None
     assert_identical(found.state, [LEAF])
+
+
+def test_leaves_without_values_come_back_in_their_strides(tmp_path: Path) -> None:
+    """Their strides may be any: there is no value that could lie in the place of another."""
+    empty = torch.empty(4, 0, 4, 2)
+    for order in permutations(range(4)):
+        view = empty.permute(order)
+        check_round_trip(
+            (view, view[::2], view[:, :1], view[None].expand(3, -1, -1, -1, -1)), tmp_path
+        )
 
 
 def test_what_metadata_say_of_strides_is_what_is_restored(tmp_path: Path) -> None:

@@ -245,15 +245,17 @@ def _strides(leaf: Tensor) -> list[int]:
 def _lie_apart(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether values lie line after line, without wide gaps; with stride 0 one is repeated.
 
-    Wide gaps would let a small file ask for any amount of memory.
+    Wide gaps would let a small file ask for any amount of memory. Without values there are none.
     """
+    if not all(shape):
+        return True
     last, values = 0, 1
     for stride, n in sorted(zip(strides, shape, strict=True)):
         if stride and n != 1:
             if stride <= last:
                 return False
             last, values = last + (n - 1) * stride, values * n
-    return last < GAPS * max(values, 1)
+    return last < GAPS * values
 
 
 def _are_strides(strides: object, leaf: Tensor) -> bool:
