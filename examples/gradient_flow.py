@@ -30,8 +30,7 @@ from tqdm import tqdm
 
 import fresnet
 from fresnet import Params, tree
-from fresnet.network.nodes import Moments, Norm
-from fresnet.network.norm import EPS
+from fresnet.network.nodes import EPS, Moments, Norm
 
 BATCH, SAMPLE, RATE, MOMENTUM, WEIGHT_DECAY = 128, 512, 0.02, 0.9, 1e-4
 

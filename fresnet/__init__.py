@@ -12,6 +12,7 @@ from fresnet.gradients.clipping import clipped_grads, per_sample_norms
 from fresnet.gradients.per_sample import per_sample_grads
 from fresnet.inference.compiled import compile_inference
 from fresnet.inference.quantization import quantize
+from fresnet.network.eps import with_eps
 from fresnet.network.init import init
 from fresnet.network.net import features, forward, forward_moments, forward_train
 from fresnet.network.nodes import Params, Quantized
@@ -66,4 +67,5 @@ __all__ = [
     "to_state_dict",
     "training",
     "tree",
+    "with_eps",
 ]

@@ -21,9 +21,9 @@ from fresnet.network.nodes import Params
 from fresnet.network.specs import SPECS
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.export import SUFFIXES
-from fresnet.weights.names import LAYOUTS, foreign_to
-from fresnet.weights.state_dicts import untold
+from fresnet.weights.layouts import LAYOUTS, foreign_to
 from fresnet.weights.storage import write_pickle, write_safetensors
+from fresnet.weights.untold import untold
 
 EXAMPLES = {
     "summary": """examples:

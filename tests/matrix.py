@@ -34,11 +34,20 @@ from torch.nn.functional import cross_entropy
 import fresnet
 from fresnet import Params, tree
 from fresnet.network.nodes import (
+    AveragedStage,
+    AveragedStem,
     BareStem7x7,
     BasicBlock,
+    BlurredStage,
+    BlurredStem,
+    Bottleneck,
+    EfficientAttention,
+    FramedStem7x7,
+    GroupNorm,
     LastNorm,
     PreActivation,
     SqueezeExcite,
+    StandardisedLayer,
     Weights,
 )
 
@@ -218,8 +227,8 @@ CELLS = [
 ]
 
 
-def network(*depths: int, block: type = BasicBlock, **types: type) -> Params:
-    spec = fresnet.Spec(block, depths, width=4, **types)  # type: ignore[arg-type]
+def network(*depths: int, block: type = BasicBlock, width: int = 4, **types: type) -> Params:
+    spec = fresnet.Spec(block, depths, width, **types)  # type: ignore[arg-type]
     params = fresnet.init(0, spec, num_classes=5, dtype=torch.float64)
     return params._replace(stats=tree.map(lambda s: 0.7 * s + 0.2, params.stats))
 
@@ -227,24 +236,41 @@ def network(*depths: int, block: type = BasicBlock, **types: type) -> Params:
 NETWORKS = {"eager": network(1, 1), "aot_eager": network(1, 1), "inductor": network(1)}
 """The network of each mode. Inductor's is smaller: it compiles each convolution for seconds."""
 
-V2 = network(1, 1, block=PreActivation, stem=BareStem7x7, last=LastNorm)
-EXCITED = network(1, 1, attention=SqueezeExcite)
+OTHERS = {
+    "V2": network(1, 1, block=PreActivation, stem=BareStem7x7, last=LastNorm),
+    "excited": network(1, 1, attention=SqueezeExcite),
+    "averaged": network(1, 1, block=Bottleneck, stage=AveragedStage, stem_pool=AveragedStem),
+    "blurred, ECA": network(
+        1, 1, stage=BlurredStage, stem_pool=BlurredStem, attention=EfficientAttention
+    ),
+    "groups": network(1, 1, width=6, norm=GroupNorm),
+    "BiT": network(
+        *(1, 1),
+        block=PreActivation,
+        width=6,
+        stem=FramedStem7x7,
+        last=LastNorm,
+        layer=StandardisedLayer,
+        norm=GroupNorm,
+    ),
+}
 """Networks of other nodes, which go through the same transforms."""
 
 X = torch.randn(6, 3, 20, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3, 4, 0])
 
 
-def error(cell: Cell, network: Params | None = None) -> float:
+def error(cell: Cell, other: str | None = None) -> float:
     """The error of the transform of fresnet's network, relative to the norm of the true result.
 
     Args:
-      network: in float64; by default the one of the cell's mode.
+      other: a name in `OTHERS`; by default the network is the one of the cell's mode.
     Raises:
       Exception: what PyTorch raises where it refuses.
     """
     dtype = getattr(torch, cell.dtype)
-    network = NETWORKS[cell.mode] if network is None else network
+    network = OTHERS[other] if other else NETWORKS[cell.mode]
+    images = X[..., :16, :16] if other else X  # what averages takes even sides alone
     weights, stats = network
     wide = torch.promote_types(dtype, torch.float32)
     params = Params(tree.map(lambda w: w.to(dtype), weights), tree.map(lambda s: s.to(wide), stats))
@@ -258,8 +284,8 @@ def error(cell: Cell, network: Params | None = None) -> float:
         call = torch.compile(call, backend=cell.mode, fullgraph=True)
     # Scalar code compiles in half the time. Inductor vectorises what is narrower than float64.
     with inductor.patch({"cpp.simdlen": 1 if cell.dtype == "float64" else None}):
-        actual = _flat(call(params.weights, X.to(dtype)))
-    expected = _truth(cell.transform, cell.forward, network)
+        actual = _flat(call(params.weights, images.to(dtype)))
+    expected = _truth(cell.transform, cell.forward, network, images)
     return float((actual - expected).norm() / expected.norm())
 
 
@@ -269,12 +295,12 @@ FORWARD: Mapping[str, Callable[[Params, Tensor], Tensor]] = {
 }
 
 
-def _truth(transform: str, forward: str, params: Params) -> Tensor:
+def _truth(transform: str, forward: str, params: Params, x: Tensor) -> Tensor:
     train = forward == "forward_train"
     loss = _loss(lambda params, x: textbook.logits(params, x, train), params)
     # PyTorch's max pooling, in the textbook, has no rule for all of them in channels last.
     plain = tree.map(torch.Tensor.contiguous, params.weights)
-    return _flat(TRANSFORMS[transform](loss, plain, X))
+    return _flat(TRANSFORMS[transform](loss, plain, x))
 
 
 def _loss(run: Callable[[Params, Tensor], Tensor], params: Params) -> Loss:

@@ -24,8 +24,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fresnet
 from fresnet import nodes
-from fresnet.network.nodes import POOLED_STEMS, attention_of
-from fresnet.weights.state_dicts import UNTOLD
+from fresnet.network.nodes import POOLED_STEMS, attention_of, kinds
+from fresnet.weights.untold import UNTOLD
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -189,8 +189,7 @@ def architecture(params: fresnet.Params) -> fresnet.Spec | None:
     weights = params.weights
     stages = [nodes.blocks_of(stage) for stage in weights.stages]
     pool = type(weights.stem) if isinstance(weights.stem, POOLED_STEMS) else None
-    kinds = {type(stages[0][0]), *map(type, weights.stages), pool}
-    if kinds.isdisjoint(UNTOLD):
+    if kinds(weights).isdisjoint((*UNTOLD, nodes.GroupNorm)):
         return None
     shortcuts = [type(block.shortcut) for stage in stages for block in stage]
     changing = [kind for kind in shortcuts if kind is not nodes.Identity]
@@ -203,4 +202,6 @@ def architecture(params: fresnet.Params) -> fresnet.Spec | None:
         last=type(weights.last),
         stage=type(weights.stages[-1]) if len(stages) > 1 else tuple,
         stem_pool=pool,
+        layer=type(stages[0][0].layer1),
+        norm=nodes.GroupNorm if nodes.GroupNorm in kinds(weights) else nodes.Norm,
     )

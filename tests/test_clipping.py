@@ -1,5 +1,6 @@
 """Norms of per-sample gradients and their clipped sum equal those of the gradients themselves."""
 
+import gc
 import re
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, Params, tree
-from fresnet.gradients.listening import _narrowed
+from fresnet.gradients.listening import Listening, _narrowed
 from fresnet.network import convolution
 from fresnet.network.nodes import BasicBlock, Bias, Bottleneck, NoNorm, Weights
 
@@ -25,7 +26,11 @@ MEANINGS = st.sampled_from(["running", "batch"])
 REGIMES = st.sampled_from(
     [
         lambda params: params,
-        lambda params: fresnet.freeze(params, lambda path: path[-2] == "layer1"),
+        lambda params: (
+            fresnet.freeze(params, lambda path: path[-2] == "layer1")
+            if tree.leaves(params.stats)
+            else params
+        ),
         fresnet.fold,
     ]
 )
@@ -353,3 +358,14 @@ def test_a_losss_own_parameters_have_derivatives(depth: str) -> None:
     assert_close(by_autograd, grad(of_sum)(torch.tensor(0.3)), 1e-4)
     with torch.no_grad():
         assert_close(of_norms(u), of_norms(u.detach()), 1e-6)
+
+
+def test_a_pass_leaves_nothing_alive() -> None:
+    """A hook that kept itself alive would keep the first activations until the next collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        fresnet.per_sample_norms(cross_entropy, NETWORK, X, Y)
+        assert not [one for one in gc.get_objects() if type(one) is Listening]
+    finally:
+        gc.enable()

@@ -32,19 +32,25 @@ def test_cell(cell: matrix.Cell) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("forward", matrix.FORWARDS)
-@pytest.mark.parametrize("transform", matrix.TRANSFORMS)
-@pytest.mark.parametrize("network", ["V2", "EXCITED"])
+@pytest.mark.parametrize(
+    "transform",
+    [  # these trace for ten seconds
+        pytest.param(name, marks=[pytest.mark.long] * (name in ("linearize", "make_fx")))
+        for name in matrix.TRANSFORMS
+    ],
+)
+@pytest.mark.parametrize("network", matrix.OTHERS)
 def test_other_nodes_under_every_transform(network: str, transform: str, forward: str) -> None:
     cell = matrix.Cell(transform, forward, "eager", "float64")
-    assert matrix.error(cell, getattr(matrix, network)) <= matrix.BOUNDS["float64"]
+    assert matrix.error(cell, network) <= matrix.BOUNDS["float64"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["V2", "EXCITED"])
+@pytest.mark.parametrize("network", matrix.OTHERS)
 @pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
 def test_other_nodes_compiled(network: str, transform: str) -> None:
     cell = matrix.Cell(transform, "forward_train", "aot_eager", "float64")
-    assert matrix.error(cell, getattr(matrix, network)) <= matrix.BOUNDS["float64"]
+    assert matrix.error(cell, network) <= matrix.BOUNDS["float64"]
 
 
 def test_the_document_has_a_figure_within_bounds_for_every_cell() -> None:

@@ -10,10 +10,7 @@ from fresnet.errors import FresnetError, describe
 from fresnet.gradients.listening import Pass, squares_of, weighted_sum
 from fresnet.gradients.per_sample import LossFunction, apart, check_images, grads_apart
 from fresnet.network.check import stats_dtype
-from fresnet.network.nodes import (
-    Params,
-    Weights,
-)
+from fresnet.network.nodes import Params, StandardisedLayer, Weights, kinds
 from fresnet.numbers import as_scalar
 from fresnet.pytorch import transform_stack
 
@@ -137,10 +134,12 @@ def _taken(
     """The pass, or None where the gradients themselves have to be formed.
 
     A compiler, an outer transform or autograd could not follow the pass, in inference mode there is
-    no pass back, and autocast would round its products. Nor does it know tensors of a loss's own.
+    no pass back, and autocast would round its products. Nor does it know tensors of a loss's own,
+    or how a standardised kernel changes with its weight.
     """
     if (
-        torch.compiler.is_compiling()
+        StandardisedLayer in kinds(params.weights)
+        or torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled(x.device.type)
         or transform_stack.differentiated(*tree.leaves((params, x, y)))

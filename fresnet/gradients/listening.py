@@ -17,11 +17,14 @@ from fresnet.gradients.per_sample import LossFunction
 from fresnet.network import ops
 from fresnet.network.check import stats_dtype
 from fresnet.network.convolution import squared_norms, weight_gradient
+from fresnet.network.group_norm import group_norm
 from fresnet.network.net import run_network
 from fresnet.network.nodes import (
+    EPS,
     AnyNorm,
     Bias,
     Geometry,
+    GroupNorm,
     Head,
     Layer,
     NoNorm,
@@ -31,7 +34,7 @@ from fresnet.network.nodes import (
     Params,
     Weights,
 )
-from fresnet.network.norm import EPS, check_width, inference_norm
+from fresnet.network.norm import check_width, inference_norm
 from fresnet.network.regimes import Composed
 
 
@@ -83,6 +86,7 @@ class Pass:
         if total.requires_grad:
             (cotangent,) = torch.autograd.grad(total, cut, materialize_grads=True)
             torch.autograd.grad(logits, do.root, cotangent)
+        do.root = x  # else its hook would keep itself, and the first activations, alive
         self._weights, self._told = params.weights, Weights(*seen, do.told_head)
         self.norms = torch.stack(do.squares).sum(0).sqrt()
 
@@ -182,13 +186,17 @@ class Listening(Composed):
             cotangent = cotangent.to(stats_dtype(cotangent.dtype))
             bias = cotangent.sum((2, 3))
             grads = [bias]
+            if isinstance(norm, GroupNorm):
+                identity = GroupNorm(torch.ones_like(norm.scale), torch.zeros_like(norm.bias))
+                x = group_norm(identity, x)
             if not isinstance(norm, Bias):
                 scale = (cotangent * x).sum((2, 3))
                 if stats:
                     scale = (scale - bias * stats.mean) * torch.rsqrt(stats.var + EPS)
                 grads = [scale, bias]
-            for leaf, each in zip(told, grads, strict=True):
-                self._tell(leaf, squares_of(each), partial(weighted_sum, grads=each))
+            for leaf, place, each in zip(norm, told, grads, strict=True):
+                each = each.unflatten(1, leaf.shape)
+                self._tell(place, squares_of(each), partial(weighted_sum, grads=each))
 
         if isinstance(norm, NoNorm):  # the root must not be written over
             return (x.clone() if x is self.root else x), told

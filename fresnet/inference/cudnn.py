@@ -58,9 +58,9 @@ class CuDNN(Fused):
     ) -> FusedLayer:
         return convolution(shape, weight, bias, how, relu=relu)
 
-    def max_pool(self, x: Tensor, stride: int = 2) -> Tensor:
+    def max_pool(self, x: Tensor, stride: int = 2, padding: int = 1) -> Tensor:
         """It is compiled. PyTorch's own kernel also writes indices, four times as many bytes."""
-        return _compiled(ops.max_pool)(x, stride)
+        return _compiled(ops.max_pool)(x, stride, padding)
 
 
 def prepare(params: Params, x: Tensor) -> Inference:
@@ -94,6 +94,8 @@ def _bias_in_sum(block: Any) -> Any:
         return block
     last = last_layer(block)
     layer, projection = getattr(block, last), shortcut.layer
+    if not isinstance(layer.norm, Bias) or not isinstance(projection.norm, Bias):
+        return block
     total = Bias(layer.norm.bias + projection.norm.bias)
     bare = shortcut._replace(layer=projection._replace(norm=NoNorm()))
     return block._replace(shortcut=bare, **{last: layer._replace(norm=total)})

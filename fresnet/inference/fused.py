@@ -9,7 +9,18 @@ from torch import Tensor
 
 from fresnet.errors import FresnetError, describe
 from fresnet.network.faults import missing_columns
-from fresnet.network.nodes import Bias, Geometry, Layer, NoNorm, Normed, Pair, Rescale, Unit
+from fresnet.network.group_norm import group_norm
+from fresnet.network.nodes import (
+    Bias,
+    Geometry,
+    GroupNorm,
+    Layer,
+    NoNorm,
+    Normed,
+    Pair,
+    Rescale,
+    Unit,
+)
 from fresnet.network.regimes import Floating
 
 Inference: TypeAlias = Callable[[Tensor], Tensor]
@@ -75,8 +86,25 @@ class Fused(Floating):
     ) -> tuple[Tensor, Any]:
         run = at.beside
         if not callable(run):
-            run = self.convolution(x.shape, *_folded(at.unit), how, relu=relu)
+            run = self._prepared(at.unit, x.shape, how, relu=relu)
         return run(x, add), run
+
+    def _prepared(self, unit: Unit, shape: torch.Size, how: Geometry, *, relu: bool) -> FusedLayer:
+        match unit:
+            case Layer(conv, Bias(bias)):
+                return self.convolution(shape, conv, bias, how, relu=relu)
+            case Layer(conv, NoNorm()):
+                return self.convolution(shape, conv, None, how, relu=relu)
+            case Layer(conv, GroupNorm() as norm):
+                convolve = self.convolution(shape, conv, None, how, relu=False)
+
+                def run(x: Tensor, added: Tensor | None = None) -> Tensor:
+                    y = group_norm(norm, convolve(x, None))
+                    y = y if added is None else y + added
+                    return F.relu(y) if relu else y
+
+                return run
+        _refuse(unit)
 
     def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Any]:
         run = at.beside if callable(at.beside) else _rescaling(at.unit)
@@ -87,16 +115,6 @@ class Fused(Floating):
         return F.relu(y if add is None else y + add)
 
 
-def _folded(unit: Unit) -> tuple[Tensor, Tensor | None]:
-    """The convolution and the bias of a folded layer."""
-    match unit:
-        case Layer(conv, Bias(bias)):
-            return conv, bias
-        case Layer(conv, NoNorm()):
-            return conv, None
-    _refuse(unit)
-
-
 def _rescaling(unit: Unit) -> FusedLayer:
     match unit:
         case Normed(Rescale(scale, bias)):
@@ -104,11 +122,14 @@ def _rescaling(unit: Unit) -> FusedLayer:
             # oneDNN's compiler would write a product and a sum over x, which the shortcut reads. It
             # leaves this one operation to PyTorch.
             return lambda x, _: F.relu(torch.addcmul(shift, x, factor))
+        case Normed(GroupNorm() as norm):
+            return lambda x, _: F.relu(group_norm(norm, x))
     _refuse(unit)
 
 
 def _refuse(unit: Unit) -> NoReturn:
     raise FresnetError(
-        "compiled inference expects layers as fold leaves them, with Bias or NoNorm, and Rescale "
-        f"where no convolution precedes; got {type(unit).__name__} with {describe(unit.norm)}"
+        "compiled inference expects layers as fold leaves them, with Bias, GroupNorm or NoNorm, "
+        "and Rescale or GroupNorm where no convolution precedes; got "
+        f"{type(unit).__name__} with {describe(unit.norm)}"
     )

@@ -189,9 +189,9 @@ class _Levels(Floating):
     def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, tuple[()]]:
         return at.beside(x, None), ()
 
-    def max_pool(self, x: Tensor, stride: int = 2) -> Tensor:
+    def max_pool(self, x: Tensor, stride: int = 2, padding: int = 1) -> Tensor:
         """PyTorch's public function for this refuses uint8."""
-        window = ([side] * 2 for side in (ops.SIDE, stride, ops.PADDING, 1))
+        window = ([side] * 2 for side in (ops.SIDE, stride, padding, 1))
         y: Tensor = torch.ops.quantized.max_pool2d(x, *window, False)
         return y
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fresnet.inference import side_by_side, winograd
 from fresnet.inference.fused import Fused, FusedLayer, Inference
 from fresnet.network.net import run_network
-from fresnet.network.nodes import POOLED, Geometry, Head, Pair, Params
+from fresnet.network.nodes import POOLED, Geometry, GroupNorm, Head, Pair, Params, kinds
 from fresnet.network.ops import linear
 
 TRACE, FUNCTION = "_create_graph_by_tracing", "_create_function_from_graph"
@@ -102,9 +102,10 @@ def prepare(params: Params, x: Tensor) -> Inference:
     """Prepare the folded network for images of this shape."""
     images = x.contiguous(memory_format=torch.channels_last)
     do = OneDNN()
-    # Where a stage pools, its shortcuts alone would stride, and lie side by side alone.
-    pools = isinstance(params.weights.stages[-1], POOLED)
-    last = do if pools else SideBySide(len(images))
+    # Where a stage pools, its shortcuts alone would stride, and lie side by side alone. A norm in
+    # groups would take the moments of several images.
+    apart = kinds(params.weights.stages[-1]) & {*POOLED, GroupNorm}
+    last = do if apart else SideBySide(len(images))
     ready = params._replace(stats=run_network(params, images, do, last=last).seen)
 
     def run(x: Tensor) -> Tensor:

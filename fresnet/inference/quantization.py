@@ -130,4 +130,7 @@ def _narrowed(unit: Unit) -> Unit:
             return Layer(levels, Rescale(scale, bias))
         case Normed(Rescale()):
             return unit
-    raise FresnetError(f"quantize knows no unit such as {describe(unit)}")
+    raise FresnetError(
+        f"quantize expects norms that fold into convolutions; got {describe(unit.norm)}: "
+        "compile_inference runs it in bfloat16"
+    )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from fresnet.network.check import DTYPES, stats_dtype
 from fresnet.network.nodes import (
     Bias,
     FrozenNorm,
+    GroupNorm,
     Head,
     Layer,
     NoNorm,
@@ -20,6 +22,7 @@ from fresnet.network.nodes import (
     Params,
     Rescale,
     Stats,
+    Unit,
     Weights,
     beside,
 )
@@ -88,7 +91,8 @@ def init(
             f"init expects device to be a torch.device that is there; got {device!r}: "
             f"{reason(error)}"
         ) from error
-    draw = _Values(generator, dtype, device, last_scale=0.0 if zero_init_residual else 1.0)
+    last_scale = 0.0 if zero_init_residual else 1.0
+    draw = _Values(generator, dtype, device, last_scale, spec.layer, spec.norm)
     weights = _weights(draw, spec, classes, channels)
     return Params(weights, fresh_stats(weights))
 
@@ -104,7 +108,7 @@ def fresh_stats(weights: Weights) -> Stats:
     return beside(_fresh, weights)
 
 
-def _fresh(unit: Layer | Normed) -> NormStats | tuple[()]:
+def _fresh(unit: Unit) -> NormStats | tuple[()]:
     match unit.norm:
         case Norm() | FrozenNorm():
             scale = unit.norm.scale
@@ -112,7 +116,7 @@ def _fresh(unit: Layer | Normed) -> NormStats | tuple[()]:
             return NormStats(
                 mean=torch.zeros_like(scale, dtype=dtype), var=torch.ones_like(scale, dtype=dtype)
             )
-        case Bias() | Rescale() | NoNorm():
+        case GroupNorm() | Bias() | Rescale() | NoNorm():
             return ()
     raise FresnetError(f"there are no statistics beside {describe(unit.norm)}")
 
@@ -125,19 +129,24 @@ class _Values:
     dtype: torch.dtype
     device: torch.device
     last_scale: float = 1.0
+    kind: type[Any] = Layer
+    norm: type[Any] = Norm
 
     def layer(
         self, channels: int, out: int, side: int, groups: int = 1, *, last: bool = False
     ) -> Layer:
         scale = self.last_scale if last else 1.0
-        return Layer(self._conv(channels, out, side, groups), self._norm(out, scale))
+        unit: Layer = self.kind(self._conv(channels, out, side, groups), self._norm(out, scale))
+        return unit
 
     def biased(self, channels: int, out: int) -> Layer:
-        return Layer(self._conv(channels, out, 1), Bias(self._full(out, 0.0)))
+        return Layer(self._conv(channels, out, 1), Bias(self._full((out,), 0.0)))
 
     def bare(self, channels: int, out: int, side: int, *, last: bool = False) -> Layer:
         conv = self._conv(channels, out, side)
-        return Layer(torch.zeros_like(conv) if last and not self.last_scale else conv, NoNorm())
+        starts_at_0 = last and not self.last_scale
+        unit: Layer = self.kind(torch.zeros_like(conv) if starts_at_0 else conv, NoNorm())
+        return unit
 
     def row(self, length: int) -> Layer:
         weight = self._uniform(1, 1, 1, length, bound=1 / sqrt(length))
@@ -158,11 +167,12 @@ class _Values:
         weight = weight.normal_(0.0, std, generator=self.generator)
         return weight.to(self.device).contiguous(memory_format=torch.channels_last)
 
-    def _norm(self, channels: int, scale: float) -> Norm:
-        return Norm(scale=self._full(channels, scale), bias=self._full(channels, 0.0))
+    def _norm(self, channels: int, scale: float) -> Any:
+        shape = self.norm.shape(channels)
+        return self.norm(scale=self._full(shape, scale), bias=self._full(shape, 0.0))
 
-    def _full(self, channels: int, value: float) -> Tensor:
-        return torch.full((channels,), value, dtype=self.dtype, device=self.device)
+    def _full(self, shape: tuple[int, ...], value: float) -> Tensor:
+        return torch.full(shape, value, dtype=self.dtype, device=self.device)
 
     def _uniform(self, *shape: int, bound: float) -> Tensor:
         return self._empty(*shape).uniform_(-bound, bound, generator=self.generator).to(self.device)

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from fresnet.errors import FresnetError, describe
 from fresnet.network.check import stats_dtype
+from fresnet.network.group_norm import group_norm
 from fresnet.network.moments import merge_across
 from fresnet.network.nodes import (
+    EPS,
     AnyNorm,
     Bias,
     FrozenNorm,
+    GroupNorm,
     Moments,
     NoNorm,
     Norm,
@@ -28,8 +31,6 @@ from fresnet.network.nodes import (
 from fresnet.network.ops import add_over
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group
-
-EPS = 1e-5
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """From x, scale and bias to `(y, mean, 1 / std)`."""
@@ -61,7 +62,7 @@ def inference_norm(
         case Norm() | FrozenNorm() if isinstance(stats, NormStats):
             _check_channels(x, norm, stats)
             return _affine(x, norm.scale, norm.bias, *stats), stats
-        case Bias() | Rescale() | NoNorm():
+        case GroupNorm() | Bias() | Rescale() | NoNorm():
             return _without_statistics(norm, x), ()
     _refuse("inference", norm, stats)
 
@@ -105,7 +106,7 @@ def training_norm(
             _check_channels(x, norm, stats)
             y = _affine(x, norm.scale, norm.bias, *stats)
             return y, Moments(stats.mean.new_zeros(()), *map(torch.zeros_like, stats))
-        case Bias() | Rescale() | NoNorm():
+        case GroupNorm() | Bias() | Rescale() | NoNorm():
             return _without_statistics(norm, x), ()
         case _:
             _refuse("training", norm, stats)
@@ -215,7 +216,9 @@ def check_width(norm: Bias | Rescale | NoNorm, x: Tensor) -> None:
         raise FresnetError(f"a {what} of activations {tuple(x.shape)} is [{x.shape[1]}]; got {got}")
 
 
-def _without_statistics(norm: Bias | Rescale | NoNorm, x: Tensor) -> Tensor:
+def _without_statistics(norm: GroupNorm | Bias | Rescale | NoNorm, x: Tensor) -> Tensor:
+    if isinstance(norm, GroupNorm):
+        return group_norm(norm, x)
     check_width(norm, x)
     if isinstance(norm, NoNorm):
         return x
@@ -235,5 +238,5 @@ def _check_channels(x: Tensor, norm: Norm | FrozenNorm, stats: NormStats) -> Non
 def _refuse(regime: str, norm: Any, stats: Any) -> NoReturn:
     raise FresnetError(
         f"{regime} knows no norm such as {describe(norm)} beside {describe(stats)}; it has "
-        "Norm and FrozenNorm beside NormStats, and Bias, Rescale and NoNorm beside ()"
+        "Norm and FrozenNorm beside NormStats, and GroupNorm, Bias, Rescale and NoNorm beside ()"
     )

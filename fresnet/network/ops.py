@@ -17,7 +17,7 @@ from fresnet.network.convolution import convolve
 from fresnet.network.nodes import PLAIN, Geometry
 from fresnet.pytorch import transform_stack
 
-SIDE, PADDING = 3, 1
+SIDE = 3
 """Of max pooling's window."""
 
 
@@ -40,26 +40,26 @@ def conv2d(x: Tensor, weight: Tensor, how: Geometry = PLAIN) -> Tensor:
     return convolve(x, weight, how)
 
 
-def max_pool(x: Tensor, stride: int = 2) -> Tensor:
-    """3x3 max pooling, padded by one: `[b c h w]` -> `[b c ceil(h/stride) ceil(w/stride)]`.
+def max_pool(x: Tensor, stride: int = 2, padding: int = 1) -> Tensor:
+    """3x3 max pooling. Padded by one: `[b c h w]` -> `[b c ceil(h/stride) ceil(w/stride)]`.
 
     Where several derivatives are to come, it takes the values at the places of the maxima. All
     derivatives of that have rules for every transform.
     """
     if torch.compiler.is_compiling():
-        return F.max_pool2d(x, SIDE, stride, PADDING)
+        return F.max_pool2d(x, SIDE, stride, padding)
     if not transform_stack.one_derivative(x):
-        y, places = _pooled(x.detach(), stride)
+        y, places = _pooled(x.detach(), stride, padding)
         return x.flatten(2).gather(2, places.flatten(2)).view(y.shape)
     if transform_stack.active() or not (torch.is_grad_enabled() and x.requires_grad):
-        return F.max_pool2d(x, SIDE, stride, PADDING)
-    pooled: Tensor = _MaxPool.apply(x, stride)
+        return F.max_pool2d(x, SIDE, stride, padding)
+    pooled: Tensor = _MaxPool.apply(x, stride, padding)
     return pooled
 
 
-def _pooled(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+def _pooled(x: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """The maxima and their places, as numbers of the values in each map."""
-    y, places = F.max_pool2d_with_indices(x, [SIDE] * 2, [stride] * 2, [PADDING] * 2)
+    y, places = F.max_pool2d_with_indices(x, [SIDE] * 2, [stride] * 2, [padding] * 2)
     return y, places
 
 
@@ -67,22 +67,26 @@ class _MaxPool(torch.autograd.Function):
     """PyTorch's kernel for `torch.autograd`, with a derivative that can be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
-        y, places = _pooled(x, stride)
+    def forward(ctx: Any, x: Tensor, stride: int, padding: int) -> Tensor:
+        y, places = _pooled(x, stride, padding)
         ctx.save_for_backward(x, places)
-        ctx.stride = stride
+        ctx.window = [SIDE] * 2, [stride] * 2, [padding] * 2, [1, 1]
         return y
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
         x, places = ctx.saved_tensors
         kernel = getattr(torch.ops.aten, "max_pool2d_with_indices_backward", None)
         if torch.is_grad_enabled() or kernel is None:
             zeros = torch.zeros_like(x).flatten(2)
             flat = zeros.scatter_add(2, places.flatten(2), cotangent.flatten(2))
-            return flat.view(x.shape), None
-        window = [SIDE] * 2, [ctx.stride] * 2, [PADDING] * 2, [1, 1]
-        return kernel(cotangent, x, *window, False, places), None
+            return flat.view(x.shape), None, None
+        return kernel(cotangent, x, *ctx.window, False, places), None, None
+
+
+def frame(x: Tensor) -> Tensor:
+    """x `[b c h w]` with a zero before and after each row and each column: `[b c h+2 w+2]`."""
+    return F.pad(x, (1, 1, 1, 1))
 
 
 def average_pool(x: Tensor) -> Tensor:

@@ -21,8 +21,11 @@ class Floating(Regime):
     def join(self, y: Tensor, add: Tensor | None) -> Tensor:
         return ops.relu(y if add is None else ops.add(y, add))
 
-    def max_pool(self, x: Tensor, stride: int = 2) -> Tensor:
-        return ops.max_pool(x, stride)
+    def max_pool(self, x: Tensor, stride: int = 2, padding: int = 1) -> Tensor:
+        return ops.max_pool(x, stride, padding)
+
+    def frame(self, x: Tensor) -> Tensor:
+        return ops.frame(x)
 
     def average_pool(self, x: Tensor) -> Tensor:
         return ops.average_pool(x)
@@ -64,10 +67,9 @@ class Composed(Floating):
         add: Tensor | None = None,
         relu: bool = True,
     ) -> tuple[Tensor, Any]:
-        conv, norm = at.unit
         # Rounded here, not all in advance: so each gradient is widened as soon as it is there.
-        y = ops.conv2d(x, conv.to(x.dtype), how)
-        y, seen = self.normalise(norm, at.beside, y)
+        y = ops.conv2d(x, at.unit.kernel().to(x.dtype), how)
+        y, seen = self.normalise(at.unit.norm, at.beside, y)
         y = y if add is None else ops.add(y, add)
         return (ops.relu(y) if relu else y), seen
 

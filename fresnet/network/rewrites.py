@@ -14,10 +14,12 @@ from fresnet.network.check import check_call, check_params
 from fresnet.network.init import fresh_stats
 from fresnet.network.net import forward_moments
 from fresnet.network.nodes import (
+    EPS,
     POOLED,
     Bias,
     DilatedStage,
     FrozenNorm,
+    GroupNorm,
     Layer,
     NoNorm,
     Norm,
@@ -26,13 +28,13 @@ from fresnet.network.nodes import (
     Params,
     PooledProjection,
     Rescale,
+    StandardisedLayer,
     Stats,
     Unit,
     beside,
     blocks_of,
     replaced,
 )
-from fresnet.network.norm import EPS
 from fresnet.numbers import as_integer
 
 T = TypeVar("T")
@@ -106,7 +108,9 @@ def fold(params: Params) -> Params:
       params: the network; frozen norms are folded like others.
     Returns:
       The network with a `Bias` after each convolution, a `Rescale` for each other norm, and no
-      statistics. Cast to a narrower dtype afterwards, not before: weights are rounded once then.
+      statistics. A norm in groups stays, since its moments are each image's own; a kernel is
+      standardised once and for all. Cast to a narrower dtype afterwards, not before: weights are
+      rounded once then.
     Raises:
       FresnetError: if params is not a network, or if a norm's channels are not its convolution's.
     Source: Jacob et al. 2017, arXiv:1712.05877, Sec. 3.2.
@@ -119,6 +123,10 @@ def fold(params: Params) -> Params:
 def _folded(unit: Unit, stats: Any) -> Unit:
     """A unit without statistics. Every convolution then has a bias, as fused kernels want it."""
     match unit:
+        case StandardisedLayer():
+            return _folded(Layer(unit.kernel(), unit.norm), stats)
+        case Layer(_, GroupNorm()) | Normed(GroupNorm()):
+            return unit
         case Layer(conv, Norm() | FrozenNorm() as norm):
             factor, bias = _affine(norm, stats, conv)
             return Layer((conv * factor[:, None, None, None]).to(conv.dtype), Bias(bias))

@@ -8,15 +8,19 @@ from typing import Any
 from fresnet.errors import FresnetError
 from fresnet.network.nodes import (
     ATTENTIONS,
+    BARE_STEMS,
     BLOCKS,
     LASTS,
+    LAYERS,
     PLACES,
     POOLED,
     POOLED_STEMS,
+    PREACTIVATIONS,
     SHORTCUTS,
     STEMS,
     AveragedStage,
     AveragedStem,
+    BareDeepStem,
     BareStem7x7,
     BasicBlock,
     Block,
@@ -27,17 +31,23 @@ from fresnet.network.nodes import (
     CentredZeroPad,
     DeepStem,
     EfficientAttention,
+    FramedStem7x7,
+    GroupNorm,
     Identity,
     Last,
     LastNorm,
+    Layer,
     NoAttention,
     NoLastNorm,
+    Norm,
     NoShortcut,
     Plan,
     PooledProjection,
     PreActivation,
+    PreActivationBasic,
     Projection,
     SqueezeExcite,
+    StandardisedLayer,
     Stem,
     Stem3x3,
     Stem7x7,
@@ -65,6 +75,8 @@ class Spec:
       stage: the type of the stages after the first: `tuple` if their first convolution strides,
         `AveragedStage` or `BlurredStage` if they pool against aliasing.
       stem_pool: what pools in the stem instead of the maximum, such as `AveragedStem`; or None.
+      layer: the type of the layers of stem, blocks and shortcuts: `Layer` or `StandardisedLayer`.
+      norm: the type of the norms: `Norm` or `GroupNorm`.
     Raises:
       FresnetError: if a type is none of `fresnet.nodes` or does not go with the block's, if a
         number is not positive, if a basic block is to be grouped or widened, or if a convolution
@@ -82,6 +94,8 @@ class Spec:
     group_width: int = 64
     stage: type[Any] = tuple
     stem_pool: type[Any] | None = None
+    layer: type[Any] = Layer
+    norm: type[Any] = Norm
 
     def __post_init__(self) -> None:
         changing = tuple(kind for kind in SHORTCUTS if kind is not Identity)
@@ -93,6 +107,8 @@ class Spec:
             ("attention", ATTENTIONS),
             ("stage", (tuple, *POOLED)),
             ("stem_pool", (None, *POOLED_STEMS)),
+            ("layer", LAYERS),
+            ("norm", (Norm, GroupNorm)),
         ):
             if getattr(self, field) not in kinds:
                 names = " or ".join(getattr(kind, "__name__", "None") for kind in kinds)
@@ -111,20 +127,23 @@ class Spec:
             raise FresnetError(
                 f"Spec expects no attention in a {self.block.__name__}; got {self.attention!r}"
             )
-        if self.stem is BareStem7x7 and self.block is not PreActivation:
+        if self.stem in BARE_STEMS and self.block not in PREACTIVATIONS:
             raise FresnetError(
-                "Spec expects blocks that begin with a norm after BareStem7x7, PreActivation; "
-                f"got {self.block!r}"
+                f"Spec expects blocks that begin with a norm after {self.stem.__name__}, such as "
+                f"PreActivation; got {self.block!r}"
             )
         if self.stem_pool and self.stem not in PLACES[self.stem_pool]["stem"]:
             raise FresnetError(
                 f"Spec expects a stem that pools with {self.stem_pool.__name__}; got {self.stem!r}"
             )
-        if self.block is BasicBlock and (self.groups, self.group_width) != (1, 64):
+        if self.block in (BasicBlock, PreActivationBasic) and (self.groups, self.group_width) != (
+            1,
+            64,
+        ):
             raise FresnetError(f"Spec expects groups and group_width of bottlenecks; got {self}")
         if self.inner_width(0) < 1:
             raise FresnetError(f"Spec expects at least one channel in each group; got {self}")
-        if self.stem is DeepStem and self.width < 2:
+        if self.stem in (DeepStem, BareDeepStem) and self.width < 2:
             raise FresnetError(
                 f"Spec expects width to be at least 2 with a deep stem; got {self.width}"
             )
@@ -168,9 +187,16 @@ def _blurred(spec: Spec) -> Spec:
     return replace(spec, stage=BlurredStage, stem_pool=BlurredStem)
 
 
-def _v2(*depths: int) -> Spec:
+def _v2(block: type[Block], *depths: int, stem: type[Stem] = BareStem7x7, **more: Any) -> Spec:
     """ResNet V2 (He et al. 2016, arXiv:1603.05027), with the stride in the 3x3 as in timm."""
-    return Spec(PreActivation, depths, stem=BareStem7x7, last=LastNorm)
+    shortcut = PooledProjection if stem is BareDeepStem else Projection
+    return Spec(block, depths, stem=stem, shortcut=shortcut, last=LastNorm, **more)
+
+
+def _bit(width: int, *depths: int) -> Spec:
+    """BiT (Kolesnikov et al. 2019, arXiv:1912.11370), `width` times as wide as ResNet V2."""
+    more = {"width": 64 * width, "layer": StandardisedLayer, "norm": GroupNorm}
+    return _v2(PreActivation, *depths, stem=FramedStem7x7, **more)
 
 
 RESNET18 = Spec(BasicBlock, (2, 2, 2, 2))
@@ -208,9 +234,24 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
         "resnetblur50d": _blurred(_deep(Bottleneck, 3, 4, 6, 3)),
         "resnetblur101d": _blurred(_deep(Bottleneck, 3, 4, 23, 3)),
         "seresnetaa50d": _averaged(_deep(Bottleneck, 3, 4, 6, 3, attention=SqueezeExcite)),
-        "resnetv2_50": _v2(3, 4, 6, 3),
-        "resnetv2_101": _v2(3, 4, 23, 3),
-        "resnetv2_152": _v2(3, 8, 36, 3),
+        "resnet50_gn": Spec(Bottleneck, (3, 4, 6, 3), norm=GroupNorm),
+        "resnetv2_18": _v2(PreActivationBasic, 2, 2, 2, 2),
+        "resnetv2_34": _v2(PreActivationBasic, 3, 4, 6, 3),
+        "resnetv2_50": _v2(PreActivation, 3, 4, 6, 3),
+        "resnetv2_101": _v2(PreActivation, 3, 4, 23, 3),
+        "resnetv2_152": _v2(PreActivation, 3, 8, 36, 3),
+        "resnetv2_18d": _v2(PreActivationBasic, 2, 2, 2, 2, stem=BareDeepStem),
+        "resnetv2_34d": _v2(PreActivationBasic, 3, 4, 6, 3, stem=BareDeepStem),
+        "resnetv2_50d": _v2(PreActivation, 3, 4, 6, 3, stem=BareDeepStem),
+        "resnetv2_101d": _v2(PreActivation, 3, 4, 23, 3, stem=BareDeepStem),
+        "resnetv2_152d": _v2(PreActivation, 3, 8, 36, 3, stem=BareDeepStem),
+        "resnetv2_50d_gn": _v2(PreActivation, 3, 4, 6, 3, stem=BareDeepStem, norm=GroupNorm),
+        "resnetv2_50x1_bit": _bit(1, 3, 4, 6, 3),
+        "resnetv2_50x3_bit": _bit(3, 3, 4, 6, 3),
+        "resnetv2_101x1_bit": _bit(1, 3, 4, 23, 3),
+        "resnetv2_101x3_bit": _bit(3, 3, 4, 23, 3),
+        "resnetv2_152x2_bit": _bit(2, 3, 8, 36, 3),
+        "resnetv2_152x4_bit": _bit(4, 3, 8, 36, 3),
         "seresnet18": Spec(BasicBlock, (2, 2, 2, 2), attention=SqueezeExcite),
         "seresnet34": Spec(BasicBlock, (3, 4, 6, 3), attention=SqueezeExcite),
         "seresnet50": Spec(Bottleneck, (3, 4, 6, 3), attention=SqueezeExcite),

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fresnet import tree
 from fresnet.network.check import check_image_size, check_params, first_conv
 from fresnet.network.nodes import (
+    LAYERS,
     Grid,
     Head,
-    Layer,
     Params,
     attention_of,
     blocks_of,
@@ -183,7 +183,7 @@ def _convolutions(node: Iterable[object]) -> str:
     """The convolutions of a node's layers in words, such as "1x1 64, 3x3 64, 1x1 256"."""
     found, channels = [], None
     for layer in node:
-        if isinstance(layer, Layer):
+        if isinstance(layer, LAYERS):
             o, c, height, width = layer.conv.shape
             groups = 1 if channels is None else channels // c
             found.append(f"{height}x{width} {o}" + (f" in {groups} groups" if groups > 1 else ""))

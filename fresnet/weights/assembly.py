@@ -13,8 +13,9 @@ from fresnet.errors import FresnetError, describe, reason
 from fresnet.network.check import DTYPES, first_conv, stats_dtype
 from fresnet.network.net import run_network
 from fresnet.network.nodes import (
+    LAYERS,
     Geometry,
-    Layer,
+    GroupNorm,
     NormStats,
     Pair,
     Params,
@@ -25,7 +26,8 @@ from fresnet.network.nodes import (
 )
 from fresnet.network.norm import inference_norm
 from fresnet.network.regimes import INFERENCE, Composed
-from fresnet.weights.names import name_in, name_tree
+from fresnet.weights.layouts import name_in
+from fresnet.weights.names import name_tree
 
 SIDE = 64
 """Of the image by which layers are held against one another."""
@@ -77,7 +79,7 @@ def _absorbed(named: Params, given: Mapping[str, Any]) -> dict[str, str]:
     means: dict[str, str] = {}
 
     def look(unit: Any, stats: Any) -> None:
-        if isinstance(unit, Layer) and isinstance(stats, NormStats):
+        if isinstance(unit, LAYERS) and isinstance(stats, NormStats):
             bias = str(unit.conv).removesuffix("weight") + "bias"
             if bias in given:
                 means[bias] = str(stats.mean)
@@ -99,13 +101,15 @@ def _expected(
         return tuple(value.shape[:1]) if _is_float(value) and value.ndim == dims else None
 
     def look(unit: Any, unit_stats: Any) -> None:
-        if isinstance(unit, Layer):
+        if isinstance(unit, LAYERS):
             weights[str(unit.conv)] = _Entry("[o c k k]", None, 4, dtype)
             sizes = sizes_of(unit.conv, 4)
         else:
             sizes = sizes_of(unit.norm.scale, 1)
         for name in unit.norm:
             weights[name] = _Entry("[c]", sizes, 1, dtype)
+            if isinstance(unit.norm, GroupNorm):  # how many groups there are, no other entry tells
+                weights[name] = _Entry("[g c/g]", None, 2, dtype)
         for name in unit_stats:
             stats[name] = _Entry("[c]", sizes, 1, stats_dtype(dtype))
 

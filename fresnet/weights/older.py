@@ -2,11 +2,12 @@
 
 from typing import TypeAlias
 
-from fresnet.network.nodes import BLOCKS, NORMS
+from fresnet.network.nodes import BLOCKS, NORMS, UNITS
 
 Structure: TypeAlias = "int | str | list[Structure]"
 """The types of nodes as JSON: a list of a node's name and its children, or 0 for a leaf."""
 
+_UNITS = {unit.__name__ for unit in UNITS}
 _NORMS = {norm.__name__ for norm in NORMS}
 _BLOCKS = {block.__name__ for block in BLOCKS}
 
@@ -16,7 +17,7 @@ def with_layers(structure: Structure) -> Structure:
 
     A structure in today's form comes back as it is.
     """
-    if not isinstance(structure, list) or structure[0] in ("Layer", *_NORMS):
+    if not isinstance(structure, list) or structure[0] in {*_UNITS, *_NORMS}:
         return structure
     name, *children = structure
     paired: list[Structure] = []

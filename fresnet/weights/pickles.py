@@ -53,10 +53,11 @@ BUILTINS |= {"set", "str", "tuple"}
 
 
 class _Mapping(dict[Any, Any]):
-    """Any mapping of the standard library. What else it knew is forgotten."""
+    """Any mapping of the standard library. What else it knew is forgotten, but for `_metadata`."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__()
+        self._metadata: dict[Any, Any] = {}
         last = arguments[-1] if arguments else ()
         pairs: Any = last.items() if isinstance(last, dict) else last
         if isinstance(last, dict | list | tuple):  # Python 2 wrote entries as arguments
@@ -205,7 +206,10 @@ class Unpickler(_Base):  # type: ignore[misc]
         self.load_reduce()
 
     def load_build(self) -> None:
-        self.stack.pop()  # the state, which is set on nothing
+        state, made = self.stack.pop(), self.stack[-1]
+        modules = state.get("_metadata") if isinstance(state, dict) else None
+        if isinstance(made, _Mapping) and isinstance(modules, dict):
+            made._metadata = modules  # a state dict's; all other state is set on nothing
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()

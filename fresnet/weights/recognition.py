@@ -15,20 +15,26 @@ from fresnet.errors import FresnetError
 from fresnet.network.nodes import (
     BLOCKS,
     PLACES,
+    PREACTIVATIONS,
     SHORTCUTS,
+    BareDeepStem,
     BareStem7x7,
     Bottleneck,
     BottleneckV1,
     DeepStem,
+    FramedStem7x7,
+    GroupNorm,
     Head,
     Identity,
     LastNorm,
+    Layer,
     NoAttention,
     NoLastNorm,
+    Norm,
     NoShortcut,
     Params,
-    PreActivation,
     Projection,
+    StandardisedLayer,
     Stem3x3,
     Stem7x7,
     StridedStem,
@@ -51,16 +57,17 @@ class _Candidate(NamedTuple):
     attention: type[Any]
     names: frozenset[str]
 
-    def draw(self) -> Any:
-        return blank_block(self.block, self.shortcut, self.attention)
+    def draw(self, blanks: Blanks) -> Any:
+        return blank_block(self.block, self.shortcut, self.attention, blanks)
 
 
 @cache
-def _candidates(block: Any, attention: Any) -> list[_Candidate]:
+def _candidates(block: Any, attention: Any, norm: Any) -> list[_Candidate]:
     """One for each shortcut that names tell."""
+    blanks = Blanks(norm=norm)
     shortcuts = [kind for kind in SHORTCUTS if kind is Identity or kind.names().units]
     return [
-        _Candidate(block, kind, attention, _names_of(blank_block(block, kind, attention)))
+        _Candidate(block, kind, attention, _names_of(blank_block(block, kind, attention, blanks)))
         for kind in shortcuts
     ]
 
@@ -84,61 +91,78 @@ def recognised(given: Mapping[str, Any], spec: Spec | None) -> Params:
         raise FresnetError(
             "from_state_dict expects a head; got none: add an fc.weight [k c] and fc.bias [k]"
         )
-    block, attention = _block_types([found for stage in stages for found in stage.values()])
-    stem_type = _stem_type(given, block)
+    norm = Norm if any(name.endswith(".running_mean") for name in given) else GroupNorm
+    types = [_block_types(list(stage.values()), norm) for stage in stages]
+    is_v2 = any(block in PREACTIVATIONS for block, _ in types)
+    stem_type = _stem_type(given, norm) if not is_v2 else _bare_stem(given, norm)
+    # Names do not tell standardised weights. With such a stem they are BiT's.
+    layer: Any = StandardisedLayer if stem_type is FramedStem7x7 else Layer
     if spec is not None:
-        found = [len(stage) for stage in stages], stem_type, block, attention
-        block = _agreed(spec, *found)
-    stem = stem_type.draw(Blanks(), 0, 0)
+        _check_agreed(spec, [len(stage) for stage in stages], stem_type, norm, types)
+        types = [(spec.block, spec.attention)] * len(stages)
+        stem_type, layer = spec.stem, spec.layer
+    blanks = Blanks(layer, norm)
+    stem = stem_type.draw(blanks, 0, 0)
     channels = _channels(given, stem, "")
     pool: Any = spec.stem_pool if spec else None
     if "maxpool.0.weight" in given:
         pool = StridedStem
     if pool is not None:
-        stem = pool.around(stem, Blanks(), 0)
+        stem = pool.around(stem, blanks, 0)
     if spec is not None:
         changing = spec.shortcut
     else:
         projects = any(".downsample." in name for name in given)
         changing = Projection if projects or stem_type is not Stem3x3 else ZeroPad
     drawn: list[tuple[Any, ...]] = []
-    for stage in stages:
+    for stage, (block, attention) in zip(stages, types, strict=True):
         blocks: list[Any] = []
         for prefix, names in stage.items():
-            best = _best(block, attention, names)
-            out = _channels(given, best.draw(), prefix)
+            best = _best(block, attention, norm, names)
+            out = _channels(given, best.draw(blanks), prefix)
             changes = bool(drawn) or (None not in (out, channels) and out != channels)
             if changing is NoShortcut or (changes and not blocks and best.shortcut is Identity):
                 best = best._replace(shortcut=changing)
-            blocks.append(best.draw())
+            blocks.append(best.draw(blanks))
             channels = out
         drawn.append((spec.stage if spec and drawn else tuple)(tuple(blocks)))
-    last = LastNorm.draw(Blanks(), 0) if block is PreActivation else NoLastNorm()
+    last = LastNorm.draw(blanks, 0) if is_v2 else NoLastNorm()
     weights = Weights(stem, tuple(drawn), last, Head(BLANK, BLANK))
     return Params(weights, beside(blank_stats, weights))
 
 
-def _agreed(
-    spec: Spec, depths: list[int], stem: type[Any], block: type[Any], attention: type[Any]
-) -> type[Any]:
-    """The block of a spec, of which names tell all but where bottlenecks stride.
+ALIKE: tuple[set[type], ...] = ({Bottleneck, BottleneckV1}, {BareStem7x7, FramedStem7x7})
+"""Types that have the same names."""
+
+
+def _check_agreed(
+    spec: Spec,
+    depths: list[int],
+    stem: type[Any],
+    norm: type[Any],
+    types: list[tuple[type[Any], type[Any]]],
+) -> None:
+    """Refuse a spec that says otherwise than the names do.
 
     Raises:
-      FresnetError: if the entries are of another network than the spec's.
+      FresnetError: saying what differs.
     """
-    alike = {block, spec.block} <= {Bottleneck, BottleneckV1}
+    if spec.depths != tuple(depths):
+        raise FresnetError(
+            f"from_state_dict expects stages of {spec.depths}, as architecture says; got entries "
+            f"of {tuple(depths)}"
+        )
     for what, expected, got in (
-        ("stages of", spec.depths, tuple(depths)),
-        ("the stem", spec.stem.__name__, stem.__name__),
-        ("blocks", spec.block.__name__, spec.block.__name__ if alike else block.__name__),
-        ("attention", spec.attention.__name__, attention.__name__),
+        ("the stem", spec.stem, stem),
+        ("norms", spec.norm, norm),
+        *(("blocks", spec.block, block) for block, _ in types),
+        *(("attention", spec.attention, attention) for _, attention in types),
     ):
-        if expected != got:
+        if expected is not got and not any({expected, got} <= alike for alike in ALIKE):
             raise FresnetError(
-                f"from_state_dict expects {what} {expected}, as architecture says; got entries of "
-                f"{got}"
+                f"from_state_dict expects {what} {expected.__name__}, as architecture says; got "
+                f"entries of {got.__name__}"
             )
-    return spec.block
 
 
 def _stages(given: Mapping[str, Any]) -> list[dict[str, set[str]]]:
@@ -171,8 +195,8 @@ def _stages(given: Mapping[str, Any]) -> list[dict[str, set[str]]]:
     ]
 
 
-def _block_types(blocks: list[set[str]]) -> tuple[type[Any], type[Any]]:
-    """The types of block and attention that explain the entries of all blocks best.
+def _block_types(blocks: list[set[str]], norm: type[Any]) -> tuple[type[Any], type[Any]]:
+    """The types of block and attention that explain the entries of a stage's blocks best.
 
     Names do not tell V1 from V1.5, which is more common.
     """
@@ -184,13 +208,13 @@ def _block_types(blocks: list[set[str]]) -> tuple[type[Any], type[Any]]:
     ]
 
     def explained(kind: tuple[type[Any], type[Any]]) -> int:
-        return sum(_score(_best(*kind, found).names, found) for found in blocks)
+        return sum(_score(_best(*kind, norm, found).names, found) for found in blocks)
 
     return max(kinds, key=explained)
 
 
-def _best(block: Any, attention: Any, found: set[str]) -> _Candidate:
-    return max(_candidates(block, attention), key=lambda one: _score(one.names, found))
+def _best(block: Any, attention: Any, norm: Any, found: set[str]) -> _Candidate:
+    return max(_candidates(block, attention, norm), key=lambda one: _score(one.names, found))
 
 
 def _score(names: Set[str], found: Set[str]) -> int:
@@ -198,18 +222,27 @@ def _score(names: Set[str], found: Set[str]) -> int:
     return len(names & found) - len(names ^ found)
 
 
-def _stem_type(given: Mapping[str, Any], block: type[Any]) -> type[Any]:
-    kernel = getattr(given.get("conv1.weight"), "shape", ())[2:]
-    if block is PreActivation:
-        if kernel and kernel != (7, 7):
-            raise FresnetError(
-                f"from_state_dict expects a 7x7 convolution in the stem of V2; got {tuple(kernel)}"
-            )
-        return BareStem7x7
+def _stem_type(given: Mapping[str, Any], norm: type[Any]) -> type[Any]:
     entries = {name for name in given if re.match(r"(conv|bn)1\.", name)}
     kinds: tuple[type[Any], ...] = (Stem7x7, DeepStem)
-    best = max(kinds, key=lambda kind: _score(_names_of(kind.draw(Blanks(), 0, 0)), entries))
-    return Stem3x3 if best is Stem7x7 and kernel == (3, 3) else best
+    blanks = Blanks(norm=norm)
+    best = max(kinds, key=lambda kind: _score(_names_of(kind.draw(blanks, 0, 0)), entries))
+    return Stem3x3 if best is Stem7x7 and _kernel(given) == (3, 3) else best
+
+
+def _bare_stem(given: Mapping[str, Any], norm: type[Any]) -> type[Any]:
+    """V2's stem. BiT's has the same names, and norms in groups, which V2's has not."""
+    if "conv1.0.weight" in given:
+        return BareDeepStem
+    if (kernel := _kernel(given)) and kernel != (7, 7):
+        raise FresnetError(
+            f"from_state_dict expects a 7x7 convolution in the stem of V2; got {kernel}"
+        )
+    return FramedStem7x7 if norm is GroupNorm else BareStem7x7
+
+
+def _kernel(given: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(getattr(given.get("conv1.weight"), "shape", ())[2:])
 
 
 def _channels(given: Mapping[str, Any], node: Any, prefix: str) -> int | None:

@@ -5,7 +5,6 @@ the canonical ones (`names`); nodes are recognised (`recognition`); entries are 
 (`assembly`).
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,34 +14,24 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.errors import FresnetError, suggestion
 from fresnet.network.check import check_params, first_conv
-from fresnet.network.init import init
 from fresnet.network.nodes import (
-    STAGES,
-    AveragedStem,
-    BlurredStem,
-    BottleneckV1,
     DilatedStage,
     FrozenNorm,
+    GroupNorm,
     Norm,
     Params,
-    ZeroPad,
+    Unit,
+    beside,
+    kinds,
+    replaced,
 )
 from fresnet.network.specs import SPECS, Spec
 from fresnet.weights.assembly import assemble
-from fresnet.weights.names import (
-    LAYOUTS,
-    canonical,
-    foreign_to,
-    kinds,
-    layout_of,
-    name_in,
-    names,
-)
+from fresnet.weights.layouts import LAYOUTS, canonical, foreign_to, layout_of, name_in
+from fresnet.weights.names import name_tree, names
 from fresnet.weights.recognition import recognised
+from fresnet.weights.untold import like, tell_what_is_assumed
 from fresnet.weights.unwrapping import network_entries
-
-UNTOLD = (BottleneckV1, *STAGES, AveragedStem, BlurredStem, FrozenNorm)
-"""What names do not tell of a network."""
 
 SAME_NAMES: set[type] = {Norm, FrozenNorm, DilatedStage}
 """What a network has by itself or by `freeze` and `dilate`, and no architecture says."""
@@ -97,14 +86,9 @@ def from_state_dict(
     layout, given = canonical(network_entries(mapping))
     given = {name: _widened(value) for name, value in given.items()}
     nodes = recognised(given, spec)
-    if spec is None and ZeroPad in kinds(nodes.weights):
-        warnings.warn(
-            "names do not tell how shortcuts get more channels. fresnet appends zeros, as "
-            "architecture='resnet20' says; 'resnet20_centred' puts half of them before, and "
-            "'plain20' has no shortcuts",
-            stacklevel=2,
-        )
-    params = assemble("from_state_dict", nodes, given, layout)
+    params = assemble("from_state_dict", nodes, _in_groups(nodes, given), layout)
+    if spec is None:
+        tell_what_is_assumed(params, mapping)
     check_architecture("from_state_dict", params, architecture, spec)
     return params
 
@@ -141,8 +125,8 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
             f"to_state_dict expects a network that {layout} has; got {foreign}; save keeps all"
         )
     layout = layout_of(params, layout)
-    state = named_leaves(params)
-    if layout == "timm":
+    state = named_leaves(_flat(params))
+    if layout in ("timm", "timm, deep"):
         state["fc.weight"] = state["fc.weight"][..., None, None]  # timm's V2 has a convolution
     for name, value in state.items():
         if name.endswith(".se.conv.weight"):
@@ -201,9 +185,8 @@ def check_architecture(
     """
     if architecture is None or spec is None:
         return
-    classes, channels = len(params.weights.head.bias), first_conv(params.weights).shape[1]
-    like = init(0, spec, num_classes=classes, in_channels=channels, device="meta")
-    both = kinds(params.weights), kinds(like.weights)
+    drawn = like(spec, params)
+    both = kinds(params.weights), kinds(drawn.weights)
     expected, got = (sorted(kind.__name__ for kind in of - SAME_NAMES) for of in both[::-1])
     if expected != got:
         raise FresnetError(
@@ -211,7 +194,7 @@ def check_architecture(
         )
     sizes, found = (
         {name: tuple(leaf.shape) for name, leaf in zip(names(one), tree.leaves(one), strict=True)}
-        for one in (like, params)
+        for one in (drawn, params)
     )
     for name in {**sizes, **found} if isinstance(architecture, str) else ():
         if sizes.get(name) != found.get(name):
@@ -221,10 +204,27 @@ def check_architecture(
             )
 
 
-def untold(params: Params) -> list[str]:
-    """The node types of a network that names do not tell: lost from a state dict."""
-    found = kinds(params.weights)
-    return [kind.__name__ for kind in UNTOLD if kind in found]
+def _in_groups(nodes: Params, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries, those of norms in groups `[g c/g]` instead of `[c]`."""
+    shaped = dict(given)
+
+    def look(unit: Unit) -> None:
+        for name in map(str, unit.norm) if isinstance(unit.norm, GroupNorm) else ():
+            value = given.get(name)
+            if isinstance(value, Tensor) and value.ndim == 1:
+                shaped[name] = value.reshape(GroupNorm.shape(len(value)))
+
+    beside(look, name_tree(nodes).weights)
+    return shaped
+
+
+def _flat(params: Params) -> Params:
+    """The network with leaves of norms `[c]`, which in groups are `[g c/g]`."""
+
+    def flat(unit: Unit) -> Unit:
+        return unit._replace(norm=tree.map(torch.flatten, unit.norm))
+
+    return params._replace(weights=replaced(flat, params.weights))
 
 
 def _widened(value: Any) -> Any:

@@ -32,6 +32,7 @@ STEMS = (
     "conv1.weight",
     "conv1.0.weight",
     "stem.conv.weight",
+    "stem.conv1.weight",
     "embedder.embedder.convolution.weight",
 )
 """What the first convolution is called."""

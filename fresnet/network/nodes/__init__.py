@@ -26,10 +26,13 @@ from fresnet.network.nodes.blocks import (
     last_layer,
 )
 from fresnet.network.nodes.layers import (
+    EPS,
+    LAYERS,
     UNITS,
     AnyNorm,
     Bias,
     FrozenNorm,
+    GroupNorm,
     Layer,
     Moments,
     N,
@@ -39,8 +42,10 @@ from fresnet.network.nodes.layers import (
     NormStats,
     Pair,
     Rescale,
+    StandardisedLayer,
     T,
     Unit,
+    kinds,
     over,
     units_of,
 )
@@ -55,7 +60,14 @@ from fresnet.network.nodes.params import (
     paired,
     replaced,
 )
-from fresnet.network.nodes.preactivation import BareStem7x7, LastNorm, PreActivation
+from fresnet.network.nodes.preactivation import (
+    BareDeepStem,
+    BareStem7x7,
+    FramedStem7x7,
+    LastNorm,
+    PreActivation,
+    PreActivationBasic,
+)
 from fresnet.network.nodes.protocols import (
     PLAIN,
     Block,
@@ -97,18 +109,20 @@ from fresnet.network.nodes.stems import (
 )
 
 POOLED_STEMS = (AveragedStem, BlurredStem, StridedStem)
-STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7, *POOLED_STEMS)
-BLOCKS = (BasicBlock, Bottleneck, BottleneckV1, PreActivation)
+BARE_STEMS = (BareStem7x7, BareDeepStem, FramedStem7x7)
+STEMS = (Stem7x7, DeepStem, Stem3x3, *BARE_STEMS, *POOLED_STEMS)
+PREACTIVATIONS = (PreActivationBasic, PreActivation)
+BLOCKS = (BasicBlock, Bottleneck, BottleneckV1, *PREACTIVATIONS)
 LASTS = (NoLastNorm, LastNorm)
 SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, NoShortcut)
 ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
-NORMS = (Norm, FrozenNorm, Bias, Rescale, NoNorm)
+NORMS = (Norm, FrozenNorm, GroupNorm, Bias, Rescale, NoNorm)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
 
 
 def _places(kind: type) -> dict[str, tuple[type, ...]]:
     """The types that each field of a node takes, by its annotation."""
-    units: Mapping[Any, tuple[type, ...]] = {T: (Layer,), N: (Normed,)}
+    units: Mapping[Any, tuple[type, ...]] = {T: LAYERS, N: (Normed,)}
     return {
         field: units[hint]
         if isinstance(hint, TypeVar)
@@ -119,21 +133,25 @@ def _places(kind: type) -> dict[str, tuple[type, ...]]:
 
 PLACES: Mapping[type, Mapping[str, tuple[type, ...]]] = {
     **{kind: _places(kind) for kind in NODES},
-    Layer: {"norm": NORMS},
-    Normed: {"norm": (Norm, FrozenNorm, Rescale)},
+    **{kind: {"norm": NORMS} for kind in LAYERS},
+    Normed: {"norm": (Norm, FrozenNorm, GroupNorm, Rescale)},
 }
 """For each type of node, which fields hold nodes, and of which types; other fields hold leaves."""
 
 __all__ = [
     "ATTENTIONS",
+    "BARE_STEMS",
     "BLOCKS",
+    "EPS",
     "LASTS",
+    "LAYERS",
     "NODES",
     "NORMS",
     "PLACES",
     "PLAIN",
     "POOLED",
     "POOLED_STEMS",
+    "PREACTIVATIONS",
     "SHORTCUTS",
     "STAGES",
     "STEMS",
@@ -142,6 +160,7 @@ __all__ = [
     "Attention",
     "AveragedStage",
     "AveragedStem",
+    "BareDeepStem",
     "BareStem7x7",
     "BasicBlock",
     "Bias",
@@ -155,9 +174,11 @@ __all__ = [
     "DilatedStage",
     "Drawer",
     "EfficientAttention",
+    "FramedStem7x7",
     "FrozenNorm",
     "Geometry",
     "Grid",
+    "GroupNorm",
     "Head",
     "Identity",
     "Last",
@@ -177,12 +198,14 @@ __all__ = [
     "Plan",
     "PooledProjection",
     "PreActivation",
+    "PreActivationBasic",
     "Projection",
     "Quantized",
     "Regime",
     "Rescale",
     "Shortcut",
     "SqueezeExcite",
+    "StandardisedLayer",
     "Stats",
     "Stem",
     "Stem3x3",
@@ -195,6 +218,7 @@ __all__ = [
     "beside",
     "blocks_of",
     "grids",
+    "kinds",
     "last_layer",
     "over",
     "paired",

@@ -5,7 +5,7 @@ from typing import Any, Generic, NamedTuple
 from torch import Tensor
 
 from fresnet.network.nodes.attention import Attention, NoAttention
-from fresnet.network.nodes.layers import Layer, T
+from fresnet.network.nodes.layers import LAYERS, Layer, T
 from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Grid, Names, Plan, Regime
 from fresnet.network.nodes.shortcuts import Shortcut
 from fresnet.network.nodes.stages import strided
@@ -127,7 +127,7 @@ def last_layer(node: Any) -> str:
 
     By convention it is the last field that holds a layer.
     """
-    *_, last = (field for field in node._fields if isinstance(getattr(node, field), Layer))
+    *_, last = (field for field in node._fields if isinstance(getattr(node, field), LAYERS))
     return str(last)
 
 

@@ -5,11 +5,16 @@ moments in `stats`, a batch's moments in what a training run returns, and ranges
 """
 
 from collections.abc import Callable
+from math import gcd
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from fresnet.tree import rebuild
+
+EPS = 1e-5
+"""What norms add to each variance."""
 
 T = TypeVar("T")
 """What stands in a `Layer`'s place."""
@@ -23,6 +28,11 @@ class Norm(NamedTuple):
 
     scale: Tensor
     bias: Tensor
+
+    @staticmethod
+    def shape(channels: int) -> tuple[int]:
+        """Of each leaf."""
+        return (channels,)
 
 
 class FrozenNorm(NamedTuple):
@@ -49,7 +59,23 @@ class NoNorm(NamedTuple):
     """y = x. It stands after a convolution that has neither norm nor bias."""
 
 
-AnyNorm: TypeAlias = Norm | FrozenNorm | Bias | Rescale | NoNorm
+class GroupNorm(NamedTuple):
+    """A normalisation of each image's channels in g groups, without statistics; each `[g c/g]`.
+
+    Source: Wu & He 2018, arXiv:1803.08494, Sec. 3.1.
+    """
+
+    scale: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def shape(channels: int) -> tuple[int, int]:
+        """32 groups, or as many as divide both 32 and the channels: what everyone has."""
+        groups = gcd(32, channels)
+        return groups, channels // max(groups, 1)
+
+
+AnyNorm: TypeAlias = Norm | FrozenNorm | GroupNorm | Bias | Rescale | NoNorm
 
 
 class NormStats(NamedTuple):
@@ -76,6 +102,29 @@ class Layer(NamedTuple):
     conv: Tensor
     norm: AnyNorm
 
+    def kernel(self) -> Tensor:
+        """What activations are convolved with."""
+        return self.conv
+
+
+class StandardisedLayer(NamedTuple):
+    """A layer whose kernel is the weight, standardised for each output channel.
+
+        kernel = (conv - mean) / sqrt(var + 1e-8)
+
+    Source: Qiao et al. 2019, arXiv:1903.10520, Sec. 3; Kolesnikov et al. 2019 ("BiT"),
+    arXiv:1912.11370, whose code has this eps.
+    """
+
+    conv: Tensor
+    norm: AnyNorm
+
+    def kernel(self) -> Tensor:
+        """What activations are convolved with."""
+        wide = self.conv.to(torch.promote_types(self.conv.dtype, torch.float32))
+        var, mean = torch.var_mean(wide, (1, 2, 3), correction=0, keepdim=True)
+        return ((wide - mean) * torch.rsqrt(var + 1e-8)).to(self.conv.dtype)
+
 
 class Normed(NamedTuple):
     """A norm that no convolution precedes, and ReLU, as in ResNet V2."""
@@ -83,14 +132,15 @@ class Normed(NamedTuple):
     norm: AnyNorm
 
 
-Unit: TypeAlias = Layer | Normed
-UNITS = (Layer, Normed)
+Unit: TypeAlias = Layer | StandardisedLayer | Normed
+LAYERS = (Layer, StandardisedLayer)
+UNITS = (*LAYERS, Normed)
 
 
 class Pair(NamedTuple):
     """A unit, and what stands beside it in another tree. A network runs as a tree of pairs."""
 
-    unit: Any  # Layer or Normed
+    unit: Any
     beside: Any
 
 
@@ -99,6 +149,13 @@ def units_of(node: Any) -> list[Any]:
     found: list[Any] = []
     over(found.append, node)
     return found
+
+
+def kinds(node: Any) -> set[type]:
+    """The types of a tree's nodes."""
+    if not isinstance(node, tuple):
+        return set()
+    return {type(node)}.union(*map(kinds, node))
 
 
 def over(

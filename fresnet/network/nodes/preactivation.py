@@ -61,6 +61,47 @@ class PreActivation(NamedTuple, Generic[T, N]):
         return 4
 
 
+class PreActivationBasic(NamedTuple, Generic[T, N]):
+    """Two 3x3 convolutions, the stride in the first, and norms as in the bottleneck of V2."""
+
+    before: N
+    layer1: T
+    layer2: T
+    shortcut: Shortcut[T]
+
+    def run(
+        self, x: Tensor, grid: Grid, do: Regime
+    ) -> tuple[Tensor, "PreActivationBasic[Any, Any]"]:
+        active, before = do.normed(self.before, x)
+        source = x if isinstance(self.shortcut, Identity) else active
+        add, shortcut = self.shortcut.run(source, grid.stride, channels_of(self.layer2), do)
+        y, one = strided(self.layer1, active, grid, do, dilation=grid.dilation)
+        y, two = do.layer(self.layer2, y, Geometry(1, grid.dilation_after), add=add, relu=False)
+        return y, PreActivationBasic(before, one, two, shortcut)
+
+    @staticmethod
+    def draw(d: Drawer, plan: Plan) -> "PreActivationBasic[Layer, Normed]":
+        return PreActivationBasic(
+            d.normed(plan.channels),
+            d.layer(plan.channels, plan.inner, 3),
+            d.bare(plan.inner, plan.out, 3, last=True),
+            plan.shortcut.draw(d.bare, plan),
+        )
+
+    @staticmethod
+    def names() -> Names:
+        units = {
+            "before": ("", "norm1"),
+            "layer1": ("conv1", "norm2"),
+            "layer2": ("conv2", "conv2"),
+        }
+        return Names(units, ("timm",))
+
+    @staticmethod
+    def expansion() -> int:
+        return 1
+
+
 class BareStem7x7(NamedTuple, Generic[T]):
     """V2's stem: a 7x7 convolution of stride 2, then a 3x3 max pooling of stride 2."""
 
@@ -81,6 +122,72 @@ class BareStem7x7(NamedTuple, Generic[T]):
     @staticmethod
     def note() -> str:
         return "stride 2; 3x3 max pool, stride 2"
+
+    @staticmethod
+    def stride() -> int:
+        return 4
+
+
+class FramedStem7x7(NamedTuple, Generic[T]):
+    """BiT's stem: as V2's, with a frame of zeros around the maps that are pooled.
+
+    Without ReLU before it, a maximum of negative values is then zero at the edges.
+    """
+
+    layer: T
+
+    def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "FramedStem7x7[Any]"]:
+        y, layer = do.layer(self.layer, x, Geometry(2), relu=False)
+        return do.max_pool(do.frame(y), padding=0), FramedStem7x7(layer)
+
+    @staticmethod
+    def draw(d: Drawer, channels: int, width: int) -> "FramedStem7x7[Layer]":
+        return FramedStem7x7(d.bare(channels, width, 7))
+
+    @staticmethod
+    def names() -> Names:
+        return BareStem7x7.names()
+
+    @staticmethod
+    def note() -> str:
+        return "stride 2; 3x3 max pool within zeros, stride 2"
+
+    @staticmethod
+    def stride() -> int:
+        return 4
+
+
+class BareDeepStem(NamedTuple, Generic[T]):
+    """ResNet-D's stem in V2: no norm follows its last convolution."""
+
+    layer1: T
+    layer2: T
+    layer3: T
+
+    def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "BareDeepStem[Any]"]:
+        y, one = do.layer(self.layer1, x, Geometry(2))
+        y, two = do.layer(self.layer2, y, PLAIN)
+        y, three = do.layer(self.layer3, y, PLAIN, relu=False)
+        return do.max_pool(y), BareDeepStem(one, two, three)
+
+    @staticmethod
+    def draw(d: Drawer, channels: int, width: int) -> "BareDeepStem[Layer]":
+        half = width // 2
+        first, second = d.layer(channels, half, 3), d.layer(half, half, 3)
+        return BareDeepStem(first, second, d.bare(half, width, 3))
+
+    @staticmethod
+    def names() -> Names:
+        units = {
+            "layer1": ("conv1.0", "conv1.1"),
+            "layer2": ("conv1.3", "conv1.4"),
+            "layer3": ("conv1.6", "conv1.6"),
+        }
+        return Names(units, ("timm",))
+
+    @staticmethod
+    def note() -> str:
+        return "the first stride 2; 3x3 max pool, stride 2"
 
     @staticmethod
     def stride() -> int:

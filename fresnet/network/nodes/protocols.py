@@ -57,8 +57,11 @@ class Regime(Protocol):
     def join(self, y: Tensor, add: Tensor | None) -> Tensor:
         """relu(y + add), where a node stands between the last layer and the sum."""
 
-    def max_pool(self, x: Tensor, stride: int = 2) -> Tensor:
+    def max_pool(self, x: Tensor, stride: int = 2, padding: int = 1) -> Tensor:
         """3x3 max pooling."""
+
+    def frame(self, x: Tensor) -> Tensor:
+        """x with a zero before and after each row and each column."""
 
     def average_pool(self, x: Tensor) -> Tensor:
         """2x2 average pooling of stride 2."""
@@ -128,7 +131,7 @@ class Drawer(Protocol):
     def layer(
         self, channels: int, out: int, side: int, groups: int = 1, *, last: bool = False
     ) -> Layer:
-        """A convolution and a `Norm`. Of the last layer of a block the scale may start at 0."""
+        """A convolution and a norm. Of the last layer of a block the scale may start at 0."""
 
     def biased(self, channels: int, out: int) -> Layer:
         """A 1x1 convolution and a `Bias`."""
@@ -140,7 +143,7 @@ class Drawer(Protocol):
         """A convolution of one channel and one row, and `NoNorm`."""
 
     def normed(self, channels: int) -> Normed:
-        """A `Norm` that no convolution precedes."""
+        """A norm that no convolution precedes."""
 
 
 class Names(NamedTuple):

@@ -1,0 +1,81 @@
+"""Networks whose norms add another eps to each variance."""
+
+from math import inf, sqrt
+from typing import Any
+
+from fresnet.errors import FresnetError
+from fresnet.network.check import check_params
+from fresnet.network.nodes import (
+    BARE_STEMS,
+    EPS,
+    PREACTIVATIONS,
+    FrozenNorm,
+    GroupNorm,
+    LastNorm,
+    Layer,
+    NoNorm,
+    Norm,
+    NormStats,
+    Params,
+    StandardisedLayer,
+    Unit,
+    beside,
+    kinds,
+    replaced,
+)
+from fresnet.numbers import as_number
+
+NORMALISING = (Norm, FrozenNorm, GroupNorm)
+"""The norms that divide by a standard deviation."""
+
+
+def with_eps(params: Params, eps: float) -> Params:
+    """The same weights in a network whose norms add this eps to each variance, and not 1e-5.
+
+    A norm cannot tell its eps from the scale of what it normalises:
+
+        norm(conv * x; eps) = norm(k conv * x; 1e-5),   k = sqrt(1e-5 / eps)
+
+    So convolutions are scaled by k, means by k and variances by k^2, and nothing else has to know.
+    `forward` and `forward_train` compute what the network with this eps computes.
+
+    >>> import fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
+    >>> wide = fresnet.with_eps(params, 1e-3)
+    >>> (wide.weights.stem.layer.conv / params.weights.stem.layer.conv).mean().round(decimals=4)
+    tensor(0.1000)
+
+    Args:
+      params: the network, such as a checkpoint of a model whose norms had this eps.
+      eps: a number above 0.
+    Returns:
+      The network. A gradient by its convolutions is 1 / k times the one of the network before.
+    Raises:
+      FresnetError: if params is not a network or has no norms, if eps is not such a number, if
+        kernels are standardised and so have no scale, or if a norm sees sums that do not come from
+        convolutions alone, as where parts of ResNet V2 stand beside parts of V1.
+    """
+    check_params("with_eps", params)
+    number = as_number(eps)
+    if number is None or not 0 < number < inf:
+        raise FresnetError(f"with_eps expects eps to be a number above 0; got {eps!r}")
+    found = kinds(params.weights)
+    if found.isdisjoint(NORMALISING) or StandardisedLayer in found:
+        got = "StandardisedLayer" if StandardisedLayer in found else "no norms"
+        raise FresnetError(f"with_eps expects norms after convolutions with a scale; got {got}")
+    parts = [not found.isdisjoint(part) for part in (PREACTIVATIONS, BARE_STEMS, (LastNorm,))]
+    if any(parts) and not all(parts):
+        raise FresnetError("with_eps expects a network all of ResNet V2 or all of V1; got both")
+    factor = sqrt(EPS / number)
+    # What V2's norms see are sums of convolutions that no norm follows.
+    scales = (*NORMALISING, NoNorm) if all(parts) else NORMALISING
+
+    def scaled(unit: Unit) -> Unit:
+        if isinstance(unit, Layer) and isinstance(unit.norm, scales):
+            return unit._replace(conv=unit.conv * factor)
+        return unit
+
+    def seen(_: Unit, stats: Any) -> Any:
+        return NormStats(stats.mean * factor, stats.var * factor**2) if stats else stats
+
+    return Params(replaced(scaled, params.weights), beside(seen, params.weights, params.stats))

@@ -1,0 +1,123 @@
+"""What names and shapes do not tell of a network, and how a user is told so."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fresnet import tree
+from fresnet.errors import FresnetError, listed
+from fresnet.network.check import first_conv
+from fresnet.network.init import init
+from fresnet.network.nodes import (
+    STAGES,
+    AveragedStem,
+    BlurredStage,
+    BlurredStem,
+    BottleneckV1,
+    FramedStem7x7,
+    FrozenNorm,
+    GroupNorm,
+    Params,
+    StandardisedLayer,
+    StridedStem,
+    ZeroPad,
+    blocks_of,
+    kinds,
+)
+from fresnet.network.specs import SPECS, Spec
+
+UNTOLD = (
+    *(BottleneckV1, *STAGES, AveragedStem, BlurredStem),
+    *(FramedStem7x7, StandardisedLayer, FrozenNorm),
+)
+"""What names do not tell of a network."""
+
+
+def untold(params: Params) -> list[str]:
+    """The node types of a network that names do not tell: lost from a state dict."""
+    found = kinds(params.weights)
+    return [kind.__name__ for kind in UNTOLD if kind in found]
+
+
+def tell_what_is_assumed(params: Params, mapping: Mapping[str, Any]) -> None:
+    """Warn where several published networks share the names that were found.
+
+    Args:
+      params: the network that fresnet takes them for.
+      mapping: what `from_state_dict` was given. PyTorch's state dicts list the modules of their
+        network, and so they sometimes say more than the names of entries.
+    Raises:
+      FresnetError: if the modules say that the network is another one.
+    """
+    found = kinds(params.weights)
+    if ZeroPad in found:
+        _tell(
+            "names do not tell how shortcuts get more channels. fresnet appends zeros, as "
+            "architecture='resnet20' says; 'resnet20_centred' puts half of them before, and "
+            "'plain20' has no shortcuts"
+        )
+    if GroupNorm in found:
+        _tell(
+            "there are no running statistics, so norms are taken for GroupNorm of 32 groups, as "
+            "architecture='resnet50_gn' says; if they are BatchNorm, its statistics are missing"
+        )
+    modules = set(_modules(mapping))
+    if not any(name.endswith(".aa") for name in modules):
+        return  # timm alone has a module there, whether it pools or not
+    blurs = any(name.endswith("maxpool.0") for name in modules)
+    twins = [
+        name for name, spec in SPECS.items() if spec.stage is not tuple and _is_like(spec, params)
+    ]
+    twins = [name for name in twins if (SPECS[name].stage is BlurredStage) == blurs]
+    if blurs and StridedStem not in found:
+        raise FresnetError(
+            "the modules of this state dict blur, against aliasing, which names do not tell: pass "
+            f"architecture={' or '.join(map(repr, twins)) or 'a Spec'}"
+        )
+    if twins:
+        _tell(
+            f"names do not tell whether this network pools against aliasing, as {listed(twins)} "
+            "does. fresnet takes it for one that does not; an architecture says so, such as "
+            f"{', '.join(_plain_ones(SPECS[twins[0]]))}"
+        )
+
+
+def _modules(mapping: Any) -> Iterator[str]:
+    """The modules of which PyTorch's state dicts tell, in a mapping and in those within it."""
+    waiting, seen = [mapping], set()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Mapping) and id(one) not in seen:
+            seen.add(id(one))
+            yield from filter(_is_text, getattr(one, "_metadata", ()))
+            waiting += one.values()
+
+
+def _is_text(name: object) -> bool:
+    return isinstance(name, str)
+
+
+def _plain_ones(spec: Spec) -> list[str]:
+    """The names of the network that is like this one but for the pooling."""
+    plain = replace(spec, stage=tuple, stem_pool=None)
+    return [repr(name) for name, one in SPECS.items() if one == plain] or [repr(plain)]
+
+
+def _is_like(spec: Spec, params: Params) -> bool:
+    """Whether this is the spec's network but for the pooling."""
+    if spec.depths != tuple(len(blocks_of(stage)) for stage in params.weights.stages):
+        return False
+    plain = like(replace(spec, stage=tuple, stem_pool=None), params)
+    shapes = [[leaf.shape for leaf in tree.leaves(one)] for one in (plain, params)]
+    return shapes[0] == shapes[1] and kinds(plain.weights) == kinds(params.weights)
+
+
+def like(spec: Spec, params: Params) -> Params:
+    """A network of a spec on meta, for the classes and the channels of this one."""
+    classes, channels = len(params.weights.head.bias), first_conv(params.weights).shape[1]
+    return init(0, spec, num_classes=classes, in_channels=channels, device="meta")
+
+
+def _tell(what: str) -> None:
+    warnings.warn(what, stacklevel=4)
