@@ -114,6 +114,23 @@ def test_a_step_is_a_pure_function(
     assert tree.paths(end) == tree.paths(state)
 
 
+def test_a_step_copies_no_number_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy would wait for a GPU, and could not be recorded in a CUDA graph."""
+    rate = optim.warm_up(optim.steps(0.1, at=(1, 2)), over=2, start=0.1)
+    optimizer = optim.sgd(rate, momentum=0.9, weight_decay=1e-4)
+    spec = fresnet.Spec(BasicBlock, (1,), width=4)
+    state = start(fresnet.init(0, spec, num_classes=3), optimizer, average=True)
+    train_step = make_train_step(optimizer, precision=torch.bfloat16, max_norm=1.0)
+    batch = torch.ones(2, 3, 8, 8), torch.tensor([0, 1])
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a number is copied")
+
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, refuse)
+    train_step(state, batch)
+
+
 @examples(20)
 @given(params=tiny_params(), x=training_images(), parts=st.integers(1, 2), recompute=st.booleans())
 def test_gradients_are_those_of_torch_func(

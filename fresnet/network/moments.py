@@ -113,7 +113,10 @@ def update(stats: Tree, moments: object, *, momentum: float | Tensor = 0.1) -> T
     n, mean, m2 = _joined(seen)
     olds = [torch.cat(values).detach() for values in zip(*old, strict=True)]
     dtype = olds[0].dtype  # the moments' may differ: a step may compute in another precision
-    weight = torch.as_tensor(momentum, dtype=dtype, device=mean.device)
+    # A number is filled in by the device. A copy of it from the CPU would wait for the device.
+    weight = (
+        momentum.to(olds[0]) if isinstance(momentum, Tensor) else olds[0].new_full((), momentum)
+    )
     news = (mean.to(dtype), (m2 / (n - 1).clamp(min=1)).to(dtype))
     moved = (
         torch.where(n > 0, a.lerp(b, weight), a).split(sizes)
