@@ -9,9 +9,9 @@ padded by 4 pixels, cropped and mirrored at random. The paper's run has 164 epoc
 
 After each epoch a network adds a line to its log in --out, and saves its state. The same command
 goes on with a run that was stopped, to the bit as if it had never been. At the end the example
-prints a table and draws two pictures: the errors in all logs of --out, and the training images with
-the longest gradients in the first network, which are mislabelled or ambiguous. With --networks and
-no name after it, nothing is trained, and the table and the errors are those of the logs.
+prints a table and draws two pictures: the errors in all logs of --out, and, of the training images
+that the first network gets wrong, those with the longest gradients: mislabelled, odd, or hard.
+With --networks and no name after it, nothing is trained, and it shows the logs alone.
 
 The images lie on the device as bytes, and are cropped there. On a GPU, steps compute in bfloat16
 and are recorded in CUDA graphs, because each kernel of so small a network takes less time than its
@@ -209,24 +209,25 @@ def draw_curves(found: dict[str, list[Row]], path: Path) -> None:
 
 
 def draw_suspects(params: Params, clothes: Clothes, path: Path) -> None:
-    """Draw the images with the longest gradients, with their labels and what the network says."""
-    norms, predictions = [], []
-    for images, labels in zip(
-        clothes.images.split(CHUNK), clothes.labels.split(CHUNK), strict=True
-    ):
-        x = normalised(images)
-        norms.append(fresnet.per_sample_norms(cross_entropy, params, x, labels))
-        predictions.append(fresnet.forward(params, x).argmax(1))
-    prediction = torch.cat(predictions)
+    """Draw the images with the longest gradients of those that the network gets wrong."""
+    images, labels = clothes
+    parts = [fresnet.forward(params, normalised(x)).argmax(1) for x in images.split(CHUNK)]
+    said = torch.cat(parts)
+    wrong = (said != labels).nonzero().flatten()
+    norms = [
+        fresnet.per_sample_norms(cross_entropy, params, normalised(images[some]), labels[some])
+        for some in wrong.split(100)
+    ]
+    order = wrong[torch.cat(norms).argsort(descending=True)].tolist()
     figure = Figure(figsize=(12, 7.2), layout="constrained")
-    count = len(clothes.labels)
-    figure.suptitle(f"of {count:,} training images, those with the longest gradients")
-    order = torch.cat(norms).argsort(descending=True).tolist()
+    figure.suptitle(
+        f"of {len(wrong):,} training images that the network gets wrong, those with the longest "
+        "gradients"
+    )
     for axes, i in zip(figure.subplots(4, 10).flat, order, strict=False):
-        axes.imshow(clothes.images[i].numpy(force=True), cmap="gray_r")
+        axes.imshow(images[i].numpy(force=True), cmap="gray_r")
         axes.set(xticks=[], yticks=[])
-        label, said = CLASSES[clothes.labels[i]], CLASSES[prediction[i]]
-        axes.set_title(f"says {label},\nseen as {said}", fontsize=8)
+        axes.set_title(f"says {CLASSES[labels[i]]},\nseen as {CLASSES[said[i]]}", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
