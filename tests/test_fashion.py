@@ -1,0 +1,235 @@
+"""The example on Fashion-MNIST: its data, its recipe, and runs that are stopped and resumed."""
+
+import gzip
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import fashion
+import numpy as np
+import pytest
+import torch
+from assertions import assert_close, assert_same
+from clothes import BATCH, Clothes, cropped, drawn, load, normalised
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import fresnet
+from fresnet import FresnetError, tree
+from fresnet.weights.storage import read_safetensors
+
+TRAIN, TEST = 300, 50  # two batches, and images that fill none
+
+
+def synthetic(n: int, seed: int) -> Clothes:
+    """Noise with a bright bar, whose height is the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=generator)
+    images = torch.randint(100, (n, 28, 28), generator=generator, dtype=torch.uint8)
+    rows = torch.arange(28) // 3 == labels[:, None]
+    return Clothes(torch.where(rows[:, :, None], 255, images), labels)
+
+
+DATA = synthetic(TRAIN, 0), synthetic(TEST, 1)
+
+
+def idx(values: Tensor) -> bytes:
+    head = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+    return head + values.to(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of the four files, of which those for training are gzipped."""
+    path = tmp_path / "data"
+    path.mkdir()
+    for name, (images, labels) in zip(("train", "t10k"), DATA, strict=True):
+        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+            file = path / f"{name}-{kind}-ubyte"
+            if name == "train":
+                file.with_suffix(".gz").write_bytes(gzip.compress(idx(values)))
+            else:
+                file.write_bytes(idx(values))
+    return path
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["fashion.py", *map(str, arguments)])
+    fashion.main()
+
+
+def states(out: Path) -> dict[str, Any]:
+    """The entries of the last checkpoint."""
+    (path,) = (out / "checkpoints" / "resnet20").iterdir()
+    return read_safetensors(path)[0]
+
+
+def test_files_are_read_plain_and_gzipped(folder: Path) -> None:
+    assert_same(load(folder), DATA)
+
+
+IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+WHOLE = idx(DATA[1].images)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (IMAGES, None, f"there is no {IMAGES}, plain or as .gz, in .*dataset-fashion-mnist has it"),
+        (IMAGES, b"", r"should begin .* with 0 0 8 3 and 3 sizes; it begins with \[\]"),
+        (IMAGES, WHOLE[:10], r"and 3 sizes; it begins with \[0, 0, 8, 3, 0, 0, 0, 50, 0, 0\]"),
+        (IMAGES, b"\0\0\x0d" + WHOLE[3:], r"it begins with \[0, 0, 13, 3,"),
+        (IMAGES, idx(DATA[1].labels), r"it begins with \[0, 0, 8, 1,"),
+        (IMAGES, WHOLE[:-1], r"should have 39216 bytes for its sizes \(50, 28, 28\); .* 39215"),
+        (IMAGES, WHOLE + b"\0", r"should have 39216 bytes .* has 39217"),
+        (IMAGES, idx(DATA[1].images[1:]), r"it has images \(49, 28, 28\) and 50 labels up to"),
+        (IMAGES, idx(DATA[1].images[:, 1:]), r"images of 28x28 pixels .* \(50, 27, 28\)"),
+        (LABELS, idx(DATA[1].labels + 1), "a class from 0 to 9; .* 50 labels up to 10"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(WHOLE)[:-9], "ubyte.gz cannot be read: "),
+        ("train-images-idx3-ubyte.gz", WHOLE, "ubyte.gz cannot be read: Not a gzipped file"),
+    ],
+)
+def test_damaged_files_are_refused_in_words(
+    folder: Path, name: str, content: bytes | None, message: str
+) -> None:
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(FresnetError, match=message):
+        load(folder)
+
+
+def test_no_images_at_all_are_refused(folder: Path) -> None:
+    (folder / IMAGES).write_bytes(idx(DATA[1].images[:0]))
+    (folder / LABELS).write_bytes(idx(DATA[1].labels[:0]))
+    with pytest.raises(FresnetError, match="0 labels up to None"):
+        load(folder)
+
+
+def test_an_epoch_shows_each_image_at_most_once_in_an_order_of_its_own() -> None:
+    epochs = [drawn(TRAIN, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for draws in epochs:
+        assert draws.shape == (2, BATCH, 4)
+        images, down, right, mirrored = draws.flatten(0, 1).unbind(1)
+        assert len(images.unique()) == 2 * BATCH
+        assert 0 <= images.min() <= images.max() < TRAIN
+        for moves in (down, right):
+            assert moves.unique().tolist() == [*range(9)]
+        assert not torch.equal(down, right)
+        assert mirrored.unique().tolist() == [0, 1]
+    assert len({tuple(draws[0, :, 0].tolist()) for draws in epochs}) == 4
+    assert_same(drawn(TRAIN, 1, 1), epochs[3])
+
+
+def test_images_are_padded_cropped_mirrored_and_normalised() -> None:
+    """They are so one by one, by numpy."""
+    draws = drawn(TRAIN, 0, 0)[0]
+    x, y = cropped(DATA[0], draws)
+    for image, label, (i, down, right, mirrored) in zip(x, y, draws.tolist(), strict=True):
+        padded = np.pad(DATA[0].images[i].numpy(), 4)
+        expected = padded[down : down + 28, right : right + 28]
+        assert np.array_equal(image.numpy(), expected[:, ::-1] if mirrored else expected)
+        assert label == DATA[0].labels[i]
+    assert_close(normalised(x), (x[:, None] - 255 * 0.2860) / (255 * 0.3530), 1e-6)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    options: dict[str, Any] = {"epochs": 3, "seed": 0}
+    for at in fashion.train("resnet20", DATA, out=straight, **options):
+        expected = at
+    next(fashion.train("resnet20", DATA, out=broken, **options))
+    (broken / "resnet20.csv").unlink()  # as if it had been stopped before it wrote the log
+    run = fashion.train("resnet20", DATA, out=broken, **options)
+    assert next(run).rows[0][:4] == expected.rows[0][:4]
+    assert len(fashion.logs(broken)["resnet20"]) == 1
+    for at in run:
+        got = at
+    assert_same(got.params, expected.params)
+    assert_same(states(broken), states(straight))
+    assert [row[:4] for row in got.rows] == [row[:4] for row in expected.rows]
+    assert expected.rows[-1].train_loss < expected.rows[0].train_loss
+
+
+@pytest.mark.slow
+def test_a_run_is_one_of_torch_optim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lower rate keeps the rounding of a few steps small, and a larger decay can be seen."""
+    assert (fashion.RATE, fashion.MOMENTUM, fashion.WEIGHT_DECAY) == (0.1, 0.9, 1e-4)  # the paper's
+    monkeypatch.setattr(fashion, "RATE", 1e-3)
+    monkeypatch.setattr(fashion, "WEIGHT_DECAY", 0.1)
+    *_, last = fashion.train("plain20", DATA, epochs=2, seed=7, out=tmp_path)
+    params = fresnet.init(7, fresnet.SPECS["plain20"], num_classes=10, in_channels=1)
+    leaves = [leaf.requires_grad_() for leaf in tree.leaves(params.weights)]
+    optimizer = torch.optim.SGD(leaves, 1e-3, momentum=0.9, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3])
+    stats = params.stats
+    for epoch in range(2):
+        for draws in drawn(TRAIN, 7, epoch):
+            x, y = cropped(DATA[0], draws)
+            weights = tree.unflatten(params.weights, leaves)
+            logits, stats = fresnet.forward_train(fresnet.Params(weights, stats), normalised(x))
+            optimizer.zero_grad()
+            cross_entropy(logits, y).backward()
+            optimizer.step()
+            schedule.step()
+    expected = torch.cat([leaf.detach().flatten() for leaf in leaves])
+    assert_close(tree.ravel(last.params.weights), expected, 1e-6)
+    wrong = fresnet.forward(last.params, normalised(DATA[1].images)).argmax(1) != DATA[1].labels
+    assert last.rows[-1].test_error == pytest.approx(wrong.double().mean().item())
+
+
+@pytest.mark.slow
+def test_the_command_trains_draws_and_refuses(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    main(monkeypatch, "--data", folder, "--out", out, "--device", "cpu", "--epochs", "1")
+    printed = capsys.readouterr().out
+    assert "resnet20  epoch   1 of 1: training error " in printed
+    assert "| resnet20 | 1 | " in printed
+    files = {"checkpoints", "curves.png", "resnet20.csv", "suspects.png"}
+    assert {path.name for path in out.iterdir()} == files
+    (out / "curves.png").unlink()
+    main(monkeypatch, "--out", out, "--networks")
+    assert capsys.readouterr().out == printed[printed.index("| network") :]
+    assert (out / "curves.png").is_file()
+
+    for arguments, message in (
+        (("--epochs", "2"), "resnet20 was started with --epochs 1, not 2"),
+        (("--epochs", "1", "--seed", "1"), "was started with --seed 0, not 1"),
+        (("--data", tmp_path), "there is no train-images-idx3-ubyte"),
+        (("--networks", "--out", tmp_path), "there is no log in"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(monkeypatch, "--data", folder, "--out", out, "--device", "cpu", *arguments)
+
+
+def test_too_few_images_are_refused(tmp_path: Path) -> None:
+    few = synthetic(BATCH - 1, 0), DATA[1]
+    with pytest.raises(FresnetError, match="takes at least 128 training images; there are 127"):
+        next(fashion.train("resnet20", few, epochs=1, seed=0, out=tmp_path))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_captured_steps_are_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replays are two calls, to the bit, and the state that was given is left alone."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    data = tree.map(lambda leaf: leaf.cuda(), DATA[0])
+    optimizer = fresnet.optim.sgd(0.1, momentum=0.9, weight_decay=1e-4)
+    spec = fresnet.SPECS["resnet20"]
+    params = fresnet.init(0, spec, num_classes=10, in_channels=1, device="cuda")
+    first = fresnet.training.start(params, optimizer)
+    draws = drawn(TRAIN, 0, 0).cuda()
+    plain = fashion.steps_on(data, optimizer)
+    captured = fashion.captured(plain, first, draws)
+    before = tree.map(Tensor.clone, first)
+    once, twice = captured(first, draws), plain(first, draws)
+    assert_same(once, twice)
+    assert_same(captured(once[0], draws), plain(twice[0], draws))
+    assert_same(once, twice)
+    assert_same(first, before)
