@@ -3,6 +3,7 @@
 from fresnet.network.nodes import (
     ATTENTIONS,
     BLOCKS,
+    HEADS,
     LASTS,
     NORMS,
     SHORTCUTS,
@@ -28,6 +29,7 @@ from fresnet.network.nodes import (
     Layer,
     Moments,
     NoAttention,
+    NoHead,
     NoLastNorm,
     NoNorm,
     Norm,
@@ -53,6 +55,7 @@ from fresnet.network.nodes import (
 __all__ = [
     "ATTENTIONS",
     "BLOCKS",
+    "HEADS",
     "LASTS",
     "NORMS",
     "SHORTCUTS",
@@ -78,6 +81,7 @@ __all__ = [
     "Layer",
     "Moments",
     "NoAttention",
+    "NoHead",
     "NoLastNorm",
     "NoNorm",
     "NoShortcut",

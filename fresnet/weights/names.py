@@ -18,7 +18,6 @@ from fresnet.network.nodes import (
     UNITS,
     BareStem7x7,
     FrozenNorm,
-    Head,
     LastNorm,
     Layer,
     Norm,
@@ -59,7 +58,7 @@ def name_tree(params: Params) -> Params:
         )
         for i, stage in enumerate(weights.stages, start=1)
     )
-    head: Any = Head("fc.weight", "fc.bias")  # type: ignore[arg-type]
+    head = tree.rebuild(weights.head, [f"fc.{leaf}" for leaf in weights.head._fields])
     found = Weights(named(weights.stem, ""), stages, named(weights.last, ""), head)
     return Params(found, beside(stats_names, found, stats) if stats else stats)
 

@@ -24,6 +24,7 @@ from fresnet.network.nodes import (
     Identity,
     LastNorm,
     NoAttention,
+    NoHead,
     NoLastNorm,
     NoShortcut,
     Params,
@@ -77,13 +78,9 @@ def recognised(given: Mapping[str, Any], spec: Spec | None) -> Params:
     Args:
       spec: says what names and shapes do not tell.
     Raises:
-      FresnetError: if they are of none, of one without a head, or of another than the spec's.
+      FresnetError: if they are of none, or of another than the spec's.
     """
     stages = _stages(given)
-    if not any(name.startswith("fc.") for name in given):
-        raise FresnetError(
-            "from_state_dict expects a head; got none: add an fc.weight [k c] and fc.bias [k]"
-        )
     block, attention = _block_types([found for stage in stages for found in stage.values()])
     stem_type = _stem_type(given, block)
     if spec is not None:
@@ -114,7 +111,8 @@ def recognised(given: Mapping[str, Any], spec: Spec | None) -> Params:
             channels = out
         drawn.append((spec.stage if spec and drawn else tuple)(tuple(blocks)))
     last = LastNorm.draw(Blanks(), 0) if block is PreActivation else NoLastNorm()
-    weights = Weights(stem, tuple(drawn), last, Head(BLANK, BLANK))
+    head = NoHead() if {"fc.weight", "fc.bias"}.isdisjoint(given) else Head(BLANK, BLANK)
+    weights = Weights(stem, tuple(drawn), last, head)
     return Params(weights, beside(blank_stats, weights))
 
 

@@ -23,6 +23,7 @@ from fresnet.network.nodes import (
     BottleneckV1,
     DilatedStage,
     FrozenNorm,
+    NoHead,
     Norm,
     Params,
     ZeroPad,
@@ -142,12 +143,15 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
         )
     layout = layout_of(params, layout)
     state = named_leaves(params)
-    if layout == "timm":
-        state["fc.weight"] = state["fc.weight"][..., None, None]  # timm's V2 has a convolution
     for name, value in state.items():
+        if name == "fc.weight" and layout == "timm":
+            state[name] = value[..., None, None]  # timm's V2 has a convolution
         if name.endswith(".se.conv.weight"):
             state[name] = value[:, :, 0]  # timm's goes along one dimension
-    return {name_in(layout, name): value for name, value in state.items()}
+    state = {name_in(layout, name): value for name, value in state.items()}
+    if isinstance(params.weights.head, NoHead):  # Hugging Face's encoder is a module of its own
+        return {name.removeprefix("resnet."): value for name, value in state.items()}
+    return state
 
 
 def named_leaves(params: Params) -> dict[str, Tensor]:
@@ -201,7 +205,8 @@ def check_architecture(
     """
     if architecture is None or spec is None:
         return
-    classes, channels = len(params.weights.head.bias), first_conv(params.weights).shape[1]
+    head, channels = params.weights.head, first_conv(params.weights).shape[1]
+    classes = 0 if isinstance(head, NoHead) else len(head.bias)
     like = init(0, spec, num_classes=classes, in_channels=channels, device="meta")
     both = kinds(params.weights), kinds(like.weights)
     expected, got = (sorted(kind.__name__ for kind in of - SAME_NAMES) for of in both[::-1])

@@ -46,6 +46,7 @@ from fresnet.network.nodes.layers import (
 )
 from fresnet.network.nodes.params import (
     Head,
+    NoHead,
     NoLastNorm,
     Params,
     Quantized,
@@ -100,6 +101,7 @@ POOLED_STEMS = (AveragedStem, BlurredStem, StridedStem)
 STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7, *POOLED_STEMS)
 BLOCKS = (BasicBlock, Bottleneck, BottleneckV1, PreActivation)
 LASTS = (NoLastNorm, LastNorm)
+HEADS = (Head, NoHead)
 SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, NoShortcut)
 ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
 NORMS = (Norm, FrozenNorm, Bias, Rescale, NoNorm)
@@ -127,6 +129,7 @@ PLACES: Mapping[type, Mapping[str, tuple[type, ...]]] = {
 __all__ = [
     "ATTENTIONS",
     "BLOCKS",
+    "HEADS",
     "LASTS",
     "NODES",
     "NORMS",
@@ -166,6 +169,7 @@ __all__ = [
     "Moments",
     "Names",
     "NoAttention",
+    "NoHead",
     "NoLastNorm",
     "NoNorm",
     "NoShortcut",
