@@ -14,7 +14,14 @@ from fresnet.inference.compiled import compile_inference
 from fresnet.inference.quantization import quantize
 from fresnet.network.eps import with_eps
 from fresnet.network.init import init
-from fresnet.network.net import features, forward, forward_moments, forward_train
+from fresnet.network.net import (
+    embed,
+    features,
+    features_train,
+    forward,
+    forward_moments,
+    forward_train,
+)
 from fresnet.network.nodes import Params, Quantized
 from fresnet.network.rewrites import dilate, fold, freeze, recalibrate
 from fresnet.network.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
@@ -43,8 +50,10 @@ __all__ = [
     "compile_inference",
     "data",
     "dilate",
+    "embed",
     "export",
     "features",
+    "features_train",
     "fold",
     "forward",
     "forward_moments",

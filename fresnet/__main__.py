@@ -17,7 +17,7 @@ from fresnet.data.folder import read_labels
 from fresnet.data.preprocess import PRESETS, Preset, preset_of
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.check import first_conv
-from fresnet.network.nodes import Params
+from fresnet.network.nodes import NoHead, Params
 from fresnet.network.specs import SPECS
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.export import SUFFIXES
@@ -99,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size", type=_size, default=224, metavar="N", help="or HxW; default 224"
     )
     sub.add_argument(
-        "--classes", type=int, default=1000, metavar="N", help="if not a file; default 1000"
+        "--classes",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="if not a file; 0: no head; default 1000",
     )
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
     _add_architecture(sub)
@@ -149,7 +153,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     option("--validation", type=Path, metavar="DIR", help="holds CLASS/IMAGE; default DIR/val")
     option("--recipe", default="v1", metavar="NAME", help="paper, v1 or v2; default v1")
     option("--arch", metavar="NAME", help="default resnet50, or what --weights tell")
-    option("--weights", metavar="FILE", help="to begin with; other classes: a fresh head")
+    option("--weights", metavar="FILE", help="to begin with; other classes or none: a fresh head")
     for name, kind, what in (
         ("epochs", int, "instead of the recipe's"),
         ("batch", int, "images a step, of all processes; the rate goes with it"),
@@ -202,6 +206,11 @@ def _network(args: argparse.Namespace) -> Params:
 
 def _predict(args: argparse.Namespace) -> str:
     params = fresnet.load(args.weights, architecture=args.arch)
+    if isinstance(params.weights.head, NoHead):
+        raise FresnetError(
+            f"{args.weights} has no head, so it knows no classes: python -m fresnet train DIR "
+            f"--weights {args.weights} trains one"
+        )
     classes = len(params.weights.head.bias)
     labels = _labels(args.labels, classes)
     top = min(5, classes) if args.top is None else args.top

@@ -3,6 +3,7 @@
 from fresnet.network.nodes import (
     ATTENTIONS,
     BLOCKS,
+    HEADS,
     LASTS,
     NORMS,
     SHORTCUTS,
@@ -31,6 +32,7 @@ from fresnet.network.nodes import (
     Layer,
     Moments,
     NoAttention,
+    NoHead,
     NoLastNorm,
     NoNorm,
     Norm,
@@ -58,6 +60,7 @@ from fresnet.network.nodes import (
 __all__ = [
     "ATTENTIONS",
     "BLOCKS",
+    "HEADS",
     "LASTS",
     "NORMS",
     "SHORTCUTS",
@@ -86,6 +89,7 @@ __all__ = [
     "Layer",
     "Moments",
     "NoAttention",
+    "NoHead",
     "NoLastNorm",
     "NoNorm",
     "NoShortcut",

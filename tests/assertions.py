@@ -64,7 +64,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
 def logit_terms(params: Params, x: Tensor) -> Tensor:
     """The sum of each logit's absolute terms. Terms may cancel in a logit, but not in this sum."""
     head, features = params.weights.head, run_network(params, x, INFERENCE).y
-    terms: Tensor = features.abs().mean((2, 3)) @ head.weight.abs().T + head.bias.abs()
+    terms: Tensor = tree.map(torch.abs, head).run(features.abs(), INFERENCE)
     return terms
 
 

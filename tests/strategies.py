@@ -122,6 +122,11 @@ def labels(x: Tensor, classes: int) -> Tensor:
     return torch.arange(len(x)) * 7 % classes
 
 
+def targets(params: fresnet.Params, x: Tensor) -> Tensor:
+    """A class for each image. Where there is no head, features pass for logits."""
+    return labels(x, fresnet.forward(params, x).shape[1])
+
+
 groupings = st.sampled_from([(1, 64), (2, 32), (4, 32), (32, 4), (1, 128)])
 """A bottleneck's groups, and a group's channels for each 64 of the stage: plain, ResNeXt, wide."""
 
@@ -172,15 +177,22 @@ def tiny_specs(draw: st.DrawFn, attention: bool = True, grouped: bool = True) ->
 
 @st.composite
 def tiny_params(
-    draw: st.DrawFn, dilated: bool = True, attention: bool = True, grouped: bool = True
+    draw: st.DrawFn,
+    dilated: bool = True,
+    attention: bool = True,
+    grouped: bool = True,
+    headed: bool = False,
 ) -> fresnet.Params:
     """Networks of `tiny_specs` in float64, with every leaf away from where `init` puts it.
 
-    Some have stages that dilate instead of striding.
+    Some have stages that dilate instead of striding. One in four has no head, unless all are to be
+    headed.
     """
     generator = torch.Generator().manual_seed(draw(seeds))
     spec = draw(tiny_specs(attention, grouped))
-    params = fresnet.init(generator, spec, num_classes=draw(class_counts), dtype=torch.float64)
+    has_head = headed or draw(st.integers(0, 3)) > 0
+    classes = draw(class_counts) if has_head else 0
+    params = fresnet.init(generator, spec, num_classes=classes, dtype=torch.float64)
     pools = spec.shortcut is PooledProjection or spec.stage in POOLED
     if dilated and not pools and draw(st.booleans()):
         strides = [spec.stem.stride() << stage for stage in range(len(spec.depths))]

@@ -33,7 +33,13 @@ from fresnet.network.nodes import (
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4), num_classes=5)
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-CALLS = [fresnet.forward, fresnet.forward_train, fresnet.features]
+CALLS = [
+    fresnet.forward,
+    fresnet.forward_train,
+    fresnet.features,
+    fresnet.features_train,
+    fresnet.embed,
+]
 
 every_call = pytest.mark.parametrize("call", CALLS)
 
@@ -109,8 +115,8 @@ class Unknown(NamedTuple):
 TREES: dict[str, tuple[Any, str]] = {
     "not params": ({"weights": w, "stats": s}, "expects Params(weights, stats); got a dict"),
     "an empty head": (
-        PARAMS._replace(weights=w._replace(head=())),  # type: ignore[arg-type]
-        "expects weights.head to be Head; got a tuple",
+        PARAMS._replace(weights=w._replace(head=())),
+        "expects weights.head to be Head or NoHead; got a tuple",
     ),
     "a shortcut as a block": (
         with_stages(weights=with_block(lambda b: b.shortcut)),
@@ -266,12 +272,12 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
         ({"generator": 0, "spec": "resnet50"}, "init expects a Spec, such as fresnet.RESNET50"),
         ({"generator": True}, "init expects a torch.Generator or an int; got True"),
         ({"generator": 0, "num_classes": 9.0}, "got num_classes=9.0, in_channels=3"),
-        ({"generator": 0, "num_classes": 0}, "got num_classes=0, in_channels=3"),
+        ({"generator": 0, "num_classes": -1}, "got num_classes=-1, in_channels=3"),
         ({"generator": 0, "in_channels": 0}, "got num_classes=1000, in_channels=0"),
         ({"generator": 0, "dtype": torch.int32}, "torch.float64); got torch.int32"),
         (
             {"generator": 0, "num_classes": 2**31},
-            "integers below 2**31; got num_classes=2147483648",
+            "from 1 on, below 2**31; got num_classes=2147483648",
         ),
         ({"generator": 0, "device": "nowhere"}, "a torch.device that is there; got 'nowhere'"),
         pytest.param(

@@ -32,6 +32,7 @@ from fresnet.weights import pickles, torch_files
 
 SPEC = Spec(BasicBlock, (1, 1), width=4)
 PARAMS = fresnet.init(0, SPEC, num_classes=3)
+ENCODER = fresnet.init(0, SPEC, num_classes=0)
 OTHER = fresnet.init(1, SPEC, num_classes=3)
 STATE = fresnet.to_state_dict(PARAMS)
 OTHERS = fresnet.to_state_dict(OTHER)
@@ -127,21 +128,23 @@ def test_a_head_may_stand_before_the_prefix(prefix: str, head: str) -> None:
     renamed = {name.replace("fc", head): value for name, value in HEAD.items()}
     encoder = behind(prefix, without_head(STATE))
     assert_same(fresnet.from_state_dict({**encoder, **renamed}), PARAMS)
-    with pytest.raises(FresnetError, match="expects a head; got none: add an fc"):
-        fresnet.from_state_dict(encoder)
+    assert_same(fresnet.from_state_dict(encoder), ENCODER)
 
 
-def test_a_segmentation_backbone_loads_with_a_head() -> None:
+def test_a_segmentation_backbone_loads_with_a_head_or_without() -> None:
     classifier = {
         "classifier.0.weight": torch.ones(2, 8, 3, 3),
         "classifier.1.weight": torch.ones(2),
         "aux_classifier.4.bias": torch.ones(2),
     }
-    with pytest.warns(UserWarning, match="entries beside the network are left out: classifier.0"):
-        params = fresnet.from_state_dict(
-            {**behind("backbone.", without_head(STATE)), **classifier, **HEAD}
-        )
+    mapping = {**behind("backbone.", without_head(STATE)), **classifier}
+    told = "entries beside the network are left out: classifier.0.weight, .*; "
+    with pytest.warns(UserWarning, match=f"{told}if they are of a layer between its body and its"):
+        params = fresnet.from_state_dict({**mapping, **HEAD})
     assert_same(params, PARAMS)
+    with pytest.warns(UserWarning, match=f"{told}none is called as a head is, so it has none"):
+        params = fresnet.from_state_dict(mapping)
+    assert_same(params, ENCODER)
 
 
 @pytest.mark.parametrize("prefix", ["", "resnet.", "backbone.resnet."])
@@ -150,8 +153,7 @@ def test_hugging_faces_models_and_backbones(prefix: str) -> None:
     state = fresnet.to_state_dict(PARAMS, "huggingface")
     body = {name.removeprefix("resnet."): value for name, value in state.items()}
     body = {name: value for name, value in body.items() if not name.startswith("classifier")}
-    with pytest.raises(FresnetError, match="expects a head; got none"):
-        fresnet.from_state_dict(behind(prefix, body))
+    assert_same(fresnet.from_state_dict(behind(prefix, body)), ENCODER)
     assert_same(fresnet.from_state_dict({**behind(prefix, body), **HEAD}), PARAMS)
 
 

@@ -11,7 +11,7 @@ import torch
 from assertions import assert_close, assert_same, assert_trees_close, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import examples, labels, tiny_params, training_images
+from strategies import examples, labels, targets, tiny_params, training_images
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
@@ -67,7 +67,7 @@ def test_they_are_those_of_the_gradients(
     Small networks have few positions or small weights, so both ways to a norm are taken.
     """
     params = regime(params)
-    y = labels(x, params.weights.head.bias.numel())
+    y = targets(params, x)
     grads = fresnet.per_sample_grads(cross_entropy, params, x, y, norms=norms)
     expected = norms_of(grads)
     with pytest.MonkeyPatch.context() as patch, unmutated(params, x, y):

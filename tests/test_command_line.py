@@ -49,6 +49,9 @@ def test_summary(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert (code, out) == (0, f"{fresnet.summary(params, 32)}\n")
     code, out, _ = call(capsys, "summary", "net.safetensors", "--markdown", "--image-size=9x7")
     assert (code, out) == (0, f"{fresnet.summary(PARAMS, (9, 7)).markdown()}\n")
+    code, out, _ = call(capsys, "summary", "resnet20", "--classes", "0")
+    assert code == 0
+    assert "NoHead" in out
     assert call(capsys, "--version")[:2] == (0, f"fresnet {fresnet.__version__}\n")
 
 
@@ -186,9 +189,13 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
         ("summary vgg", "unknown network 'vgg'; there are resnet18, "),
         ("summary no.pth", "cannot load no.pth: No such file or directory"),
         ("summary resnet18 --image-size 0", "expects image_size to be an integer from 1 to 2**20"),
-        ("summary resnet18 --classes 0", "expects num_classes and in_channels to be positive"),
+        ("summary resnet18 --classes -1", "expects num_classes to be an integer from 0 on"),
         ("predict no.png --weights net.safetensors", "no.png: No such file or directory"),
         ("predict labels.txt --weights net.safetensors", "labels.txt: cannot identify image"),
+        (
+            "predict china.png --weights encoder.safetensors",
+            "encoder.safetensors has no head, so it knows no classes: python -m fresnet train DIR",
+        ),
         ("predict china.png --weights labels.txt", "cannot load labels.txt: it is no file of safe"),
         ("predict china.png --weights net.safetensors --top 9", "--top expects 1 to 4, the number"),
         ("predict china.png --weights net.safetensors --labels no", "cannot read labels no: No s"),
@@ -217,6 +224,7 @@ def test_refusals_are_one_line_and_leave_nothing_behind(
 ) -> None:
     (folder / "few").write_text("one label")
     fresnet.save(fresnet.init(0, fresnet.SPECS["plain20"]), folder / "plain.safetensors")
+    fresnet.save(fresnet.init(0, SPEC, num_classes=0), folder / "encoder.safetensors")
     before = {path.name for path in folder.iterdir()}
     code, out, err = call(capsys, *arguments.split())
     assert code == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from assertions import assert_close, assert_identical, assert_same, unmutated
 from hypothesis import given
-from strategies import examples, images, labels, tiny_params, training_images
+from strategies import examples, images, targets, tiny_params, training_images
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
@@ -43,7 +43,7 @@ def test_frozen_norms_fold_too_and_folding_again_changes_nothing(params: Params,
 @examples(25)
 @given(params=tiny_params(), x=images())
 def test_gradients_go_through_folding(params: Params, x: Tensor) -> None:
-    y = labels(x, len(params.weights.head.bias))
+    y = targets(params, x)
 
     def loss(params: Params, *, folded: bool) -> Tensor:
         return cross_entropy(fresnet.forward(fresnet.fold(params) if folded else params, x), y)

@@ -362,7 +362,8 @@ def test_crafted_names_and_sizes_are_refused() -> None:
     own["model"] = own
     theirs = "resnet.encoder.stages.{}.layers.0.layer.0.convolution.weight"
     for crafted, message in (
-        ({n: v for n, v in state.items() if "fc" not in n}, "expects a head; got none"),
+        ({n: v for n, v in state.items() if n != "fc.weight"}, "fc.weight is missing"),
+        ({n: v for n, v in state.items() if n != "fc.bias"}, "fc.bias is missing"),
         ({**state, "layer60.0.conv1.weight": conv}, "entries of every block; got"),
         ({**state, **{f"layer{i}.0.conv1.weight": conv for i in range(2, 99)}}, "is missing"),
         ({**state, "layer1.999.conv1.weight": conv}, "names of 1000 blocks"),

@@ -5,7 +5,7 @@ import torch
 from assertions import assert_close, assert_same, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import examples, images, labels, tiny_params, training_images
+from strategies import examples, images, targets, tiny_params, training_images
 from torch import Tensor
 from torch.func import grad, jvp
 from torch.nn.functional import cross_entropy
@@ -76,7 +76,7 @@ def test_gradients_of_training_with_respect_to_stats_are_exactly_zero(
     params: Params, x: Tensor
 ) -> None:
     """This holds even for a loss of the returned statistics, because they are constants."""
-    y = labels(x, params.weights.head.bias.numel())
+    y = targets(params, x)
 
     def loss(stats: Stats) -> Tensor:
         logits, stats = fresnet.forward_train(params._replace(stats=stats), x)

@@ -9,7 +9,7 @@ import torch
 from assertions import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import examples, labels, tiny_params, training_images
+from strategies import examples, labels, targets, tiny_params, training_images
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 from torch.nn.functional import cross_entropy
@@ -44,7 +44,7 @@ def assert_near(actual: Weights, expected: Weights, relative: float = 1e-8) -> N
 def test_by_running_statistics_and_by_the_batchs_they_are_a_loop(
     params: Params, x: Tensor, chunk_size: int | None
 ) -> None:
-    y = labels(x, params.weights.head.bias.numel())
+    y = targets(params, x)
     by_batch = params._replace(
         stats=moments.statistics(params.stats, fresnet.forward_moments(params, x)[1])
     )
@@ -62,7 +62,7 @@ def test_by_running_statistics_and_by_the_batchs_they_are_a_loop(
 def test_coupled_they_are_the_jacobian_and_their_mean_the_gradient_of_training(
     params: Params, x: Tensor, chunk_size: int | None
 ) -> None:
-    y = labels(x, params.weights.head.bias.numel())
+    y = targets(params, x)
     grads = fresnet.per_sample_grads(
         cross_entropy, params, x, y, norms="coupled", chunk_size=chunk_size
     )
@@ -80,7 +80,7 @@ def test_coupled_they_are_the_jacobian_and_their_mean_the_gradient_of_training(
 @given(params=tiny_params(), x=training_images())
 def test_frozen_norms_go_by_running_statistics_in_every_meaning(params: Params, x: Tensor) -> None:
     """If all norms are frozen, the three meanings are one. A frozen norm keeps its statistics."""
-    y = labels(x, params.weights.head.bias.numel())
+    y = targets(params, x)
     frozen = fresnet.freeze(params)
     expected = fresnet.per_sample_grads(cross_entropy, params, x, y, norms="running")
     for norms in ("running", "batch", "coupled"):

@@ -572,6 +572,17 @@ def test_bad_input_is_refused_in_a_line(
     assert not any(folders.glob("runs/*/checkpoints/*"))
 
 
+@pytest.mark.parametrize(
+    ("classes", "head"), [(4, "its head"), (7, "a fresh head"), (0, "a fresh")]
+)
+def test_weights_without_a_head_for_these_classes_get_a_fresh_one(
+    classes: int, head: str, capsys: pytest.CaptureFixture[str], folders: Path
+) -> None:
+    fresnet.save(fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=classes), "begin")
+    assert main(["train", "good", *TRAIN[2:], "--weights", "begin", "--dry-run"]) == 0
+    assert f"begin with {head}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_batch_that_processes_cannot_share() -> None:
     with pytest.raises(FresnetError, match=r"10 images does not divide among 4 .*; 8 or 12 would"):
         share(10, 4)

@@ -68,7 +68,8 @@ def test_rows_are_what_the_network_is_and_does(
         assert norm.parameters == count(params.weights.last)
         assert norm.output == stages[-1].shape[1:]
     assert first.output == stem.shape[1:]
-    assert last.output == params.weights.head.bias.shape
+    assert last.output == fresnet.forward(params, x).shape[1:]
+    assert last.layer == type(params.weights.head).__name__
     kinds = []
     for stage, output in zip(params.weights.stages, stages, strict=True):
         blocks = blocks_of(stage)

@@ -12,7 +12,16 @@ import torch
 from assertions import assert_all_close, assert_close, assert_same, assert_trees_close, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import examples, images, labels, seeds, small_specs, tiny_params, training_images
+from strategies import (
+    examples,
+    images,
+    labels,
+    seeds,
+    small_specs,
+    targets,
+    tiny_params,
+    training_images,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, linearize, vmap
@@ -91,7 +100,7 @@ def test_steps_equal_torchvision_and_torch_optim(
 
 @examples(10)
 @given(
-    params=tiny_params(),
+    params=tiny_params(headed=True),
     x=training_images(),
     mixing=st.sampled_from([None, *MIXINGS.values()]),
     micro_batches=st.integers(1, 2),
@@ -136,7 +145,7 @@ def test_a_step_copies_no_number_to_the_device(monkeypatch: pytest.MonkeyPatch) 
 def test_gradients_are_those_of_torch_func(
     params: Params, x: Tensor, parts: int, recompute: bool
 ) -> None:
-    y = labels(x, len(params.weights.head.bias))
+    y = targets(params, x)
     cut = list(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True))
     grads, found = gradients(loss_of(params, recompute), params.weights, cut)
     each = [grad(loss_of(params), has_aux=True)(params.weights, *part) for part in cut]
@@ -256,7 +265,7 @@ def test_a_graph_is_freed_as_the_pass_goes() -> None:
 
 
 @examples(5)
-@given(params=tiny_params(), x=training_images())
+@given(params=tiny_params(headed=True), x=training_images())
 def test_micro_batches_are_normalised_apart_and_seen_as_one(params: Params, x: Tensor) -> None:
     y = labels(x, len(params.weights.head.bias))
     train_step = make_train_step(optim.sgd(1.0), micro_batches=2, momentum=0.3)
@@ -470,7 +479,10 @@ def test_a_compiled_step_is_the_step() -> None:
 
 
 @examples(10)
-@given(params=tiny_params(), x=images(batch=st.integers(2, 6), side=st.integers(33, 40)))
+@given(
+    params=tiny_params(headed=True),
+    x=images(batch=st.integers(2, 6), side=st.integers(33, 40)),
+)
 def test_evaluation_counts(params: Params, x: Tensor) -> None:
     classes = len(params.weights.head.bias)
     y = labels(x, classes)

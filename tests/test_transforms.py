@@ -7,7 +7,7 @@ import pytest
 import torch
 from assertions import assert_close, assert_same
 from hypothesis import given
-from strategies import examples, labels, tiny_params, training_images
+from strategies import examples, targets, tiny_params, training_images
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn.functional import cross_entropy
@@ -73,7 +73,7 @@ def test_training_norm_in_every_order_of_differentiation(order: str) -> None:
 
 
 def loss_of(params: Params, x: Tensor, *, train: bool) -> Callable[[Weights], Tensor]:
-    y = labels(x, params.weights.head.bias.numel())
+    y = targets(params, x)
 
     def loss(weights: Weights) -> Tensor:
         changed = Params(weights, params.stats)
@@ -115,7 +115,7 @@ def test_hessian_products_agree_in_all_four_orders(train: bool, params: Params, 
 
 @pytest.mark.parametrize("train", [False, True])
 @examples(8)
-@given(params=tiny_params(), x=training_images())
+@given(params=tiny_params(headed=True), x=training_images())
 def test_first_derivatives_agree_with_each_other(train: bool, params: Params, x: Tensor) -> None:
     loss, weights = loss_of(params, x, train=train), params.weights
     v, gradient = direction(weights, 1), grad(loss)(weights)

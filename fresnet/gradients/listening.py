@@ -27,6 +27,7 @@ from fresnet.network.nodes import (
     GroupNorm,
     Head,
     Layer,
+    NoHead,
     NoNorm,
     Normed,
     NormStats,
@@ -78,7 +79,7 @@ class Pass:
         do = Listening(x, sums=sums)
         with torch.enable_grad():
             run = run_network(params, x, do)
-            seen, logits = run.seen, do.head(params.weights.head, run.y)
+            seen, logits = run.seen, params.weights.head.run(run.y, do)
             cut = logits.detach().requires_grad_()
             total = vmap(loss_fn, randomness=randomness)(cut, y).sum()
         self.loss_reaches_further = _reaches_further(total, cut)
@@ -133,7 +134,7 @@ class Listening(Composed):
         super().__init__(inference_norm)
         self.root, self._sums = x, sums
         self.squares = [x.new_zeros(len(x), dtype=stats_dtype(x.dtype))]
-        self.told_head: Any = Head(_Told(), _Told())  # type: ignore[arg-type]
+        self.told_head: Any = NoHead()
 
     def layer(
         self,
@@ -163,7 +164,7 @@ class Listening(Composed):
         return ops.relu(y), Normed(told)
 
     def head(self, at: Head, x: Tensor) -> Tensor:
-        x = ops.global_average_pool(x)
+        self.told_head = Head(_Told(), _Told())  # type: ignore[arg-type]
 
         def tell(cotangent: Tensor, x: Tensor) -> None:
             squares = squares_of(cotangent)

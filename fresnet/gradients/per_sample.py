@@ -54,8 +54,9 @@ def per_sample_grads(
     torch.Size([2, 10])
 
     Args:
-      loss_fn: a function of one image's logits `[k]` and its target, one of y, that returns a 0-d
-        tensor. It sees no batch dimension; `torch.nn.functional.cross_entropy` is such a function.
+      loss_fn: a function of one image's logits `[k]` (without a head, features `[c]`) and its
+        target, one of y, that returns a 0-d tensor. It sees no batch dimension;
+        `torch.nn.functional.cross_entropy` is such a function.
       params: the network.
       x: images, float `[b c h w]`.
       y: targets, `[b ...]`.

@@ -12,7 +12,7 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.inference import cudnn, int8, onednn
 from fresnet.inference.fused import Inference
-from fresnet.network.check import check_images, check_params, check_values
+from fresnet.network.check import check_images, check_params, check_values, first_conv
 from fresnet.network.net import forward, run_network
 from fresnet.network.nodes import Params, Quantized
 from fresnet.network.regimes import INFERENCE
@@ -63,8 +63,8 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
         then cast it: weights are rounded once. Or `quantize` it.
       x: images, float `[b c h w]`, of the shape that is to be prepared now.
     Returns:
-      A function of images to logits `[b k]` without derivatives. It takes x of any shape, and
-      raises a `FresnetError` for what `forward` would refuse.
+      A function of images to what `forward` returns, without derivatives. It takes x of any shape,
+      and raises a `FresnetError` for what `forward` would refuse.
     Raises:
       FresnetError: as `forward` does, or for tensors on meta, or for a quantised network that is
         not on the CPU, or where PyTorch has no kernels for it, or the processor none whose sums
@@ -102,9 +102,9 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
 
 def _prepare(params: Params, x: Tensor) -> Inference:
     """The folded network by the backend for its dtype and device, if that computes the same."""
-    head = params.weights.head.weight
+    conv = first_conv(params.weights)
     for backend in (cudnn, onednn):
-        if backend.is_supported(head.dtype, head.device):
+        if backend.is_supported(conv.dtype, conv.device):
             fused: Inference = backend.prepare(params, x)
             if _agrees(fused, params, x):
                 return fused
@@ -120,18 +120,17 @@ def _prepare(params: Params, x: Tensor) -> Inference:
 
 
 def _agrees(fused: Inference, params: Params, x: Tensor) -> bool:
-    """Whether the logits of noise are those of `forward`, to the rounding of the dtype.
+    """Whether what comes of noise is what `forward` returns, to the rounding of the dtype.
 
-    An error is measured by the terms of which the logits are the sums, for these may cancel.
+    An error is measured by the terms of which the results are sums, for these may cancel.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     exact = tree.map(lambda leaf: leaf.to(wide), params)
     head, features = exact.weights.head, run_network(exact, noise.to(wide), INFERENCE).y
-    expected = INFERENCE.head(head, features).double()
-    terms = features.double().abs().mean((2, 3)) @ head.weight.double().abs().T
-    terms = terms + head.bias.double().abs()
+    expected = head.run(features, INFERENCE).double()
+    terms = tree.map(_magnitude, head).run(_magnitude(features), INFERENCE)
     if not terms.isfinite().all():
         return True  # nothing can be said of it
     loose = x.is_cuda and torch.backends.cudnn.allow_tf32
@@ -139,3 +138,7 @@ def _agrees(fused: Inference, params: Params, x: Tensor) -> bool:
     rounding = (forward(params, noise).double() - expected).norm()
     error = (fused(noise).double() - expected).norm()
     return bool(error <= TIMES * rounding + floor * terms.norm())
+
+
+def _magnitude(x: Tensor) -> Tensor:
+    return x.double().abs()

@@ -71,7 +71,8 @@ def prepare(params: Params, x: Tensor) -> Inference:
     ready = params._replace(stats=run_network(params, images, do).seen)
 
     def run(x: Tensor) -> Tensor:
-        return do.head(params.weights.head, run_network(ready, x, do).y)
+        y: Tensor = params.weights.head.run(run_network(ready, x, do).y, do)
+        return y
 
     fused = fuse(run, images)
     return lambda x: fused(x.contiguous(memory_format=torch.channels_last))

@@ -19,7 +19,6 @@ from fresnet.network.net import run_network
 from fresnet.network.nodes import (
     PLAIN,
     Geometry,
-    Head,
     Layer,
     Normed,
     Pair,
@@ -112,7 +111,8 @@ def prepare(network: Quantized, x: Tensor) -> Inference:
     do, params = _Levels(affine(last)), Params(weights, packed)
 
     def infer(x: Tensor) -> Tensor:
-        return do.head(weights.head, run_network(params, to_levels(x, images), do).y)
+        y: Tensor = weights.head.run(run_network(params, to_levels(x, images), do).y, do)
+        return y
 
     return infer
 
@@ -169,7 +169,8 @@ class _Levels(Floating):
     """Runs the packed units on levels of uint8.
 
     Args:
-      last: what the levels of the head's activations stand for.
+      last: what the levels of the last activations stand for. No others are averaged over a map,
+        for `quantize` refuses attention.
     """
 
     def __init__(self, last: Affine) -> None:
@@ -207,8 +208,8 @@ class _Levels(Floating):
     def subsample(self, x: Tensor, stride: int) -> Tensor:
         return x[:, :, ::stride, ::stride]
 
-    def head(self, at: Head, x: Tensor) -> Tensor:
-        return super().head(at, from_levels(x, self.last))
+    def mean(self, x: Tensor) -> Tensor:
+        return super().mean(from_levels(x, self.last))
 
 
 def _rounded(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

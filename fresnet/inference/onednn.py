@@ -14,8 +14,7 @@ from torch import Tensor
 from fresnet.inference import side_by_side, winograd
 from fresnet.inference.fused import Fused, FusedLayer, Inference
 from fresnet.network.net import run_network
-from fresnet.network.nodes import POOLED, Geometry, GroupNorm, Head, Pair, Params, kinds
-from fresnet.network.ops import linear
+from fresnet.network.nodes import POOLED, Geometry, GroupNorm, Pair, Params, kinds
 
 TRACE, FUNCTION = "_create_graph_by_tracing", "_create_function_from_graph"
 """The functions of torch._C that trace a function without keeping its graph for the process."""
@@ -86,16 +85,10 @@ class SideBySide(OneDNN):
         return super().join(y, add)
 
     def mean(self, x: Tensor) -> Tensor:
-        return self._means(x)[:, :, None, None]
+        return side_by_side.average(x, self.images // len(x))
 
     def gate(self, x: Tensor, gates: Tensor) -> Tensor:
         return side_by_side.gate(x, gates, self.images // len(x))
-
-    def head(self, at: Head, x: Tensor) -> Tensor:
-        return linear(self._means(x), *at)
-
-    def _means(self, x: Tensor) -> Tensor:
-        return side_by_side.average(x, self.images // len(x))
 
 
 def prepare(params: Params, x: Tensor) -> Inference:
@@ -109,7 +102,8 @@ def prepare(params: Params, x: Tensor) -> Inference:
     ready = params._replace(stats=run_network(params, images, do, last=last).seen)
 
     def run(x: Tensor) -> Tensor:
-        return last.head(params.weights.head, run_network(ready, x, do, last=last).y)
+        y: Tensor = params.weights.head.run(run_network(ready, x, do, last=last).y, last)
+        return y
 
     fused = fuse(run, images)
     return lambda x: fused(x.contiguous(memory_format=torch.channels_last))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.network.check import check_call, check_params, check_values
+from fresnet.network.check import check_call, check_params, check_values, first_conv
 from fresnet.network.net import run_network
 from fresnet.network.nodes import (
     Bias,
@@ -64,11 +64,11 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
       Sec. 3.1, per channel.
     """
     check_params("quantize", params)
-    dtype = params.weights.head.weight.dtype
-    if dtype is not torch.float32:
-        raise FresnetError(f"quantize expects weights in torch.float32; got {dtype}")
+    conv = first_conv(params.weights)
+    if conv.dtype is not torch.float32:
+        raise FresnetError(f"quantize expects weights in torch.float32; got {conv.dtype}")
     check_values("quantize", params)
-    with torch.no_grad(), torch.autocast(params.weights.head.weight.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(conv.device.type, enabled=False):
         folded = fold(params)
         seen = merge_over("quantize", batches, partial(_ranges, folded), _merge)
         if not all(leaf.isfinite().all() for leaf in tree.leaves(seen)):

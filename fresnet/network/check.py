@@ -14,13 +14,14 @@ from fresnet import tree
 from fresnet.errors import FresnetError, describe
 from fresnet.network.nodes import (
     BLOCKS,
+    HEADS,
     LASTS,
     PLACES,
     STEMS,
     UNITS,
     FrozenNorm,
-    Head,
     Layer,
+    NoHead,
     Norm,
     NormStats,
     Params,
@@ -63,7 +64,8 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor, *, least: i
     """
     if not isinstance(x, Tensor):
         raise FresnetError(f"{caller} expects x to be a tensor [b c h w]; got {describe(x)}")
-    stem, head = first_conv(params.weights), params.weights.head.weight
+    stem = first_conv(params.weights)
+    like = stem if isinstance(params, Params) else params.images  # int8 convolutions do not say
     expected = f"{caller} expects x [b {stem.shape[1]} h w]"
     if x.ndim != 4 or x.shape[1] != stem.shape[1]:
         one = x.ndim == 3 and x.shape[0] == stem.shape[1]
@@ -73,10 +75,10 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor, *, least: i
         raise FresnetError(f"{expected} with at least one image and pixel; got {tuple(x.shape)}")
     if x.layout is not torch.strided:
         raise FresnetError(f"{expected} without gaps; got {describe(x)}: x.to_dense()?")
-    if x.dtype != head.dtype:  # a quantised network's convolutions are int8
-        raise FresnetError(f"{expected} in the weights' {head.dtype}; got {x.dtype}")
-    if x.device != head.device:
-        raise FresnetError(f"{expected} on the weights' device {head.device}; got {x.device}")
+    if x.dtype != like.dtype:
+        raise FresnetError(f"{expected} in the weights' {like.dtype}; got {x.dtype}")
+    if x.device != like.device:
+        raise FresnetError(f"{expected} on the weights' device {like.device}; got {x.device}")
 
 
 def check_differentiable(caller: str, *trees: object) -> None:
@@ -118,6 +120,20 @@ def first_conv(weights: Weights) -> Any:
     while isinstance(first, tuple) and first:
         first = first[0]
     return first
+
+
+def classes_of(caller: str, weights: Weights) -> int:
+    """The number of classes that the network tells apart.
+
+    Raises:
+      FresnetError: if it has no head, saying what to do.
+    """
+    if isinstance(weights.head, NoHead):
+        raise FresnetError(
+            f"{caller} expects a network with a head; got NoHead: put a "
+            "fresnet.nodes.Head(weight [k c], bias [k]) in its place"
+        )
+    return len(weights.head.bias)
 
 
 def check_momentum(caller: str, momentum: float | Tensor) -> float | Tensor:
@@ -198,9 +214,9 @@ def check_params(caller: str, params: Params) -> None:
         for j, (block, block_stats) in enumerate(zip(blocks, blocks_stats, strict=True)):
             walk.node(f"{where}[{j}]", block, block_stats, BLOCKS)
     walk.node("last", weights.last, stats.last, LASTS)
-    if type(weights.head) is not Head:
-        walk.fail("weights.head", "Head", describe(weights.head))
-    for field, leaf in zip(Head._fields, weights.head, strict=True):
+    if type(weights.head) not in HEADS:
+        walk.fail("weights.head", "Head or NoHead", describe(weights.head))
+    for field, leaf in zip(weights.head._fields, weights.head, strict=True):
         walk.leaf("weights", "head", field, leaf, walk.dtype)
 
 

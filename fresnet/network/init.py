@@ -15,6 +15,7 @@ from fresnet.network.nodes import (
     GroupNorm,
     Head,
     Layer,
+    NoHead,
     NoNorm,
     Norm,
     Normed,
@@ -25,6 +26,8 @@ from fresnet.network.nodes import (
     Unit,
     Weights,
     beside,
+    blocks_of,
+    last_layer,
 )
 from fresnet.network.specs import RESNET50, Spec
 from fresnet.numbers import as_integer
@@ -55,7 +58,8 @@ def init(
     Args:
       generator: the source of randomness, which the call advances; an int seeds a new one.
       spec: the architecture, one of `SPECS` or your own `Spec`.
-      num_classes: the number of logits, k.
+      num_classes: the number of logits, k; 0 for a network without a head, whose `forward` returns
+        features.
       in_channels: the channels of the images.
       zero_init_residual: start the last scale of every block at 0, so that each block starts
         as its shortcut (Goyal et al. 2017, arXiv:1706.02677). In V2 no norm follows the last
@@ -76,10 +80,10 @@ def init(
     if not isinstance(spec, Spec):
         raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {spec!r}")
     classes, channels = as_integer(num_classes), as_integer(in_channels)
-    if not classes or not channels or not all(0 < n < 2**31 for n in (classes, channels)):
+    if classes is None or not channels or not (0 <= classes < 2**31 and 0 < channels < 2**31):
         raise FresnetError(
-            "init expects num_classes and in_channels to be positive integers below 2**31; "
-            f"got num_classes={num_classes!r}, in_channels={in_channels!r}"
+            "init expects num_classes to be an integer from 0 on, and in_channels from 1 on, below "
+            f"2**31; got num_classes={num_classes!r}, in_channels={in_channels!r}"
         )
     if dtype not in DTYPES:
         raise FresnetError(f"init expects dtype to be one of {DTYPES}; got {dtype!r}")
@@ -97,9 +101,11 @@ def init(
     return Params(weights, fresh_stats(weights))
 
 
-def fresh_head(seed: int, channels: int, classes: int) -> Head:
-    """A head as `init` draws it, for a network that was trained on other classes."""
+def fresh_head(seed: int, weights: Weights, classes: int) -> Head | NoHead:
+    """A head as `init` draws it, for a network that was trained on other classes or on none."""
     generator = torch.Generator().manual_seed(seed)
+    block = blocks_of(weights.stages[-1])[-1]
+    channels = len(getattr(block, last_layer(block)).conv)
     return _Values(generator, torch.float32, generator.device).head(channels, classes)
 
 
@@ -155,7 +161,9 @@ class _Values:
     def normed(self, channels: int) -> Normed:
         return Normed(self._norm(channels, 1.0))
 
-    def head(self, channels: int, classes: int) -> Head:
+    def head(self, channels: int, classes: int) -> Head | NoHead:
+        if not classes:
+            return NoHead()
         return Head(
             weight=self._uniform(classes, channels, bound=1 / sqrt(channels)),
             bias=self._uniform(classes, bound=1 / sqrt(channels)),

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fresnet import tree
 from fresnet.network.check import check_call, check_group, check_momentum
 from fresnet.network.moments import update
 from fresnet.network.nodes import (
     Block,
     Grid,
-    Head,
     Params,
     Regime,
     Stats,
@@ -24,14 +24,15 @@ from fresnet.network.nodes import (
     with_blocks,
 )
 from fresnet.network.recompute import recomputed
-from fresnet.network.regimes import INFERENCE, training
+from fresnet.network.regimes import INFERENCE, TRAINING, training
 from fresnet.pytorch.collectives import Group
 
 
 def forward(params: Params, x: Tensor) -> Tensor:
     """Classify a batch of images by the running statistics: inference.
 
-    Each image's logits are a function of that image alone.
+    Each image's logits are a function of that image alone. A network without a head, of which the
+    tree has a `NoHead`, returns features, as `embed` does.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -42,12 +43,38 @@ def forward(params: Params, x: Tensor) -> Tensor:
       params: the network.
       x: images, float `[b c h w]`, in the dtype of the weights; normalised as in training.
     Returns:
-      logits `[b k]`.
+      logits `[b k]`; without a head, features `[b c]`.
     Raises:
       FresnetError: if the tree or the images are not what a network takes.
     """
     check_call("forward", params, x)
-    return INFERENCE.head(params.weights.head, run_network(params, x, INFERENCE).y)
+    logits: Tensor = params.weights.head.run(run_network(params, x, INFERENCE).y, INFERENCE)
+    return logits
+
+
+def embed(params: Params, x: Tensor) -> Tensor:
+    """What a head sees of each image, by the running statistics: features for other tasks.
+
+    They are the means of the last maps; in ResNet V2, of those behind the last norm and ReLU. This
+    is `forward` of the network without its head, so `compile_inference` and `export` of that
+    network are `embed` too:
+
+    >>> import torch, fresnet
+    >>> params, x = fresnet.init(0, fresnet.RESNET18), torch.ones(2, 3, 32, 48)
+    >>> encoder = params._replace(weights=params.weights._replace(head=fresnet.nodes.NoHead()))
+    >>> torch.equal(fresnet.embed(params, x), fresnet.forward(encoder, x))
+    True
+
+    Args:
+      params: the network, with a head or without.
+      x: images, float `[b c h w]`, in the dtype of the weights.
+    Returns:
+      features `[b c]`, with the channels of the last stage.
+    Raises:
+      FresnetError: if the tree or the images are not what a network takes.
+    """
+    check_call("embed", params, x)
+    return INFERENCE.mean(run_network(params, x, INFERENCE).y)
 
 
 def forward_train(
@@ -72,16 +99,14 @@ def forward_train(
       group: the processes of `torch.distributed` whose batches are normalised as one; by default
         each process normalises its own.
     Returns:
-      `(logits, stats)`: logits `[b k]`; the new running statistics.
+      `(logits, stats)`: logits `[b k]`, or features `[b c]` without a head; the new running
+      statistics.
     Raises:
       FresnetError: if the tree, the images, the momentum or the group are not what a network
         takes, or if some norm would see one value per channel.
     """
-    momentum = check_momentum("forward_train", momentum)
-    check_call("forward_train", params, x)
-    check_group("forward_train", group)
-    logits, moments = run_training(params, x, training(group))
-    return logits, update(params.stats, moments, momentum=momentum)
+    run, stats = _trained("forward_train", params, x, momentum, group)
+    return params.weights.head.run(run.y, TRAINING), stats
 
 
 def forward_moments(
@@ -105,9 +130,9 @@ def forward_moments(
       recompute: keep no activations within a block but compute them again for the gradient:
         half of what is allocated, for one more pass forward. The moments are those of the first.
     Returns:
-      `(logits, moments)`: logits `[b k]`; a tree like `params.stats` with `Moments` for
-      `NormStats`, constants with respect to params and x. Eager, a variance is correct to about
-      one rounding of itself + eps.
+      `(logits, moments)`: logits `[b k]`, or features `[b c]` without a head; a tree like
+      `params.stats` with `Moments` for `NormStats`, constants with respect to params and x. Eager,
+      a variance is correct to about one rounding of itself + eps.
     Raises:
       FresnetError: as `forward_train` does.
     """
@@ -139,6 +164,28 @@ def features(params: Params, x: Tensor) -> tuple[Tensor, ...]:
     """
     check_call("features", params, x)
     return run_network(params, x, INFERENCE).activations
+
+
+def features_train(
+    params: Params, x: Tensor, *, momentum: float | Tensor = 0.1, group: Group | None = None
+) -> tuple[tuple[Tensor, ...], Stats]:
+    """The activations of stem and stages by the statistics of the batch: to train a detector.
+
+    >>> import torch, fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=0)
+    >>> activations, stats = fresnet.features_train(params, torch.ones(2, 3, 64, 96))
+    >>> activations[-1].shape
+    torch.Size([2, 512, 2, 3])
+
+    Args:
+      params, x, momentum, group: as for `forward_train`.
+    Returns:
+      `(activations, stats)`: those that `features` returns; the new running statistics.
+    Raises:
+      FresnetError: as `forward_train` does.
+    """
+    run, stats = _trained("features_train", params, x, momentum, group)
+    return run.activations, stats
 
 
 class Run(NamedTuple):
@@ -181,6 +228,17 @@ def run_network(
     return Run(tuple(activations), y, Stats(stem, tuple(stages), last_seen))
 
 
+def _trained(
+    caller: str, params: Params, x: Tensor, momentum: float | Tensor, group: Group | None
+) -> tuple[Run, Stats]:
+    """A run by the statistics of the batch, and the new running statistics."""
+    momentum = check_momentum(caller, momentum)
+    check_call(caller, params, x)
+    check_group(caller, group)
+    run = run_network(params, x, training(group))
+    return run, update(params.stats, run.seen, momentum=momentum)
+
+
 def _run_block(block: Block, x: Tensor, *, grid: Grid, do: Regime) -> tuple[Tensor, Any]:
     return block.run(x, grid, do)
 
@@ -190,5 +248,5 @@ def run_training(
 ) -> tuple[Tensor, Stats]:
     """As `forward_moments`, of what has been checked; in x's dtype, whatever the weights'."""
     run = run_network(params, x, do, recompute=recompute)
-    head = Head(*(leaf.to(x.dtype) for leaf in params.weights.head))
-    return do.head(head, run.y), run.seen
+    head = tree.map(lambda leaf: leaf.to(x.dtype), params.weights.head)
+    return head.run(run.y, do), run.seen

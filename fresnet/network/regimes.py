@@ -43,13 +43,13 @@ class Floating(Regime):
         return ops.zero_pad(x, before, after)
 
     def mean(self, x: Tensor) -> Tensor:
-        return ops.global_average_pool(x)[:, :, None, None]
+        return ops.global_average_pool(x)
 
     def gate(self, x: Tensor, gates: Tensor) -> Tensor:
         return ops.gate(x, gates)
 
     def head(self, at: Head, x: Tensor) -> Tensor:
-        return ops.linear(ops.global_average_pool(x), at.weight, at.bias)
+        return ops.linear(x, *at)
 
 
 class Composed(Floating):

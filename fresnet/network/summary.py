@@ -16,7 +16,6 @@ from fresnet.network.check import check_image_size, check_params, first_conv
 from fresnet.network.nodes import (
     LAYERS,
     Grid,
-    Head,
     Params,
     attention_of,
     blocks_of,
@@ -35,7 +34,7 @@ class Row(NamedTuple):
     """
 
     layer: str
-    output: tuple[int, ...]  # [c h w], or [k] for the head
+    output: tuple[int, ...]  # [c h w], or [k] for the head, [c] for its absence
     blocks: int
     parameters: int
     multiply_adds: int
@@ -146,15 +145,12 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
     if tree.leaves(weights.last):
         x, row = _measure(weights.last, partial(at.last.run, x, INFERENCE), weights.last.note())
         rows.append(row)
-    k, c = weights.head.weight.shape
-    _, row = _measure(
-        weights.head, partial(_run_head, weights.head, x), f"average pool, {c} to {k}"
-    )
+    _, row = _measure(weights.head, partial(_run_head, weights.head, x), weights.head.note())
     return Summary((*rows, row))
 
 
-def _run_head(head: Head, x: Tensor) -> tuple[Tensor, tuple[()]]:
-    return INFERENCE.head(head, x), ()
+def _run_head(head: Any, x: Tensor) -> tuple[Tensor, tuple[()]]:
+    return head.run(x, INFERENCE), ()
 
 
 def _measure(

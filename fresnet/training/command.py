@@ -13,7 +13,7 @@ from fresnet.data import Folder, scan
 from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.init import fresh_head, init
-from fresnet.network.nodes import Params
+from fresnet.network.nodes import NoHead, Params
 from fresnet.network.specs import SPECS
 from fresnet.training.course import CONFUSION, CURVES, LABELS, NETWORK, Course, Options, Outcome
 from fresnet.training.dry_run import tried
@@ -135,8 +135,8 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
         return arch, init(args.seed, SPECS[arch], num_classes=classes)
     weights, stats = load(args.weights, architecture=args.arch)
     name = f"{args.weights} with its head"
-    if len(weights.head.bias) != classes:
-        head = fresh_head(args.seed, weights.head.weight.shape[1], classes)
+    if isinstance(weights.head, NoHead) or len(weights.head.bias) != classes:
+        head = fresh_head(args.seed, weights, classes)
         weights, name = weights._replace(head=head), f"{args.weights} with a fresh head"
     return name, Params(tree.map(Tensor.float, weights), tree.map(Tensor.float, stats))
 

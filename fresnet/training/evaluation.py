@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError
-from fresnet.network.check import check_call, check_group, check_params, check_values
+from fresnet.network.check import (
+    check_call,
+    check_group,
+    check_params,
+    check_values,
+    classes_of,
+    first_conv,
+)
 from fresnet.network.net import forward
 from fresnet.network.nodes import Params
 from fresnet.pytorch import transform_stack
@@ -60,10 +67,9 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
     check_params("evaluate", params)
     check_values("evaluate", params)
     check_group("evaluate", group)
-    bias = params.weights.head.bias
-    classes = len(bias)
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=bias.device)
-    sums = torch.zeros(2, dtype=torch.float64, device=bias.device)  # losses, hits among five
+    classes, device = classes_of("evaluate", params.weights), first_conv(params.weights).device
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, hits among five
     with torch.no_grad():
         for x, y, *_ in batches:
             check_call("evaluate", params, x)

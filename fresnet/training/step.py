@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.network.check import check_call, check_differentiable, check_group, check_momentum
+from fresnet.network.check import (
+    check_call,
+    check_differentiable,
+    check_group,
+    check_momentum,
+    classes_of,
+)
 from fresnet.network.moments import merge, merge_across, update
 from fresnet.network.net import run_training
 from fresnet.network.nodes import Params, Regime, Stats, Weights
@@ -244,7 +250,7 @@ def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
         raise FresnetError("a train step expects to be outside of torch.inference_mode; got it on")
     check_call("a train step", state.params, x)
     check_differentiable("a train step", state.params, state.optimizer, x)
-    classes = len(state.params.weights.head.bias)
+    classes = classes_of("a train step", state.params.weights)
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.shape != (len(x), classes):
         check_classes("a train step", x, y, classes)
     if len(x) < micro_batches:

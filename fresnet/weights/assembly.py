@@ -16,6 +16,7 @@ from fresnet.network.nodes import (
     LAYERS,
     Geometry,
     GroupNorm,
+    Head,
     NormStats,
     Pair,
     Params,
@@ -114,9 +115,10 @@ def _expected(
             stats[name] = _Entry("[c]", sizes, 1, stats_dtype(dtype))
 
     beside(look, *named)
-    head_weight, head_bias = map(str, named.weights.head)
-    weights[head_weight] = _Entry("[k c]", None, 2, dtype)
-    weights[head_bias] = _Entry("[k]", sizes_of(head_weight, 2), 1, dtype)
+    match named.weights.head:
+        case Head(weight, bias):
+            weights[str(weight)] = _Entry("[k c]", None, 2, dtype)
+            weights[str(bias)] = _Entry("[k]", sizes_of(weight, 2), 1, dtype)
     biases = {bias: stats[mean]._replace(dtype=dtype) for bias, mean in means.items()}
     return weights | stats | biases
 
@@ -209,7 +211,7 @@ def check_fit(params: Params, named: Params, layout: str = "torchvision") -> Non
     with torch.no_grad():
         y = run_network(Params(weights, places), x, _Fitting(inference_norm)).y
         with _naming(name_in(layout, "fc.weight")):
-            INFERENCE.head(weights.head, y)
+            weights.head.run(y, INFERENCE)
 
 
 def _described(named: Params, given: Mapping[str, Any]) -> str:
@@ -222,9 +224,11 @@ def _described(named: Params, given: Mapping[str, Any]) -> str:
     stem = units_of(named.weights.stem)
     stages = [blocks_of(stage) for stage in named.weights.stages]
     depths = ", ".join(str(len(blocks)) for blocks in stages)
+    head = named.weights.head
+    classes = f"{size(head.weight)} classes" if isinstance(head, Head) else "no head"
     return (
         f"a ResNet of {type(stages[0][0]).__name__} blocks ({depths}), "
-        f"width {size(stem[-1].conv)}, {size(named.weights.head.weight)} classes"
+        f"width {size(stem[-1].conv)}, {classes}"
     )
 
 

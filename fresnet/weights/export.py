@@ -16,7 +16,7 @@ from fresnet import tree
 from fresnet.errors import FresnetError
 from fresnet.network.check import check_image_size, check_params, check_values, first_conv
 from fresnet.network.net import forward
-from fresnet.network.nodes import Params
+from fresnet.network.nodes import NoHead, Params
 from fresnet.numbers import as_integer
 from fresnet.reading import as_path, named_in_utf8
 from fresnet.weights.names import names
@@ -50,8 +50,8 @@ def export(
 
     The path's ending says what is written. `.onnx` is ONNX. `.pt2` is a program for
     `torch.export.load` or, with `compiled`, machine code for `torch._inductor.aoti_load_package`.
-    Each takes x `[b c h w]` with any b, in the dtype of the weights, and gives logits `[b k]`.
-    `docs/deployment.md` shows how to run them. The file is written whole or not at all.
+    Each takes x `[b c h w]` with any b, in the dtype of the weights, and gives what `forward`
+    returns. `docs/deployment.md` shows how to run them. The file is written whole or not at all.
 
     >>> import fresnet, tempfile, torch
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -167,7 +167,7 @@ def _write_onnx(
     program = _program(params, size)
     exported = torch.onnx.export(
         program.run_decompositions({torch.ops.aten.addcmul.default: _multiply_add}),
-        output_names=["logits"],
+        output_names=["features" if isinstance(params.weights.head, NoHead) else "logits"],
         dynamic_shapes=(_dynamic(size),),
         verbose=False,
     )

@@ -12,11 +12,11 @@ from fresnet import tree
 from fresnet.errors import FresnetError, listed, reason
 from fresnet.network.check import check_params, check_values
 from fresnet.network.nodes import (
+    HEADS,
     NODES,
     NORMS,
     STAGES,
     UNITS,
-    Head,
     Params,
     Weights,
     beside,
@@ -34,7 +34,7 @@ from fresnet.weights.state_dicts import check_architecture, from_state_dict, nam
 from fresnet.weights.storage import read_safetensors, write_safetensors
 from fresnet.weights.unwrapping import tensors_in
 
-TYPES = {kind.__name__: kind for kind in (*NODES, *UNITS, *NORMS, *STAGES, Head, Weights)}
+TYPES = {kind.__name__: kind for kind in (*NODES, *UNITS, *NORMS, *STAGES, *HEADS, Weights)}
 """The types that the metadata of a file may name."""
 
 MOST_TEXT = 128

@@ -10,7 +10,6 @@ from fresnet import tree
 from fresnet.network.nodes import (
     LAYERS,
     UNITS,
-    Head,
     NormStats,
     Params,
     Weights,
@@ -38,7 +37,7 @@ def name_tree(params: Params) -> Params:
         )
         for i, stage in enumerate(weights.stages, start=1)
     )
-    head: Any = Head("fc.weight", "fc.bias")  # type: ignore[arg-type]
+    head = tree.rebuild(weights.head, [f"fc.{leaf}" for leaf in weights.head._fields])
     found = Weights(named(weights.stem, ""), stages, named(weights.last, ""), head)
     return Params(found, beside(stats_names, found, stats) if stats else stats)
 

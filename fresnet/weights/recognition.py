@@ -29,6 +29,7 @@ from fresnet.network.nodes import (
     LastNorm,
     Layer,
     NoAttention,
+    NoHead,
     NoLastNorm,
     Norm,
     NoShortcut,
@@ -84,13 +85,9 @@ def recognised(given: Mapping[str, Any], spec: Spec | None) -> Params:
     Args:
       spec: says what names and shapes do not tell.
     Raises:
-      FresnetError: if they are of none, of one without a head, or of another than the spec's.
+      FresnetError: if they are of none, or of another than the spec's.
     """
     stages = _stages(given)
-    if not any(name.startswith("fc.") for name in given):
-        raise FresnetError(
-            "from_state_dict expects a head; got none: add an fc.weight [k c] and fc.bias [k]"
-        )
     norm = Norm if any(name.endswith(".running_mean") for name in given) else GroupNorm
     types = [_block_types(list(stage.values()), norm) for stage in stages]
     is_v2 = any(block in PREACTIVATIONS for block, _ in types)
@@ -127,7 +124,8 @@ def recognised(given: Mapping[str, Any], spec: Spec | None) -> Params:
             channels = out
         drawn.append((spec.stage if spec and drawn else tuple)(tuple(blocks)))
     last = LastNorm.draw(blanks, 0) if is_v2 else NoLastNorm()
-    weights = Weights(stem, tuple(drawn), last, Head(BLANK, BLANK))
+    head = NoHead() if {"fc.weight", "fc.bias"}.isdisjoint(given) else Head(BLANK, BLANK)
+    weights = Weights(stem, tuple(drawn), last, head)
     return Params(weights, beside(blank_stats, weights))
 
 

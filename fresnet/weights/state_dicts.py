@@ -18,6 +18,7 @@ from fresnet.network.nodes import (
     DilatedStage,
     FrozenNorm,
     GroupNorm,
+    NoHead,
     Norm,
     Params,
     Unit,
@@ -42,11 +43,12 @@ def from_state_dict(
 ) -> Params:
     """The network in a state dict of torchvision, of timm or of Hugging Face.
 
-    For Hugging Face that is `ResNetForImageClassification`. fresnet detects which library the names
-    come from, and finds the network's entries in a checkpoint: behind a prefix (such as `module.`),
-    inside `state_dict`, `model` and the like, beside a criterion, a queue or a copy. What it leaves
-    out it tells in a warning. An average of the weights, such as `state_dict_ema`, is taken before
-    the weights. `docs/checkpoints.md` has the rules.
+    For Hugging Face that is `ResNetForImageClassification` or `ResNetModel`. fresnet detects which
+    library the names come from, and finds the network's entries in a checkpoint: behind a prefix
+    (such as `module.`), inside `state_dict`, `model` and the like, beside a criterion, a queue or a
+    copy. What it leaves out it tells in a warning. An average of the weights, such as
+    `state_dict_ema`, is taken before the weights. `docs/checkpoints.md` has the rules. Where no
+    entries are a head's, the network has none, and its `forward` returns features.
 
     It recognises stem, blocks and shortcuts by the names of their entries, and takes all sizes from
     the entries' shapes. Tensors are copied, convolutions into channels last. Weights take the
@@ -96,6 +98,9 @@ def from_state_dict(
 def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tensor]:
     """The network under another library's names, as its modules load it.
 
+    A network without a head is written for modules that have none: torchvision's with
+    `fc = torch.nn.Identity()`, timm's with `num_classes=0`, Hugging Face's `ResNetModel`.
+
     Tensors are contiguous copies. Each norm gets a counter `num_batches_tracked` of 0. Names cannot
     say which norms are frozen, which stages dilate, and whether bottlenecks stride in their first
     convolution.
@@ -126,12 +131,15 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
         )
     layout = layout_of(params, layout)
     state = named_leaves(_flat(params))
-    if layout in ("timm", "timm, deep"):
-        state["fc.weight"] = state["fc.weight"][..., None, None]  # timm's V2 has a convolution
     for name, value in state.items():
+        if name == "fc.weight" and layout in ("timm", "timm, deep"):
+            state[name] = value[..., None, None]  # timm's V2 has a convolution
         if name.endswith(".se.conv.weight"):
             state[name] = value[:, :, 0]  # timm's goes along one dimension
-    return {name_in(layout, name): value for name, value in state.items()}
+    state = {name_in(layout, name): value for name, value in state.items()}
+    if isinstance(params.weights.head, NoHead):  # Hugging Face's encoder is a module of its own
+        return {name.removeprefix("resnet."): value for name, value in state.items()}
+    return state
 
 
 def named_leaves(params: Params) -> dict[str, Tensor]:

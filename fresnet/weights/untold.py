@@ -18,6 +18,7 @@ from fresnet.network.nodes import (
     FramedStem7x7,
     FrozenNorm,
     GroupNorm,
+    NoHead,
     Params,
     StandardisedLayer,
     StridedStem,
@@ -115,7 +116,8 @@ def _is_like(spec: Spec, params: Params) -> bool:
 
 def like(spec: Spec, params: Params) -> Params:
     """A network of a spec on meta, for the classes and the channels of this one."""
-    classes, channels = len(params.weights.head.bias), first_conv(params.weights).shape[1]
+    head, channels = params.weights.head, first_conv(params.weights).shape[1]
+    classes = 0 if isinstance(head, NoHead) else len(head.bias)
     return init(0, spec, num_classes=classes, in_channels=channels, device="meta")
 
 

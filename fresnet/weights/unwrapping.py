@@ -71,10 +71,12 @@ def network_entries(mapping: Mapping[str, Any]) -> dict[str, Any]:
         used.update(*behind.values())
         used.update(name for name in entries if _is_head(name))
     if left_out := [name for name in entries if name not in used]:
-        _tell(
-            f"entries beside the network are left out: {listed(left_out)}; if they are of a layer "
-            "between its body and its head, the logits differ"
+        doubt = (
+            "if they are of a layer between its body and its head, the logits differ"
+            if head
+            else "none is called as a head is, so it has none: call its own fc.weight and fc.bias"
         )
+        _tell(f"entries beside the network are left out: {listed(left_out)}; {doubt}")
     return found
 
 

@@ -51,6 +51,7 @@ from fresnet.network.nodes.layers import (
 )
 from fresnet.network.nodes.params import (
     Head,
+    NoHead,
     NoLastNorm,
     Params,
     Quantized,
@@ -114,6 +115,7 @@ STEMS = (Stem7x7, DeepStem, Stem3x3, *BARE_STEMS, *POOLED_STEMS)
 PREACTIVATIONS = (PreActivationBasic, PreActivation)
 BLOCKS = (BasicBlock, Bottleneck, BottleneckV1, *PREACTIVATIONS)
 LASTS = (NoLastNorm, LastNorm)
+HEADS = (Head, NoHead)
 SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, NoShortcut)
 ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
 NORMS = (Norm, FrozenNorm, GroupNorm, Bias, Rescale, NoNorm)
@@ -143,6 +145,7 @@ __all__ = [
     "BARE_STEMS",
     "BLOCKS",
     "EPS",
+    "HEADS",
     "LASTS",
     "LAYERS",
     "NODES",
@@ -187,6 +190,7 @@ __all__ = [
     "Moments",
     "Names",
     "NoAttention",
+    "NoHead",
     "NoLastNorm",
     "NoNorm",
     "NoShortcut",

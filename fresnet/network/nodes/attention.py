@@ -54,7 +54,7 @@ class SqueezeExcite(NamedTuple, Generic[T]):
         how: Geometry,
     ) -> tuple[Tensor, Any, "SqueezeExcite[Any]"]:
         y, seen = do.layer(last, y, how, relu=False)
-        gates, squeeze = do.layer(self.squeeze, do.mean(y), PLAIN)
+        gates, squeeze = do.layer(self.squeeze, do.mean(y)[:, :, None, None], PLAIN)
         gates, excite = do.layer(self.excite, gates, PLAIN, relu=False)
         return do.join(do.gate(y, gates), add), seen, SqueezeExcite(squeeze, excite)
 
@@ -89,7 +89,7 @@ class EfficientAttention(NamedTuple, Generic[T]):
         self, last: Any, y: Tensor, add: Tensor | None, do: Regime, how: Geometry
     ) -> tuple[Tensor, Any, "EfficientAttention[Any]"]:
         y, seen = do.layer(last, y, how, relu=False)
-        row = do.mean(y).permute(0, 2, 3, 1)
+        row = do.mean(y)[:, None, None]
         gates, along = do.layer(self.along, row, PLAIN, relu=False)
         return do.join(do.gate(y, gates.permute(0, 3, 1, 2)), add), seen, EfficientAttention(along)
 

@@ -29,10 +29,27 @@ class NoLastNorm(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The classifier: weight `[k c]`, bias `[k]`."""
+    """The classifier of the mean of each map: weight `[k c]`, bias `[k]`."""
 
     weight: Tensor
     bias: Tensor
+
+    def run(self, x: Tensor, do: Regime) -> Tensor:
+        return do.head(self, do.mean(x))
+
+    def note(self) -> str:
+        classes, channels = self.weight.shape
+        return f"average pool, {channels} to {classes}"
+
+
+class NoHead(NamedTuple):
+    """The mean of each map is what the network returns: it is an encoder."""
+
+    def run(self, x: Tensor, do: Regime) -> Tensor:
+        return do.mean(x)
+
+    def note(self) -> str:
+        return "average pool"
 
 
 class Weights(NamedTuple):
@@ -41,7 +58,7 @@ class Weights(NamedTuple):
     stem: Any  # not said, so that whoever knows which may take its fields
     stages: tuple[Any, ...]
     last: Any
-    head: Head
+    head: Any  # Head or NoHead
 
 
 class Stats(NamedTuple):

@@ -79,13 +79,13 @@ class Regime(Protocol):
         """x with so many channels of zeros before and after its own."""
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of each map: `[b c h w]` -> `[b c 1 1]`."""
+        """The mean of each map: `[b c h w]` -> `[b c]`."""
 
     def gate(self, x: Tensor, gates: Tensor) -> Tensor:
         """x times the sigmoid of gates `[b c 1 1]`."""
 
     def head(self, at: Any, x: Tensor) -> Tensor:
-        """The logits `[b k]` of a `Head` on x `[b c h w]`."""
+        """The logits `[b k]` of a `Head` on means x `[b c]`."""
 
 
 class Grid(NamedTuple):
