@@ -99,11 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size", type=_size, default=224, metavar="N", help="or HxW; default 224"
     )
     sub.add_argument(
-        "--classes",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="if no file; 0: no head; default 1000",
+        "--classes", type=int, default=1000, metavar="N", help="if no file; default 1000; 0: none"
     )
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
     _add_architecture(sub)
