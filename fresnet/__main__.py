@@ -99,11 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size", type=_size, default=224, metavar="N", help="or HxW; default 224"
     )
     sub.add_argument(
-        "--classes",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="if not a file; 0: no head; default 1000",
+        "--classes", type=int, default=1000, metavar="N", help="if no file; default 1000; 0: none"
     )
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
     _add_architecture(sub)
@@ -207,10 +203,8 @@ def _network(args: argparse.Namespace) -> Params:
 def _predict(args: argparse.Namespace) -> str:
     params = fresnet.load(args.weights, architecture=args.arch)
     if isinstance(params.weights.head, NoHead):
-        raise FresnetError(
-            f"{args.weights} has no head, so it knows no classes: python -m fresnet train DIR "
-            f"--weights {args.weights} trains one"
-        )
+        hint = "python -m fresnet train DIR --weights FILE gives it one"
+        raise FresnetError(f"{args.weights} has no head, so it knows no classes: {hint}")
     classes = len(params.weights.head.bias)
     labels = _labels(args.labels, classes)
     top = min(5, classes) if args.top is None else args.top

@@ -142,7 +142,7 @@ def test_a_segmentation_backbone_loads_with_a_head_or_without() -> None:
     with pytest.warns(UserWarning, match=f"{told}if they are of a layer between its body and its"):
         params = fresnet.from_state_dict({**mapping, **HEAD})
     assert_same(params, PARAMS)
-    with pytest.warns(UserWarning, match=f"{told}none is called as a head is, so it has none"):
+    with pytest.warns(UserWarning, match=f"{told}it has no head: if one of them is, call th"):
         params = fresnet.from_state_dict(mapping)
     assert_same(params, ENCODER)
 

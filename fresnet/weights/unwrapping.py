@@ -74,7 +74,7 @@ def network_entries(mapping: Mapping[str, Any]) -> dict[str, Any]:
         doubt = (
             "if they are of a layer between its body and its head, the logits differ"
             if head
-            else "none is called as a head is, so it has none: call its own fc.weight and fc.bias"
+            else "it has no head: if one of them is, call that fc.weight and fc.bias"
         )
         _tell(f"entries beside the network are left out: {listed(left_out)}; {doubt}")
     return found
