@@ -6,8 +6,8 @@ turn canonical names into those of a layout and back.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from fresnet.network.nodes import (
     with_blocks,
 )
 from fresnet.weights.blanks import Blanks, as_drawn
+from fresnet.weights.layouts import DETECTRON2, SEQUENTIAL, Rule, respelled
 
 LAYOUTS = ("torchvision", "timm", "huggingface")
 
@@ -151,15 +152,6 @@ def kinds(node: Any) -> set[type]:
     return {type(node)}.union(*map(kinds, node))
 
 
-class Rule(NamedTuple):
-    """A layout's name to the canonical one, and back."""
-
-    theirs: str
-    to_ours: Callable[[re.Match[str]], str]
-    ours: str
-    to_theirs: Callable[[re.Match[str]], str]
-
-
 _HF_WORD: Mapping[str, str] = {"conv": "convolution", "bn": "normalization"}
 _OUR_WORD: Mapping[str, str] = {theirs: ours for ours, theirs in _HF_WORD.items()}
 _SHORTCUT = ("convolution", "normalization")
@@ -209,8 +201,22 @@ TIMM_V2 = (
     Rule(r"head\.fc\.", lambda m: "fc.", r"fc\.", lambda m: "head.fc."),
 )
 
-RULES: Mapping[str, tuple[Rule, ...]] = {"huggingface": HUGGINGFACE, "timm": TIMM_V2}
-"""The rules of layouts whose names are not the canonical ones."""
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "huggingface": HUGGINGFACE,
+    "timm": TIMM_V2,
+    "detectron2": DETECTRON2,
+    "sequential": SEQUENTIAL,
+}
+"""The rules of layouts whose names are not the canonical ones. The last two are read alone."""
+
+TELLTALES: Mapping[str, str] = {
+    "huggingface": r"embedder\.embedder\.",
+    "timm": r"stem\.conv\.weight$",
+    "detectron2": r"res2\.",
+    "sequential": r"4\.\d+\.conv1\.",
+    "torchvision": r"layer\d",
+}
+"""How a name begins that shows whose the names are."""
 
 
 def layout_of(params: Params, library: str) -> str:
@@ -228,10 +234,6 @@ def name_in(layout: str, name: str) -> str:
     return name
 
 
-_OF_CIFAR = re.compile(r"^(layer\d+\.\d+\.)shortcut\.")
-"""What kuangliu's pytorch-cifar, and much that follows it, calls a projection."""
-
-
 def _as_row(value: Any) -> Any:
     """A kernel along channels, `[1 1 k]`, as one of a single row, `[1 1 1 k]`."""
     one = isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, 1)
@@ -239,24 +241,24 @@ def _as_row(value: Any) -> Any:
 
 
 def canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The layout found, and the entries under canonical names; unknown ones keep their own."""
-    if any(name.startswith("embedder.embedder.") for name in mapping):
-        layout = "huggingface"
-    elif "stem.conv.weight" in mapping:
-        layout = "timm"
-    else:
-        return "torchvision", {
-            _OF_CIFAR.sub(r"\1downsample.", name): _as_row(value) for name, value in mapping.items()
-        }
+    """The layout found, if any, and the entries under canonical names; unknown ones keep theirs."""
+    layout = next(
+        (layout for layout, start in TELLTALES.items() if any(re.match(start, n) for n in mapping)),
+        "",
+    )
     found: dict[str, Any] = {}
-    for name, value in mapping.items():
-        for rule in RULES[layout]:
+    for theirs, value in mapping.items():
+        name = respelled(theirs) if layout == "torchvision" else theirs
+        for rule in RULES.get(layout, ()):
             if match := re.match(rule.theirs, name):
                 name = rule.to_ours(match) + name[match.end() :]
                 break
         if name == "fc.weight" and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
             value = value.flatten(1)  # timm's V2 has a convolution there
         if name in found:
-            raise FresnetError(f"from_state_dict expects one entry of each name; got two {name}")
-        found[name] = value
+            raise FresnetError(
+                f"from_state_dict expects the names of one library; got two entries that are {name}"
+                f", one of them called {theirs}"
+            )
+        found[name] = _as_row(value)
     return layout, found

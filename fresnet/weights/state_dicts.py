@@ -29,6 +29,7 @@ from fresnet.network.nodes import (
 )
 from fresnet.network.specs import SPECS, Spec
 from fresnet.weights.assembly import assemble
+from fresnet.weights.families import explained
 from fresnet.weights.names import (
     LAYOUTS,
     canonical,
@@ -53,11 +54,12 @@ def from_state_dict(
 ) -> Params:
     """The network in a state dict of torchvision, of timm or of Hugging Face.
 
-    For Hugging Face that is `ResNetForImageClassification`. fresnet detects which library the names
-    come from, and finds the network's entries in a checkpoint: behind a prefix (such as `module.`),
-    inside `state_dict`, `model` and the like, beside a criterion, a queue or a copy. What it leaves
-    out it tells in a warning. An average of the weights, such as `state_dict_ema`, is taken before
-    the weights. `docs/checkpoints.md` has the rules.
+    For Hugging Face that is `ResNetForImageClassification`. The names of detectron2, OpenMMLab,
+    fastai and repositories for CIFAR are read too. fresnet detects whose the names are, and finds
+    the network's entries in a checkpoint: behind a prefix (such as `module.`), inside `state_dict`,
+    `model` and the like, beside a criterion, a queue or a copy. What it leaves out it tells in a
+    warning. An average of the weights, such as `state_dict_ema`, is taken before the weights.
+    `docs/checkpoints.md` has the rules.
 
     It recognises stem, blocks and shortcuts by the names of their entries, and takes all sizes from
     the entries' shapes. Tensors are copied, convolutions into channels last. Weights take the
@@ -90,13 +92,16 @@ def from_state_dict(
       `Params(weights, stats)`.
     Raises:
       FresnetError: naming the entries that are missing, unexpected, misshapen or on another device
-        than the rest, or the first layer that does not fit the one before it; or if there are
-        several networks, or nodes that are not the architecture's.
+        than the rest, or the first layer that does not fit the one before it; or the family of
+        networks that the entries look like; or if there are several networks, or nodes that are not
+        the architecture's.
     """
     spec = spec_of("from_state_dict", architecture)
     layout, given = canonical(network_entries(mapping))
     given = {name: _widened(value) for name, value in given.items()}
-    nodes = recognised(given, spec)
+    with explained(given, layout):
+        nodes = recognised(given, spec)
+        params = assemble("from_state_dict", nodes, given, layout)
     if spec is None and ZeroPad in kinds(nodes.weights):
         warnings.warn(
             "names do not tell how shortcuts get more channels. fresnet appends zeros, as "
@@ -104,7 +109,6 @@ def from_state_dict(
             "'plain20' has no shortcuts",
             stacklevel=2,
         )
-    params = assemble("from_state_dict", nodes, given, layout)
     check_architecture("from_state_dict", params, architecture, spec)
     return params
 
