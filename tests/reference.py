@@ -115,6 +115,22 @@ class Cifar(ResNet):  # type: ignore[misc]
         return logits
 
 
+class Narrow(ResNet):  # type: ignore[misc]
+    """torchvision's network, an eighth as wide."""
+
+    def __init__(self, block: Any, depths: Sequence[int], num_classes: int, **kwargs: Any) -> None:
+        super().__init__(block, depths, num_classes, **kwargs)
+        self.conv1 = nn.Conv2d(3, 8, 7, 2, padding=3, bias=False)
+        self.bn1 = self._norm_layer(8)
+        self.fc = nn.Linear(64 * block.expansion, num_classes)
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+        if planes == 64:
+            self.inplanes = 8
+        stage: nn.Sequential = super()._make_layer(block, planes // 8, *args, **kwargs)
+        return stage
+
+
 class OptionA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x at every second place, with as many channels of zeros beside its own."""
@@ -171,7 +187,10 @@ __all__ = [
     "PAPERS",
     "TORCHVISION",
     "WIDE",
+    "BasicBlock",
+    "Bottleneck",
     "Cifar",
+    "Narrow",
     "ResNet",
     "activations",
     "every_member",

@@ -81,6 +81,17 @@ def test_wrappers(name: str) -> None:
     assert_same(fresnet.from_state_dict({"model": {"name": "x"}, name: STATE}), PARAMS)
 
 
+def test_a_long_way_to_a_network_is_not_gone() -> None:
+    """A file names a long name again and again in a few bytes, and a way of them takes memory."""
+    long = "x" * 10**6
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(FresnetError, match="expects the names of torchvision"):
+        fresnet.from_state_dict({f"a{i}": {long: {"model": STATE.copy()}} for i in range(300)})
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+    deep = {"callbacks": {"EMA{'decay': 0.999, 'every_n_steps': 1}": {"state": {"net": STATE}}}}
+    assert_same(fresnet.from_state_dict(deep), PARAMS)
+
+
 def test_several_networks_are_refused_by_name() -> None:
     for mapping, message in (
         ({"model": STATE, "net": OTHERS}, "state dicts under 'model' and 'net': pass those of one"),
@@ -602,7 +613,7 @@ def test_an_average_has_the_weights_sizes_and_its_own_head() -> None:
     with pytest.warns(UserWarning, match="an average of the weights, 'ema.backbone.', stands besi"):
         assert_same(fresnet.from_state_dict({**both, **averaged}), OTHER)
     swapped = {"state_dict": OTHERS, "ema_state_dict": {"steps": 3, **behind("module.", STATE)}}
-    with pytest.warns(UserWarning, match="the average that MMEngine keeps under 'state_dict'"):
+    with pytest.warns(UserWarning, match="the average under 'state_dict' is taken, where MMEng"):
         assert_same(fresnet.from_state_dict(swapped), OTHER)
 
 

@@ -316,7 +316,7 @@ BAD = {
     ),
     "another architecture": (
         lambda path: torch.save(timm.create_model("skresnet18").state_dict(), path),
-        "layer1.0.conv1.weight is missing",
+        "got what looks like a ResNet with selective kernels (SKNet)",
     ),
     "no state dict": (lambda path: torch.save([1, 2], path), "expects a mapping of names"),
     "a tensor": (lambda path: torch.save(torch.ones(3), path), "expects a mapping of names"),

@@ -18,8 +18,7 @@ FILES = ("resnet", "resnetv2", "sknet")
 NAMES = sorted({name for file in FILES for name in timm.list_models(module=file)})
 
 REFUSED = {name: "selective kernels" for name in NAMES if name.startswith("sk")} | {
-    "resnetv2_50d_evos": "EvoNorm",
-    "resnetv2_50d_frn": "filter response",
+    f"resnetv2_50d_{norm}": "FRN or EvoNorm" for norm in ("evos", "frn")
 }
 """The networks that fresnet does not compute, each with the words that its error has."""
 

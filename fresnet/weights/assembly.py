@@ -62,8 +62,8 @@ def assemble(caller: str, nodes: Params, given: Mapping[str, Any], layout: str) 
     faults = [*_missing(expected, given, layout), *_misfits(expected, given, layout, named)]
     found = f"{caller} found {_described(named, given)}, but:"
     if faults:
-        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
-        raise FresnetError("\n  ".join([found, *faults[:10], *more]))
+        more = [f"and {len(faults) - 8} more"] if len(faults) > 8 else []
+        raise FresnetError("\n  ".join([found, *faults[:8], *more]))
     leaves = {name: _copy(name, given[name], entry.dtype) for name, entry in expected.items()}
     for bias, mean in means.items():
         leaves[mean] = leaves[mean] - leaves[bias].to(leaves[mean].dtype)

@@ -26,13 +26,14 @@ from fresnet.reading import as_path, check_regular, from_json
 from fresnet.weights import torch_files
 from fresnet.weights.assembly import assemble, check_fit
 from fresnet.weights.blanks import BLANK, blank_stats
+from fresnet.weights.formats import refusal
 from fresnet.weights.hub import INDEX, download, is_repository, local, shards
 from fresnet.weights.names import name_tree, names
 from fresnet.weights.older import Structure, with_layers
 from fresnet.weights.pickles import Skipped
 from fresnet.weights.state_dicts import check_architecture, from_state_dict, named_leaves, spec_of
 from fresnet.weights.storage import read_safetensors, write_safetensors
-from fresnet.weights.unwrapping import tensors_in
+from fresnet.weights.unwrapping import mappings_in
 
 TYPES = {kind.__name__: kind for kind in (*NODES, *UNITS, *NORMS, *STAGES, *HEADS, Weights)}
 """The types that the metadata of a file may name."""
@@ -120,11 +121,11 @@ def _read(path: Path, spec: Spec | None) -> Params:
         with path.open("rb") as file:
             start = file.read(9)
     except (OSError, ValueError) as error:
-        raise FresnetError(reason(error)) from error
+        raise refusal(path, reason(error)) from error
     if not start:
         raise FresnetError("the file is empty")
     if start[8:] != b"{" and start[:1] != b"\x80" and start[:2] != b"PK":
-        raise FresnetError("it is no file of safetensors or torch.save")
+        raise refusal(path, "it is no file of safetensors or torch.save")
     if start[8:] != b"{":
         return from_state_dict(_unpickled(path), architecture=spec)
     entries, texts = read_safetensors(path)
@@ -151,10 +152,14 @@ def _sharded(index: Path) -> dict[str, Tensor]:
 
 
 def _unpickled(path: Path) -> Any:
-    found, skipped = torch_files.read(path)
+    try:
+        found, skipped = torch_files.read(path)
+    except FresnetError as error:
+        raise refusal(path, str(error)) from error
     beside = found if isinstance(found, dict) else {}
     empty = {str(k): type(v).__name__ for k, v in beside.items() if _is_empty(v)}
-    if _is_empty(found) or (empty and not any(tensors_in(beside, set()))):
+    tensors = any(isinstance(v, Tensor) for _, one in mappings_in(beside) for v in one.values())
+    if _is_empty(found) or (empty and not tensors):
         what = type(found).__name__ if _is_empty(found) else ", ".join(empty.values())
         ours = "fresnet." in what
         hint = "fresnet.save(params, path)" if ours else "torch.save(model.state_dict(), path)"

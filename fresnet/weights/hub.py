@@ -10,6 +10,7 @@ from fresnet.errors import FresnetError, describe, reason
 from fresnet.network.nodes import BottleneckV1
 from fresnet.network.specs import RESNET50, SPECS, Spec
 from fresnet.reading import read_json
+from fresnet.weights.formats import FORMATS, refusal
 
 INDEX = ".safetensors.index.json"
 """How the file is called that lists which of several files holds an entry."""
@@ -30,7 +31,7 @@ def is_repository(path: str | os.PathLike[str]) -> bool:
         isinstance(path, str)
         and len(rest) == 1
         and all(re.fullmatch(r"\w[\w.-]*", part) for part in (owner, *rest))
-        and not rest[0].endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
+        and not rest[0].endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt", *FORMATS))
         and not os.path.exists(owner)
     )
 
@@ -86,7 +87,7 @@ def local(path: Path) -> tuple[Path, Spec | None]:
         if path.is_dir():
             found = [path / name for name in WEIGHTS if (path / name).exists()]
             if not found:
-                raise FresnetError(f"the folder has none of {', '.join(WEIGHTS)}")
+                raise refusal(path, f"the folder has none of {', '.join(WEIGHTS)}")
             path = found[0]
         config = path.parent / "config.json"
         if path.name in WEIGHTS and os.path.lexists(config):

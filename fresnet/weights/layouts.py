@@ -4,8 +4,8 @@ A layout is a library's names. Rules turn them into the canonical names and back
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ from fresnet.network.nodes import (
     with_blocks,
 )
 from fresnet.weights.blanks import Blanks, as_drawn
+from fresnet.weights.spellings import DETECTRON2, SEQUENTIAL, Rule, respelled
 
 LAYOUTS = ("torchvision", "timm", "huggingface")
 
@@ -106,15 +107,6 @@ def _nodes(weights: Weights) -> list[Any]:
     within = [node for block in blocks for node in block if hasattr(node, "names")]
     pooled = [stage for stage in weights.stages if isinstance(stage, POOLED)]
     return [weights.stem, *pooled, *blocks, *within, weights.last]
-
-
-class Rule(NamedTuple):
-    """A layout's name to the canonical one, and back."""
-
-    theirs: str
-    to_ours: Callable[[re.Match[str]], str]
-    ours: str
-    to_theirs: Callable[[re.Match[str]], str]
 
 
 _HF_WORD: Mapping[str, str] = {"conv": "convolution", "bn": "normalization"}
@@ -191,8 +183,20 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "huggingface": HUGGINGFACE,
     "timm": TIMM_V2,
     "timm, deep": TIMM_V2_DEEP,
+    "detectron2": DETECTRON2,
+    "sequential": SEQUENTIAL,
 }
-"""The rules of layouts whose names are not the canonical ones."""
+"""The rules of layouts whose names are not the canonical ones. The last two are read alone."""
+
+TELLTALES: Mapping[str, str] = {
+    "huggingface": r"embedder\.embedder\.",
+    "timm": r"stem\.conv\.weight$",
+    "detectron2": r"res2\.",
+    "timm, deep": r"stem\.conv1\.weight$",
+    "sequential": r"4\.\d+\.conv1\.",
+    "torchvision": r"layer\d",
+}
+"""How a name begins that shows whose the names are."""
 
 
 def layout_of(params: Params, library: str) -> str:
@@ -210,10 +214,6 @@ def name_in(layout: str, name: str) -> str:
     return name
 
 
-_OF_CIFAR = re.compile(r"^(layer\d+\.\d+\.)shortcut\.")
-"""What kuangliu's pytorch-cifar, and much that follows it, calls a projection."""
-
-
 def _as_row(value: Any) -> Any:
     """A kernel along channels, `[1 1 k]`, as one of a single row, `[1 1 1 k]`."""
     one = isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, 1)
@@ -221,26 +221,24 @@ def _as_row(value: Any) -> Any:
 
 
 def canonical(mapping: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The layout found, and the entries under canonical names; unknown ones keep their own."""
-    if any(name.startswith("embedder.embedder.") for name in mapping):
-        layout = "huggingface"
-    elif "stem.conv.weight" in mapping:
-        layout = "timm"
-    elif "stem.conv1.weight" in mapping:
-        layout = "timm, deep"
-    else:
-        return "torchvision", {
-            _OF_CIFAR.sub(r"\1downsample.", name): _as_row(value) for name, value in mapping.items()
-        }
+    """The layout found, if any, and the entries under canonical names; unknown ones keep theirs."""
+    layout = next(
+        (layout for layout, start in TELLTALES.items() if any(re.match(start, n) for n in mapping)),
+        "",
+    )
     found: dict[str, Any] = {}
-    for name, value in mapping.items():
-        for rule in RULES[layout]:
+    for theirs, value in mapping.items():
+        name = respelled(theirs) if layout == "torchvision" else theirs
+        for rule in RULES.get(layout, ()):
             if match := re.match(rule.theirs, name):
                 name = rule.to_ours(match) + name[match.end() :]
                 break
         if name == "fc.weight" and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
             value = value.flatten(1)  # timm's V2 has a convolution there
         if name in found:
-            raise FresnetError(f"from_state_dict expects one entry of each name; got two {name}")
-        found[name] = value
+            raise FresnetError(
+                f"from_state_dict expects the names of one library; got two entries that are {name}"
+                f", one of them called {theirs}"
+            )
+        found[name] = _as_row(value)
     return layout, found

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from fresnet import tree
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, listed
 from fresnet.network.nodes import (
     BLOCKS,
     PLACES,
@@ -171,7 +171,7 @@ def _stages(given: Mapping[str, Any]) -> list[dict[str, set[str]]]:
             place = int(match[1]), int(match[2])
             found.setdefault(place, set()).add(name[match.end() :])
     if not found:
-        shown = ", ".join(map(str, list(given)[:3])) or "none"
+        shown = listed(list(map(str, given))) if given else "none"
         raise FresnetError(
             "from_state_dict expects the names of torchvision, timm or Hugging Face "
             f"(conv1.weight, layer1.0.conv1.weight, ..., fc.bias); "

@@ -28,6 +28,7 @@ from fresnet.network.nodes import (
 )
 from fresnet.network.specs import SPECS, Spec
 from fresnet.weights.assembly import assemble
+from fresnet.weights.families import explained
 from fresnet.weights.layouts import LAYOUTS, canonical, foreign_to, layout_of, name_in
 from fresnet.weights.names import name_tree, names
 from fresnet.weights.recognition import recognised
@@ -43,12 +44,13 @@ def from_state_dict(
 ) -> Params:
     """The network in a state dict of torchvision, of timm or of Hugging Face.
 
-    For Hugging Face that is `ResNetForImageClassification` or `ResNetModel`. fresnet detects which
-    library the names come from, and finds the network's entries in a checkpoint: behind a prefix
-    (such as `module.`), inside `state_dict`, `model` and the like, beside a criterion, a queue or a
-    copy. What it leaves out it tells in a warning. An average of the weights, such as
-    `state_dict_ema`, is taken before the weights. `docs/checkpoints.md` has the rules. Where no
-    entries are a head's, the network has none, and its `forward` returns features.
+    For Hugging Face that is `ResNetForImageClassification` or `ResNetModel`. The names of
+    detectron2, OpenMMLab, fastai and repositories for CIFAR are read too. fresnet detects whose the
+    names are, and finds the network's entries in a checkpoint: behind a prefix (such as `module.`),
+    inside `state_dict`, `model` and the like, beside a criterion, a queue or a copy. What it leaves
+    out it tells in a warning. An average of the weights, such as `state_dict_ema`, is taken before
+    the weights. `docs/checkpoints.md` has the rules. Where no entries are a head's, the network has
+    none, and its `forward` returns features.
 
     It recognises stem, blocks and shortcuts by the names of their entries, and takes all sizes from
     the entries' shapes. Tensors are copied, convolutions into channels last. Weights take the
@@ -81,14 +83,16 @@ def from_state_dict(
       `Params(weights, stats)`.
     Raises:
       FresnetError: naming the entries that are missing, unexpected, misshapen or on another device
-        than the rest, or the first layer that does not fit the one before it; or if there are
-        several networks, or nodes that are not the architecture's.
+        than the rest, or the first layer that does not fit the one before it; or the family of
+        networks that the entries look like; or if there are several networks, or nodes that are not
+        the architecture's.
     """
     spec = spec_of("from_state_dict", architecture)
     layout, given = canonical(network_entries(mapping))
     given = {name: _widened(value) for name, value in given.items()}
-    nodes = recognised(given, spec)
-    params = assemble("from_state_dict", nodes, _in_groups(nodes, given), layout)
+    with explained(given, layout):
+        nodes = recognised(given, spec)
+        params = assemble("from_state_dict", nodes, _in_groups(nodes, given), layout)
     if spec is None:
         tell_what_is_assumed(params, mapping)
     check_architecture("from_state_dict", params, architecture, spec)

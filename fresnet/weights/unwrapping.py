@@ -17,35 +17,45 @@ from fresnet.errors import FresnetError, describe, listed
 AVERAGES = {"ema", "average", "averaged", "avg", "swa", "teacher"}
 """Words in the name of an average of the weights, which is what its maker evaluates."""
 
-COPIES = {"encoder_k", "momentum_encoder", "momentum_backbone", "key_encoder", "target_encoder"}
-"""Prefixes of networks that self-supervised training keeps to compare with."""
-
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module")
-"""Under which names are looked for where no network is found, so that an error tells of them."""
-
-WRAPPINGS = 10
+COPIES = {"k", "key", "momentum", "target", "attacker"}
+"""Words in the name of a network that training keeps beside its own: `encoder_k`, `target_net`."""
 
 LONGEST = 1000
 """The most letters of an entry's name, so that prefixes are soon told apart."""
+
+DEEPEST = 200
+"""The most letters of the names on the way to a mapping within mappings."""
 
 STEMS = (
     "conv1.weight",
     "conv1.0.weight",
     "stem.conv.weight",
     "stem.conv1.weight",
+    "stem.0.weight",
+    "stem.0.conv.weight",
     "embedder.embedder.convolution.weight",
+    "0.weight",
 )
 """What the first convolution is called."""
 
 BLOCK = re.compile(
     r"((?:(?!layer\d|stages\.)\w+\.)*?)"
-    r"(?:layer1\.\d+|stages\.0\.blocks\.\d+|encoder\.stages\.0\.layers\.\d+)\."
+    r"(?:layer1\.\d+|stages\.0\.blocks\.\d+|encoder\.stages\.0\.layers\.\d+|res2\.\d+"
+    r"|4\.\d+(?=\.conv1\.))\."
 )
 """How names in the first stage begin, behind the prefix that a parent module, DataParallel or
 `torch.compile` puts before all names."""
 
-HEADS = ("fc", "fc.1", "head.fc", "classifier.1", "classifier", "head", "linear", "last_linear")
+HEADS = (
+    *("fc", "fc.1", "head.fc", "classifier.1", "classifier", "head", "linear", "last_linear"),
+    "stem.fc",
+)
 """What the last layer is called."""
+
+PROJECTION = re.compile(
+    r"(?:fc\.\d+|projection_head|prediction_head|projector|predictor|prototypes)\."
+)
+"""What self-supervised training puts behind an encoder, in place of a last layer."""
 
 
 def network_entries(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,15 +70,20 @@ def network_entries(mapping: Mapping[str, Any]) -> dict[str, Any]:
     entries = {n: entries[n] for n in entries if n.rpartition(".")[2] != "n_averaged"}
     prefixes = _prefixes(entries)
     behind = _behind(entries, prefixes)
-    sizes = {prefix: _sizes(entries[name] for name in names) for prefix, names in behind.items()}
-    prefix = _chosen(sizes, "entries behind") if prefixes else ""
-    inside = behind.get(prefix, list(entries))
+    sizes = [_sizes(entries[name] for name in behind[prefix]) for prefix in prefixes]
+    prefix = prefixes[_chosen(prefixes, sizes, "entries behind")] if prefixes else ""
     head = _head(entries, _places_of_head(prefix))
+    last = [name.removeprefix(prefix) for name in head]
+    inside = [
+        name
+        for name in behind.get(prefix, entries)
+        if not _is_projection(name.removeprefix(prefix), last)
+    ]
     found = {name.removeprefix(prefix): entries[name] for name in inside if name not in head}
     found |= {f"fc.{name.rpartition('.')[2]}": entries[name] for name in head}
     used = {*inside, *head}
     if _is_average(prefix):  # of the others it has been told
-        used.update(*behind.values())
+        used.update(*(names for other, names in behind.items() if other != prefix))
         used.update(name for name in entries if _is_head(name))
     if left_out := [name for name in entries if name not in used]:
         doubt = (
@@ -82,34 +97,26 @@ def network_entries(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     """The entries themselves, without a training script's wrappers."""
-    for _ in range(WRAPPINGS):
-        if not isinstance(mapping, Mapping):
-            raise FresnetError(
-                "from_state_dict expects a mapping of names to tensors, as model.state_dict() "
-                f"gives; got {describe(mapping)}"
-            )
-        if any(_is_of_network(*entry) for entry in mapping.items()):
-            break
-        raw = mapping.get("ema_state_dict")
-        if isinstance(raw, Mapping) and "steps" in raw and "state_dict" in mapping:
-            # MMEngine swaps the two before it saves.
-            _tell("the average that MMEngine keeps under 'state_dict' is taken")
-            mapping = mapping["state_dict"]
-            continue
-        seen: set[int] = set()
-        tensors = {name: dict(tensors_in(value, seen)) for name, value in mapping.items()}
-        holders = [
-            name
-            for name, within in tensors.items()
-            if any(_is_of_network(*entry) for entry in within.items())
-        ] or [name for name in WRAPPERS if tensors.get(name)][:1]
-        if not holders:
-            break
-        sizes = {str(name): _sizes(tensors[name].values()) for name in holders}
-        chosen = _chosen(sizes, "state dicts under")
-        mapping = next(mapping[name] for name in holders if str(name) == chosen)
-    else:
-        raise FresnetError(f"from_state_dict expects fewer than {WRAPPINGS} wrappers")
+    if isinstance(mapping, Mapping) and _is_swapped(mapping):
+        _tell("the average under 'state_dict' is taken, where MMEngine and Lightning save it")
+        mapping = mapping["state_dict"]
+    if not isinstance(mapping, Mapping):
+        raise FresnetError(
+            "from_state_dict expects a mapping of names to tensors, as model.state_dict() "
+            f"gives; got {describe(mapping)}"
+        )
+    within = list(mappings_in(mapping))
+    holders = [(path, one) for path, one in within if any(_is_of_network(*e) for e in one.items())]
+    if holders:
+        paths, networks = zip(*holders, strict=True)
+        sizes = [_sizes(one.values()) for one in networks]
+        chosen = _chosen(paths, sizes, "state dicts under")
+        mapping = networks[chosen]
+        rest = [repr(path) for i, path in enumerate(paths) if i != chosen]
+        if rest and not _is_average(paths[chosen]):
+            _tell(f"state dicts of copies are left out: {listed(rest)}")
+    else:  # an error tells of the names
+        mapping = max((one for _, one in within), key=lambda one: len(_sizes(one.values())))
     if strange := [name for name in mapping if not isinstance(name, str)]:
         raise FresnetError(
             f"from_state_dict expects names to be strings; got {describe(strange[0])}"
@@ -119,19 +126,29 @@ def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     return mapping
 
 
-def tensors_in(value: object, seen: set[int]) -> Iterator[tuple[object, Tensor]]:
-    """The tensors in a mapping, and in mappings in it, with their own names.
+def _is_swapped(mapping: Mapping[str, Any]) -> bool:
+    """Whether the average took the place of the weights when they were saved."""
+    raw = mapping.get("ema_state_dict")
+    theirs = "averaging_state" in mapping or (isinstance(raw, Mapping) and "steps" in raw)
+    return theirs and "state_dict" in mapping
 
-    What stands in `seen` by its identity is passed over, and what is found is put there: a file of
-    a few kilobytes can name one mapping a thousand times, within itself too.
+
+def mappings_in(mapping: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """This mapping and the mappings in it, each with the names on the way there.
+
+    Each is met once: a file of a few kilobytes can name one a thousand times, within itself too.
     """
-    waiting = [value]
-    while waiting:
-        mapping = waiting.pop()
-        if isinstance(mapping, Mapping) and id(mapping) not in seen:
-            seen.add(id(mapping))
-            yield from ((n, below) for n, below in mapping.items() if isinstance(below, Tensor))
-            waiting += mapping.values()
+    waiting, seen = [("", mapping)], set[int]()
+    for path, one in waiting:
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield path, one
+            waiting += [
+                (further, below)
+                for name, below in one.items()
+                if isinstance(below, Mapping)
+                and len(further := f"{path}.{name}".removeprefix(".")) <= DEEPEST
+            ]
 
 
 def _is_of_network(name: object, value: object) -> bool:
@@ -161,35 +178,40 @@ def _sizes(values: Any) -> list[Any]:
     return sorted(tuple(v.shape) for v in values if isinstance(v, Tensor) and v.ndim)
 
 
-def _chosen(sizes: Mapping[str, list[Any]], what: str) -> str:
-    """The one that is no momentum copy; or, if an average of it stands there too, the average.
+def _chosen(names: Sequence[str], sizes: Sequence[list[Any]], what: str) -> int:
+    """Which one is no copy; or, if an average of it stands there too, the average.
 
     Args:
       sizes: for each name, the sizes of its tensors. An average has those of the weights.
     Raises:
       FresnetError: if there are several.
     """
-    averages = [name for name in sizes if _is_average(name)]
-    others = [n for n in sizes if n not in averages and COPIES.isdisjoint(n.split("."))]
+    averages = [i for i, name in enumerate(names) if _is_average(name)]
+    others = [i for i, name in enumerate(names) if not _words(name) & (AVERAGES | COPIES)]
     match averages, others:
         case [average], [weights] if sizes[average] == sizes[weights]:
             _tell(
-                f"an average of the weights, {average!r}, stands beside the weights {weights!r}: "
-                "it is taken; for the others, pass them alone to from_state_dict"
+                f"an average of the weights, {names[average]!r}, stands beside the weights "
+                f"{names[weights]!r}: it is taken; for the others, pass them alone to "
+                "from_state_dict"
             )
             return average
-    kept = [*averages, *others] or list(sizes)
+    kept = [*averages, *others] or range(len(names))
     if len(kept) > 1:
+        shown = listed([repr(names[i]) if names[i] else "no name" for i in kept])
         raise FresnetError(
-            f"from_state_dict expects one network; got {what} {listed(list(map(repr, kept)))}: "
-            "pass those of one"
+            f"from_state_dict expects one network; got {what} {shown}: pass those of one"
         )
     return kept[0]
 
 
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[._]", name))
+
+
 def _is_average(name: str) -> bool:
     """Whether a wrapper or a prefix is called as an average is."""
-    return not AVERAGES.isdisjoint(re.split(r"[._]", name))
+    return bool(_words(name) & AVERAGES)
 
 
 def _places_of_head(prefix: str) -> list[str]:
@@ -223,6 +245,16 @@ def _head(entries: Mapping[str, Any], places: Sequence[str]) -> list[str]:
         )
     names = [f"{head}.{leaf}" for head in heads for leaf in ("weight", "bias")]
     return [name for name in names if name in entries]
+
+
+def _is_projection(name: str, head: Sequence[str]) -> bool:
+    """Whether this stands behind an encoder, and not in its head.
+
+    >>> _is_projection("fc.0.weight", []), _is_projection("fc.0.weight", ["fc.1.weight"])
+    (True, False)
+    """
+    in_head = name.startswith("fc.") and "fc.1.weight" in head
+    return bool(PROJECTION.match(name)) and not in_head
 
 
 def _is_head(name: str) -> bool:
