@@ -14,7 +14,7 @@ from torch import nn
 
 import fresnet
 from fresnet import FresnetError, Spec
-from fresnet.network.nodes import BasicBlock
+from fresnet.network.nodes import BasicBlock, NoHead
 from fresnet.weights import formats, hub
 
 PARAMS = fresnet.init(0, Spec(BasicBlock, (1, 1, 1, 1), width=4), num_classes=3)
@@ -171,8 +171,11 @@ def test_halves_of_a_network() -> None:
         assert refusal(half).endswith(
             "the last without layer1.0.conv1.weight and layer2.0.conv1.weight"
         )
-    assert refusal({name: STATE[name] for name in first}).startswith(
-        "from_state_dict expects a head; got none"
+    with pytest.warns(UserWarning, match="entries of 2 stages and of no head"):
+        params = fresnet.from_state_dict({name: STATE[name] for name in first})
+    assert len(params.weights.stages) == 2
+    assert "expects stages of (2, 2, 2, 2)" in refusal(
+        {name: STATE[name] for name in first}, architecture="resnet18"
     )
     ends = {n: v for n, v in STATE.items() if not n.startswith(("layer3.", "layer4."))}
     assert "fc.weight: a head on activations (1, 8) expects a weight [k 8]" in refusal(ends)
@@ -208,11 +211,13 @@ def test_an_architecture_of_other_sizes() -> None:
     )
 
 
-def test_a_detection_model_asks_for_a_head_and_tells_what_else_it_has() -> None:
+def test_the_encoder_of_a_detection_model_loads_and_what_else_there_is_is_told() -> None:
     with torch.device("meta"):
         model = reference.torchvision.models.detection.retinanet_resnet50_fpn(weights_backbone=None)
-    with pytest.warns(UserWarning, match="left out: backbone.fpn.inner_blocks.0.0.weight"):
-        assert "expects a head; got none: add an fc" in refusal(model.state_dict())
+    with pytest.warns(UserWarning, match=r"left out: backbone.fpn.inner_blocks.0.0.* no head"):
+        params = fresnet.from_state_dict(model.state_dict())
+    assert isinstance(params.weights.head, NoHead)
+    assert params.weights.stem.layer.conv.shape[0] == 64
 
 
 CONTENTS = {

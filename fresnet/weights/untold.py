@@ -21,6 +21,7 @@ from fresnet.network.nodes import (
     NoHead,
     Params,
     StandardisedLayer,
+    Stem3x3,
     StridedStem,
     ZeroPad,
     blocks_of,
@@ -57,6 +58,11 @@ def tell_what_is_assumed(params: Params, mapping: Mapping[str, Any]) -> None:
             "names do not tell how shortcuts get more channels. fresnet appends zeros, as "
             "architecture='resnet20' says; 'resnet20_centred' puts half of them before, and "
             "'plain20' has no shortcuts"
+        )
+    if NoHead in found and Stem3x3 not in found and (count := len(params.weights.stages)) < 4:
+        _tell(
+            f"there are entries of {count} stages and of no head. fresnet takes them for an encoder "
+            "of so many stages; if it has more, entries are missing"
         )
     if GroupNorm in found:
         _tell(
