@@ -61,8 +61,8 @@ def tell_what_is_assumed(params: Params, mapping: Mapping[str, Any]) -> None:
         )
     if NoHead in found and Stem3x3 not in found and (count := len(params.weights.stages)) < 4:
         _tell(
-            f"there are entries of {count} stages and of no head. fresnet takes them for an encoder "
-            "of so many stages; if it has more, entries are missing"
+            f"there are entries of {count} stages and of no head. fresnet takes them for an "
+            "encoder of so many stages; if it has more, entries are missing"
         )
     if GroupNorm in found:
         _tell(
