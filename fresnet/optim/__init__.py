@@ -13,7 +13,6 @@ from fresnet.optim.optimizers import (
     Rate,
     State,
     Update,
-    Where,
     adamw,
     all_but_norms,
     clip_by_norm,
@@ -23,6 +22,7 @@ from fresnet.optim.optimizers import (
     sgd,
 )
 from fresnet.optim.schedules import Schedule, cosine, steps, warm_up
+from fresnet.tree import Where
 
 __all__ = [
     "Optimizer",

@@ -11,10 +11,9 @@ from fresnet.errors import FresnetError
 from fresnet.optim.checks import check_shapes, checked_numbers, checked_rates
 from fresnet.optim.schedules import Schedule
 from fresnet.pytorch import transform_stack
-from fresnet.tree import Tree
+from fresnet.tree import Tree, Where
 
 Rate: TypeAlias = float | Tensor | Schedule
-Where: TypeAlias = Callable[[tree.Path], bool]
 Move: TypeAlias = Callable[..., tuple[Tensor, ...]]
 """The update of one leaf, `(selected, w, g, *moments) -> (w, *moments)`, selected by a `Where`."""
 
