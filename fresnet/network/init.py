@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, reason
+from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.check import DTYPES, stats_dtype
 from fresnet.network.nodes import (
     Bias,
@@ -69,23 +69,23 @@ def init(
     if seed is not None and -(2**63) <= seed < 2**64:
         generator = torch.Generator().manual_seed(seed)
     if not isinstance(generator, torch.Generator):
-        raise FresnetError(f"init expects a torch.Generator or an int; got {generator!r}")
+        raise FresnetError(f"init expects a torch.Generator or an int; got {shown(generator)}")
     if not isinstance(spec, Spec):
-        raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {spec!r}")
+        raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {shown(spec)}")
     classes, channels = as_integer(num_classes), as_integer(in_channels)
     if not classes or not channels or not all(0 < n < 2**31 for n in (classes, channels)):
         raise FresnetError(
             "init expects num_classes and in_channels to be positive integers below 2**31; "
-            f"got num_classes={num_classes!r}, in_channels={in_channels!r}"
+            f"got num_classes={shown(num_classes)}, in_channels={shown(in_channels)}"
         )
     if dtype not in DTYPES:
-        raise FresnetError(f"init expects dtype to be one of {DTYPES}; got {dtype!r}")
+        raise FresnetError(f"init expects dtype to be one of {DTYPES}; got {shown(dtype)}")
     try:
         device = generator.device if device is None else torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise FresnetError(
-            f"init expects device to be a torch.device that is there; got {device!r}: "
+            f"init expects device to be a torch.device that is there; got {shown(device)}: "
             f"{reason(error)}"
         ) from error
     draw = _Values(generator, dtype, device, last_scale=0.0 if zero_init_residual else 1.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, shown
 from fresnet.network import moments
 from fresnet.network.check import check_call, check_params
 from fresnet.network.init import fresh_stats
@@ -175,7 +175,7 @@ def dilate(params: Params, *, output_stride: int) -> Params:
     wanted = as_integer(output_stride)
     if wanted is None or wanted not in strides:
         raise FresnetError(
-            f"dilate expects output_stride to be one of {strides}; got {output_stride!r}"
+            f"dilate expects output_stride to be one of {strides}; got {shown(output_stride)}"
         )
     for stage, stride in zip(weights.stages, strides, strict=True):
         kinds = type(stage), type(blocks_of(stage)[0].shortcut)

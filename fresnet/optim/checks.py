@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, shown
 from fresnet.numbers import as_scalar
 
 
@@ -29,10 +29,9 @@ def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
     scalar = as_scalar(value)
     if isinstance(scalar, Tensor) or (scalar is not None and scalar >= 0):
         return scalar
-    got = describe(value) if isinstance(value, Tensor) else repr(value)
     raise FresnetError(
         f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor{otherwise}; "
-        f"got {got}"
+        f"got {shown(value)}"
     )
 
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, shown
 from fresnet.optim.checks import check_shapes, checked_numbers, checked_rates
 from fresnet.optim.schedules import Schedule
 from fresnet.pytorch import transform_stack
 from fresnet.tree import Tree, Where
+from fresnet.tree.text import register
 
 Rate: TypeAlias = float | Tensor | Schedule
 Move: TypeAlias = Callable[..., tuple[Tensor, ...]]
@@ -44,6 +45,9 @@ class State(NamedTuple):
 
     step: Tensor
     moments: tuple[object, ...]
+
+
+register(State)
 
 
 def everywhere(path: tree.Path) -> bool:
@@ -157,10 +161,10 @@ def adamw(
         "adamw", learning_rate=learning_rate, weight_decay=weight_decay
     )
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise FresnetError(f"adamw expects betas to be two numbers; got {betas!r}")
+        raise FresnetError(f"adamw expects betas to be two numbers; got {shown(betas)}")
     eps, b1, b2 = checked_numbers("adamw", eps=eps, beta1=betas[0], beta2=betas[1])
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
-        raise FresnetError(f"adamw expects betas from 0 to below 1; got {betas}")
+        raise FresnetError(f"adamw expects betas from 0 to below 1; got {shown(betas)}")
 
     def at(step: Tensor) -> Move:
         rate, decay = _at(learning_rate, step), _at(weight_decay, step)

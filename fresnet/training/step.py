@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, shown
 from fresnet.network.check import check_call, check_differentiable, check_group, check_momentum
 from fresnet.network.moments import merge, merge_across, update
 from fresnet.network.net import run_training
@@ -211,7 +211,7 @@ def _share(average_decay: float) -> float:
     number = as_number(average_decay)
     if number is None or not 0 <= number <= 1:
         raise FresnetError(
-            f"make_train_step expects average_decay from 0 to 1; got {average_decay!r}"
+            f"make_train_step expects average_decay from 0 to 1; got {shown(average_decay)}"
         )
     return number
 
@@ -220,7 +220,8 @@ def _parts(micro_batches: int) -> int:
     number = as_integer(micro_batches)
     if number is None or number < 1:
         raise FresnetError(
-            f"make_train_step expects micro_batches to be a positive integer; got {micro_batches!r}"
+            f"make_train_step expects micro_batches to be a positive integer; "
+            f"got {shown(micro_batches)}"
         )
     return number
 
@@ -230,7 +231,7 @@ def _check_options(precision: torch.dtype | None, group: Group | None, norms_acr
     if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise FresnetError(
             f"make_train_step expects precision to be torch.bfloat16, float32 or float64; "
-            f"got {precision!r}"
+            f"got {shown(precision)}"
         )
     if norms_across and group is None:
         raise FresnetError("make_train_step expects a group with norms_across; got none")

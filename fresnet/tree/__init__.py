@@ -2,6 +2,7 @@
 
 from fresnet.tree.parts import Where, at, combine, dotted, matching, named, partition, unnamed
 from fresnet.tree.tensors import allclose, equal, ravel, stack, unravel, unstack
+from fresnet.tree.text import pformat
 from fresnet.tree.walks import (
     Path,
     Tree,
@@ -29,6 +30,7 @@ __all__ = [
     "named",
     "partition",
     "paths",
+    "pformat",
     "ravel",
     "rebuild",
     "stack",

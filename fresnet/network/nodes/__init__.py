@@ -95,6 +95,7 @@ from fresnet.network.nodes.stems import (
     Stem7x7,
     StridedStem,
 )
+from fresnet.tree.text import register
 
 POOLED_STEMS = (AveragedStem, BlurredStem, StridedStem)
 STEMS = (Stem7x7, DeepStem, Stem3x3, BareStem7x7, *POOLED_STEMS)
@@ -104,6 +105,9 @@ SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, No
 ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
 NORMS = (Norm, FrozenNorm, Bias, Rescale, NoNorm)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
+
+register(*NODES, *STAGES, *UNITS, *NORMS, NormStats, Moments, Pair, Head)
+register(Weights, Stats, Params, Quantized)
 
 
 def _places(kind: type) -> dict[str, tuple[type, ...]]:
