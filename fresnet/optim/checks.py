@@ -1,5 +1,6 @@
 """What optimizers take for a rate, for another number, and for gradients and moments."""
 
+from collections.abc import Sized
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +34,15 @@ def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
         f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor{otherwise}; "
         f"got {shown(value)}"
     )
+
+
+def check_moments(moments: Sized, count: int) -> None:
+    """Refuse the state of another optimizer, which keeps more or fewer moments."""
+    if len(moments) != count:
+        raise FresnetError(
+            f"update expects a state with {count} moments, as its own init makes it; "
+            f"got one with {len(moments)}"
+        )
 
 
 def check_shapes(w: Tensor, *others: Tensor) -> None:

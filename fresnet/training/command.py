@@ -84,7 +84,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe not in RECIPES:
         raise FresnetError(f"unknown --recipe {args.recipe!r}; {suggestion(args.recipe, RECIPES)}")
     recipe = RECIPES[args.recipe]
-    for name in ("epochs", "batch", "crop", "rate", "micro_batches", "keep", "save_every"):
+    positive = ("epochs", "batch", "crop", "rate", "head_rate", "micro_batches", "keep")
+    for name in (*positive, "save_every"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             option = name.replace("_", "-")
@@ -97,7 +98,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         recipe = with_batch(recipe, args.batch)
     if args.crop is not None:
         recipe = with_crop(recipe, args.crop)
-    return recipe if args.rate is None else recipe._replace(rate=args.rate)
+    if args.rate is not None:
+        recipe = recipe._replace(rate=args.rate)
+    return recipe._replace(head_rate=args.head_rate, frozen=tuple(args.freeze))
 
 
 def _folders(args: argparse.Namespace, batch: int) -> tuple[Folder, Folder]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fresnet.network.net import run_training
 from fresnet.network.nodes import Params, Regime, Stats, Weights
 from fresnet.network.regimes import training_once
 from fresnet.numbers import as_integer, as_number
-from fresnet.optim import Optimizer, clip_by_norm
+from fresnet.optim import Optimizer, clip_by_norm, everywhere
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.backward import gradients
@@ -79,7 +79,8 @@ def make_train_step(
     (tensor(1), tensor(2))
 
     Args:
-      optimizer: from `fresnet.optim`.
+      optimizer: from `fresnet.optim`. No gradient is taken of weights that it leaves as they are,
+        so these count neither in time nor in max_norm.
       loss_fn: a function of logits `[b k]` and targets that returns each image's loss `[b]`.
         Targets are y, or probabilities `[b k]` if the step mixes. Binary cross-entropy, for
         example, is `lambda logits, targets: binary_cross_entropy_with_logits(logits, targets,
@@ -122,8 +123,9 @@ def make_train_step(
             images = all_sum(images, group)
         count = micro_batches if group is not None else min(micro_batches, len(x))
         shares = zip(x.tensor_split(count), targets.tensor_split(count), strict=True)
-        parts = [(stats, part, part_targets, images) for part, part_targets in shares]
-        *grads, found = gradients(loss_of, weights, parts, group=group)
+        trained, rest = _trained(weights, optimizer)
+        parts = [(rest, stats, part, part_targets, images) for part, part_targets in shares]
+        *grads, found = gradients(loss_of, trained, parts, group=group)
         moments, sums = _together(found, images, group, norms_across)
         if max_norm is not None:
             grads = [clip_by_norm(grads.pop(), max_norm)]
@@ -144,12 +146,23 @@ def make_train_step(
     return train_step
 
 
+def _trained(weights: Weights, optimizer: Optimizer) -> tuple[Weights, Any]:
+    """The weights that the optimizer changes, and the rest."""
+    if optimizer.trains is everywhere:
+        return weights, ()  # nothing to combine
+    trained, rest = tree.partition(weights, optimizer.trains)
+    if not tree.leaves(trained):
+        raise FresnetError("a train step expects an optimizer that changes a weight; got frozen")
+    return trained, rest
+
+
 def _loss_of(
     loss_fn: LossFn,
     do: Regime,
     precision: torch.dtype | None,
     recompute: bool,
-    weights: Weights,
+    trained: Weights,
+    rest: Any,
     stats: Stats,
     x: Tensor,
     targets: Tensor,
@@ -157,6 +170,7 @@ def _loss_of(
 ) -> tuple[Tensor, Seen]:
     """What a part of the batch adds to the mean loss over all `images`, and what was seen."""
     x_narrow = x.to(precision or x.dtype)
+    weights = tree.combine(trained, rest)
     logits, moments = run_training(Params(weights, stats), x_narrow, do, recompute=recompute)
     logits = logits.to(x.dtype)
     classes = targets if targets.ndim == 1 else targets.argmax(1)

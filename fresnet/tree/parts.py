@@ -14,7 +14,6 @@ from fresnet.tree.walks import (
     Tree,
     children_of,
     leaves,
-    map_with_path,
     paths,
     rebuild,
     steps_of,
@@ -135,10 +134,10 @@ def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
         raise FresnetError(
             f"tree.partition expects where to be a function of paths; got {describe(where)}"
         )
-    chosen = {path for path in paths(tree) if where(path)}
+    pairs = [*zip(leaves(tree), map(where, paths(tree)), strict=True)]
     return (
-        map_with_path(lambda path, leaf: leaf if path in chosen else (), tree),
-        map_with_path(lambda path, leaf: () if path in chosen else leaf, tree),
+        unflatten(tree, [leaf if chosen else () for leaf, chosen in pairs]),
+        unflatten(tree, [() if chosen else leaf for leaf, chosen in pairs]),
     )
 
 
