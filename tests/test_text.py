@@ -1,6 +1,7 @@
 """Trees print themselves in a few lines; neither these nor error messages hold values."""
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -140,17 +141,25 @@ def test_trees_that_are_like_a_network_print_too() -> None:
     )
 
 
-def test_every_type_of_node_prints_itself() -> None:
+def test_every_type_of_node_prints_itself_and_comes_back_from_files_of_torch_save() -> None:
     kinds = {kind for kind in vars(nodes).values() if hasattr(kind, "_fields")} - {Grid}
     assert len(kinds) > 30
     for kind in (*kinds, training.TrainState, optim.State):
         assert kind.__repr__ is pformat
+        assert kind in torch.serialization.get_safe_globals()
 
 
 @examples(20)
 @given(state=train_states())
-def test_states_come_back_from_pickles_and_copies(state: Any) -> None:
-    for back in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
+def test_states_come_back_from_files_of_torch_save_pickles_and_copies(state: Any) -> None:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    for back in (
+        torch.load(file, weights_only=True),
+        pickle.loads(pickle.dumps(state)),
+        copy.deepcopy(state),
+    ):
         assert_identical(back, state)
 
 
@@ -193,6 +202,8 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "forward, x": lambda bad: fresnet.forward(SMALL, bad),
     "forward_train, momentum": lambda bad: fresnet.forward_train(SMALL, X, momentum=bad),
     "forward_train, group": lambda bad: fresnet.forward_train(SMALL, X, group=bad),
+    "cast": lambda bad: fresnet.cast(bad, torch.float64),
+    "cast, dtype": lambda bad: fresnet.cast(SMALL, bad),
     "freeze": lambda bad: fresnet.freeze(bad),
     "freeze, where": lambda bad: fresnet.freeze(SMALL, bad),
     "dilate": lambda bad: fresnet.dilate(SMALL, output_stride=bad),

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fresnet import tree
 from fresnet.data import Folder, scan
@@ -14,6 +13,7 @@ from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.init import fresh_head, init
 from fresnet.network.nodes import Params
+from fresnet.network.rewrites import cast
 from fresnet.network.specs import SPECS
 from fresnet.training.course import CONFUSION, CURVES, LABELS, NETWORK, Course, Options, Outcome
 from fresnet.training.dry_run import tried
@@ -136,12 +136,13 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
         if arch not in SPECS:
             raise FresnetError(f"unknown --arch {arch!r}; {suggestion(arch, SPECS)}")
         return arch, init(args.seed, SPECS[arch], num_classes=classes)
-    weights, stats = load(args.weights, architecture=args.arch)
+    params = cast(load(args.weights, architecture=args.arch), torch.float32)
+    weights = params.weights
     name = f"{args.weights} with its head"
     if len(weights.head.bias) != classes:
         head = fresh_head(args.seed, weights.head.weight.shape[1], classes)
         weights, name = weights._replace(head=head), f"{args.weights} with a fresh head"
-    return name, Params(tree.map(Tensor.float, weights), tree.map(Tensor.float, stats))
+    return name, params._replace(weights=weights)
 
 
 def _told(outcome: Outcome, recipe: Recipe, out: Path) -> str:

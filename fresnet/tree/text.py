@@ -5,6 +5,7 @@ from itertools import groupby
 from math import inf
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fresnet.errors import shown
@@ -32,9 +33,10 @@ def pformat(tree: object) -> str:
 
 
 def register(*kinds: type) -> None:
-    """Let nodes of these types print themselves."""
+    """Let nodes of these types print themselves, and come back from files of `torch.save`."""
     for kind in kinds:
         kind.__repr__ = pformat  # type: ignore[method-assign, assignment]
+    torch.serialization.add_safe_globals([*kinds])
 
 
 def _text(node: Any, margin: str, column: int) -> str:
