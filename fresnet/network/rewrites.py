@@ -53,7 +53,7 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     Args:
       params: the network.
       where: whether to freeze the norm at this path, such as
-        `("stages", 0, 1, "layer2", "norm")`.
+        `("stages", 0, 1, "layer2", "norm")`; `tree.matching("stages.[01]")` chooses by name.
     Returns:
       The same network; where frozen, a `FrozenNorm` stands for each `Norm`.
     Raises:

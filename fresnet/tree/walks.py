@@ -153,13 +153,13 @@ def _difference(first: object, other: object) -> str:
             return f"at {a or b}"
     for path in paths(first):
         for depth in range(len(path)):
-            kinds = [type(_at(tree, path[:depth])) for tree in (first, other)]
+            kinds = [type(_node_at(tree, path[:depth])) for tree in (first, other)]
             if kinds[0] is not kinds[1]:
                 return f"at {path[:depth]}: {kinds[1].__name__} for {kinds[0].__name__}"
     return "in the type of a node without leaves"
 
 
-def _at(tree: Any, path: Path) -> object:
+def _node_at(tree: Any, path: Path) -> object:
     """The node at the end of this path."""
     for step in path:
         tree = getattr(tree, step) if hasattr(tree, "_fields") else tree[step]  # type: ignore[arg-type]

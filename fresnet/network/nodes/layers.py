@@ -74,13 +74,13 @@ class Layer(NamedTuple):
     """The unit of a network: a convolution `[o c/groups k k]` and the norm that follows it."""
 
     conv: Tensor
-    norm: AnyNorm
+    norm: Norm | Any  # one of AnyNorm, of which Norm has all fields
 
 
 class Normed(NamedTuple):
     """A norm that no convolution precedes, and ReLU, as in ResNet V2."""
 
-    norm: AnyNorm
+    norm: Norm | Any
 
 
 Unit: TypeAlias = Layer | Normed

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fresnet import tree
+from fresnet.network.nodes.fields import AnyLast, AnyStage, AnyStem
 from fresnet.network.nodes.layers import Pair, over
 from fresnet.network.nodes.protocols import Drawer, Names, Regime
 from fresnet.network.nodes.stages import blocks_of
@@ -40,9 +41,9 @@ class Head(NamedTuple):
 class Weights(NamedTuple):
     """Everything that is trained: what gradients, optimizers and weight decay see."""
 
-    stem: Any  # not said, so that whoever knows which may take its fields
-    stages: tuple[Any, ...]
-    last: Any
+    stem: AnyStem
+    stages: tuple[AnyStage, ...]
+    last: AnyLast
     head: Head
 
 
