@@ -279,6 +279,10 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "map": lambda bad: tree.map(torch.add, SMALL.stats, bad),
     "unflatten": lambda bad: tree.unflatten(SMALL, tree.leaves(bad)),
     "unnamed": lambda bad: tree.unnamed(SMALL, {"x": bad}),
+    "unnamed, entries": lambda bad: tree.unnamed(SMALL, bad),
+    "by_path": lambda bad: optim.by_path(bad),
+    "by_path, key": lambda bad: optim.by_path({(bad,): SGD}),  # type: ignore[dict-item]
+    "by_path, optimizer": lambda bad: optim.by_path({"*": bad}),
     "at": lambda bad: tree.at(SMALL, bad, 1),
     "at, tree": lambda bad: tree.at(bad, "x.y", 1),
     "matching": lambda bad: tree.matching(bad),

@@ -59,14 +59,17 @@ def unnamed(like: Tree, entries: Mapping[str, object]) -> Tree:
     {'head': (1, 2)}
 
     Raises:
-      FresnetError: if a name is missing, or if there is one that `like` does not have.
+      FresnetError: if entries is no mapping, if a name is missing, or if there is one that `like`
+        does not have.
     """
-    names = [*named(like)]
-    for name in [*names, *entries]:
-        if name not in entries or name not in names:
-            what = "a leaf for" if name in names else "no"
+    if not isinstance(entries, Mapping):
+        raise FresnetError(f"tree.unnamed expects a mapping of names; got {describe(entries)}")
+    places = named(like)
+    for name in [*places, *entries]:
+        if name not in entries or name not in places:
+            what = "a leaf for" if name in places else "no"
             raise FresnetError(f"tree.unnamed expects {what} {shown(name)}")
-    return unflatten(like, [entries[name] for name in names])
+    return unflatten(like, [entries[name] for name in places])
 
 
 def at(tree: Tree, path: Path | str, new: object) -> Tree:
@@ -115,9 +118,9 @@ def matching(*patterns: str) -> Where:
 def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
     """The tree in two: with the leaves that are chosen alone, and with the rest alone.
 
-    In the place of a leaf that a part lacks stands `()`, a node without leaves, which `torch.func`
-    takes for a part of the structure; it takes None for a leaf that has no gradient. So a part is a
-    tree like any other. Its gradient and the state of its optimizer hold the chosen leaves alone.
+    In the place of a leaf that a part lacks stands `()`, a node without leaves. None would be a
+    leaf, and one that `torch.func` refuses. So a part is a tree like any other. Its gradient and
+    the state of its optimizer hold the leaves of the part alone.
 
     >>> import torch, fresnet
     >>> weights = {"stem": torch.tensor(1.0), "head": torch.tensor(2.0)}
@@ -129,6 +132,10 @@ def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
 
     Args:
       where: a function of the path to a leaf, such as one of `matching`.
+    Returns:
+      `(chosen, rest)`, two trees of the same nodes.
+    Raises:
+      FresnetError: if where is not a function.
     """
     if not callable(where):
         raise FresnetError(
