@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import fresnet
-from fresnet import optim, training, tree
+from fresnet import optim, training
 from fresnet.network.net import run_network
 from fresnet.network.nodes import Geometry, Pair
 from fresnet.network.norm import inference_norm
@@ -62,7 +62,7 @@ def torchvision(x: Tensor, *, compiled: bool = True) -> Run:
 
 def ours(x: Tensor) -> Run:
     folded = fresnet.fold(reference.params(model(torch.float32)))
-    infer = fresnet.compile_inference(tree.map(lambda leaf: leaf.to(x.dtype), folded), x)
+    infer = fresnet.compile_inference(fresnet.cast(folded, x.dtype), x)
     return finished(lambda: infer(x).float())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._inductor import config as inductor
 
 import fresnet
-from fresnet import Params, tree
+from fresnet import Params
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
@@ -103,7 +103,7 @@ def open_vino(x: Tensor, precision: str) -> Run:
 
 @cache
 def folded(dtype: torch.dtype) -> Params:
-    return tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(reference.params(model())))
+    return fresnet.cast(fresnet.fold(reference.params(model())), dtype)
 
 
 def ours(x: Tensor) -> Run:

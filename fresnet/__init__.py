@@ -23,7 +23,7 @@ from fresnet.network.net import (
     forward_train,
 )
 from fresnet.network.nodes import Params, Quantized
-from fresnet.network.rewrites import dilate, fold, freeze, recalibrate
+from fresnet.network.rewrites import cast, dilate, fold, freeze, recalibrate
 from fresnet.network.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
 from fresnet.network.summary import summary
 from fresnet.pytorch.allocator import keep_pages
@@ -46,6 +46,7 @@ __all__ = [
     "Preset",
     "Quantized",
     "Spec",
+    "cast",
     "clipped_grads",
     "compile_inference",
     "data",

@@ -41,7 +41,8 @@ EXAMPLES = {
     "train": """examples:
   python -m fresnet train imagenet --recipe v1 --dry-run
   torchrun --nproc-per-node 8 -m fresnet train imagenet --recipe v2 --bfloat16
-  python -m fresnet train photos --weights resnet50.safetensors --batch 32
+  python -m fresnet train photos --weights resnet50.safetensors --batch 32 \\
+      --freeze stem --freeze 'stages.[01]' --head-rate 0.1
 The same command again goes on from the last checkpoint in --out.""",
 }
 WEIGHTS = "a checkpoint (.safetensors, .pth), or owner/name at Hugging Face"
@@ -154,9 +155,17 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         ("epochs", int, "instead of the recipe's"),
         ("batch", int, "images a step, of all processes; the rate goes with it"),
         ("rate", float, "the highest learning rate"),
+        ("head-rate", float, "that of the head, if it is another"),
         ("crop", int, "the side of the squares, in training and evaluation"),
     ):
         option(f"--{name}", type=kind, metavar="N", help=what)
+    option(
+        "--freeze",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="weights that stay as they are, such as stem or 'stages.[01]'; may be repeated",
+    )
     option("--seed", type=int, default=0, metavar="N", help="default 0")
     option("--bfloat16", action="store_true", help="compute in it, with float32 weights behind")
     option(

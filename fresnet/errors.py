@@ -2,9 +2,19 @@
 
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from numbers import Number
+from pathlib import PurePath
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+PLAIN = (Number, str, bytes, PurePath, type, NoneType, torch.dtype, torch.device)
+"""The types of values that messages show."""
+
+LONGEST = 200
+"""How much of such a value they show."""
 
 
 class FresnetError(ValueError):
@@ -22,6 +32,24 @@ def describe(value: object) -> str:
         layout = "" if value.layout is torch.strided else f"{value.layout} "
         return f"{layout}{value.dtype} {tuple(value.shape)}".replace("torch.", "")
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: numbers, texts and the like as they are written.
+
+    Of anything else it is what `describe` says, so no message holds what is in a tensor.
+
+    >>> import torch
+    >>> shown(-1), shown("adam"), shown((0.9, None)), shown((0.9, torch.zeros(2))), shown(10**999)
+    ('-1', "'adam'", '(0.9, None)', 'a tuple', 'a int')
+    """
+    parts: Any = value if type(value) in (tuple, list) else [value]
+    if not all(isinstance(part, PLAIN) for part in parts):
+        return describe(value)
+    if any(isinstance(part, int) and abs(part) >= 2**128 for part in parts):
+        return describe(value)  # Python refuses to write integers of thousands of digits
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def reason(error: Exception) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fresnet.errors import FresnetError, reason
+from fresnet.errors import FresnetError, reason, shown
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
@@ -20,8 +20,13 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     if isinstance(path, str | os.PathLike):
         text = os.fspath(path)
     if not isinstance(text, str) or not text or "\0" in text:
-        raise FresnetError(f"expected a path; got {path!r}")
+        raise FresnetError(f"expected a path; got {shown(path)}")
     return Path(text)
+
+
+def spelt(path: object) -> str:
+    """A path as messages write it, also where it is none."""
+    return str(path) if isinstance(path, str | os.PathLike) else shown(path)
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

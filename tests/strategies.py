@@ -242,6 +242,13 @@ OPTIMIZERS = (
     fresnet.optim.sgd(0.1, momentum=0.9),
     fresnet.optim.adamw(0.1),
     fresnet.optim.lars(0.1),
+    fresnet.optim.by_path(
+        {
+            "stem": fresnet.optim.frozen,
+            "head": fresnet.optim.adamw(0.1),
+            "*": fresnet.optim.sgd(0.1, momentum=0.9),
+        }
+    ),
 )
 
 

@@ -605,7 +605,7 @@ STATE = state_of(0)
         ({"keep": -1}, "save_state expects keep to be a positive integer; got -1"),
         ({"keep": True}, "save_state expects keep to be a positive integer; got True"),
         ({"step": -1}, "save_state expects step to be an integer from 0 on; got -1"),
-        ({"step": torch.tensor(3)}, "integer from 0 on; got tensor(3)"),
+        ({"step": torch.tensor(3)}, "integer from 0 on; got int64 ()"),
         ({"step": 10**5000}, "integer from 0 on; got a larger one"),
         ({"notes": [1]}, "save_state expects notes to be a mapping; got a list"),
         ({"notes": {"a": {1}}}, "notes as JSON has them; Object of type set is not JSON"),

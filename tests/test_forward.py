@@ -5,13 +5,29 @@ import reference
 import torch
 from assertions import assert_close, assert_same
 from hypothesis import given
-from strategies import class_counts, examples, images, seeds, small_specs
+from hypothesis import strategies as st
+from strategies import class_counts, examples, images, seeds, small_specs, tiny_params
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import fresnet
+from fresnet import tree
+from fresnet.network.check import DTYPES
 from fresnet.network.nodes import Norm, NormStats, Weights
 from fresnet.network.norm import inference_norm
+
+
+@examples(20)
+@given(params=tiny_params(), dtype=st.sampled_from(DTYPES))
+def test_a_network_is_cast_but_its_statistics_stay_wide(
+    params: fresnet.Params, dtype: torch.dtype
+) -> None:
+    cast = fresnet.cast(params, dtype)
+    assert_same(cast.weights, tree.map(lambda leaf: leaf.to(dtype), params.weights))
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    assert_same(cast.stats, tree.map(lambda leaf: leaf.to(wide), params.stats))
+    assert fresnet.forward(cast, torch.zeros(1, 3, 33, 33, dtype=dtype)).dtype is dtype
+    assert_same(fresnet.cast(cast, dtype), cast)
 
 
 @pytest.mark.slow

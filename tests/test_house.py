@@ -5,6 +5,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import fresnet
+from fresnet.network import nodes
+from fresnet.network.nodes import fields
 
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -74,6 +79,30 @@ def test_an_import_brings_little_beyond_torch() -> None:
     heavy = ("torch._dynamo", "torch._inductor", "torch.distributed", "PIL", "matplotlib", "sympy")
     assert not [name for name in modules if name.startswith(heavy)]
     assert len([name for name in modules if not name.startswith("fresnet")]) < 60
+
+
+def test_public_modules_say_what_is_public_in_them() -> None:
+    modules = [one for one in vars(fresnet).values() if isinstance(one, ModuleType)]
+    public = [one for one in modules if one.__name__.split(".")[-1] in fresnet.__all__]
+    assert len(public) == 6
+    for module in (fresnet, *public):
+        assert len({*module.__all__}) == len(module.__all__)
+        for name in module.__all__:
+            assert hasattr(module, name), f"{module.__name__}.{name}"
+
+
+def test_type_checkers_know_the_fields_of_all_nodes_and_no_others() -> None:
+    for known, kinds in (
+        (fields.StemFields, nodes.STEMS),
+        (fields.StageFields, nodes.STAGES),
+        (fields.BlockFields, nodes.BLOCKS),
+        (fields.ShortcutFields, nodes.SHORTCUTS),
+        (fields.AttentionFields, nodes.ATTENTIONS),
+        (fields.LastFields, nodes.LASTS),
+    ):
+        there = {field for kind in kinds for field in kind._fields}
+        assert {*known.__annotations__} == there, known.__name__
+    assert {field for kind in nodes.NORMS for field in kind._fields} == {*nodes.Norm._fields}
 
 
 def test_texts_are_written_and_read_in_a_stated_encoding() -> None:

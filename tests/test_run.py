@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -43,7 +44,7 @@ from fresnet.data import (
     scan,
 )
 from fresnet.data.preprocess import PRESETS, Preset, preprocess
-from fresnet.network.nodes import BasicBlock, Stem3x3
+from fresnet.network.nodes import BasicBlock, FrozenNorm, Stem3x3
 from fresnet.training import course as running
 from fresnet.training import cross_entropy, evaluate, make_train_step, plots, save_state, share
 from fresnet.training import start as begin
@@ -545,6 +546,11 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --recipe v2 --epochs 5", "expected more epochs than the 5 that the recipe warms up"),
         ("good --batch -1", "--batch expects a positive number; got -1"),
         ("good --rate nan", "--rate expects a positive number; got nan"),
+        ("good --head-rate 0", "--head-rate expects a positive number; got 0"),
+        ("good --freeze stem --freeze haed", "such as stem or stages.0; got 'haed'"),
+        ("good --freeze head --head-rate 1", "chooses; got 'head.*'"),
+        ("good --freeze *", "expects an optimizer that changes a weight; got frozen"),
+        ("good --freeze * --dry-run", "expects an optimizer that changes a weight; got frozen"),
         ("good --crop 0", "--crop expects a positive number; got 0"),
         ("good --keep 0", "--keep expects a positive number; got 0"),
         ("good --save-every 0", "--save-every expects a positive number; got 0"),
@@ -886,6 +892,28 @@ def test_norms_are_spared_from_decay(name: str, spared: bool) -> None:
         expected = 1 - rate * recipe.weight_decay * decays
         assert torch.allclose(leaf, torch.tensor(expected), rtol=0, atol=1e-7), path
         assert (leaf != 1).all() == decays or rate * recipe.weight_decay < 6e-8
+
+
+def test_the_command_freezes_parts_and_goes_on_with_them(
+    capsys: pytest.CaptureFixture[str], folders: Path
+) -> None:
+    options = ["good", *TRAIN, "--epochs", "1", "--out", "out", "--freeze", "stem"]
+    options += ["--freeze", "stages.[01]", "--head-rate", "0.5"]
+    assert main(["train", *options, "--dry-run"]) == 0
+    table = capsys.readouterr().out
+    assert "frozen      stem, stages.[01]" in table
+    assert re.search(r"^head +0.5 at first", table, re.M)
+    with interrupted("step", 2, WAYS["SIGINT"], late=False):
+        assert "stopped" in refused(capsys, *options)
+    assert "is of another state: " in refused(capsys, *options[:-2])
+    assert main(["train", *options]) == 0
+    trained = fresnet.load("out/network.safetensors")
+    before = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=4)
+    for after, first in zip(trained, before, strict=True):
+        for name, leaf in tree.named(first).items():
+            still = tree.matching("stem", "stages.[01]")(tuple(name.split(".")))
+            assert torch.equal(tree.named(after)[name], leaf) is still, name
+    assert isinstance(trained.weights.stem.layer.norm, FrozenNorm)
 
 
 def test_mixings() -> None:

@@ -1,5 +1,6 @@
 """Trees map, stack and ravel, or say where they differ."""
 
+import operator
 from collections import OrderedDict, defaultdict
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils import _pytree
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.network.nodes import BasicBlock, Bottleneck
+from fresnet.network.nodes import BasicBlock, Bottleneck, FrozenNorm, Head, Weights
 
 
 @examples(20)
@@ -59,6 +60,147 @@ def test_trees_of_one_structure_map_and_no_others(one: Any, other: Any) -> None:
     else:
         with pytest.raises(FresnetError, match="tree 2 differs from the first"):
             tree.map(lambda _, b: b, one, other)
+
+
+@examples(200)
+@given(one=trees(st.integers()))
+def test_a_function_of_paths_sees_each_leaf_with_its_own(one: Any) -> None:
+    assert tree.leaves(tree.map_with_path(lambda *places: [places], one, one)) == [
+        part
+        for path, leaf in zip(tree.paths(one), tree.leaves(one), strict=True)
+        for part in (*path, leaf, leaf)
+    ]
+
+
+@examples(200)
+@given(one=trees(st.integers()))
+def test_named_leaves_make_the_tree_again_in_any_order(one: Any) -> None:
+    names = [tree.dotted(path) for path in tree.paths(one)]
+    if len({*names}) < len(names):
+        with pytest.raises(FresnetError, match="one leaf of each name; got two"):
+            tree.named(one)
+        return
+    entries = tree.named(one)
+    assert [*entries.items()] == [*zip(names, tree.leaves(one), strict=True)]
+    blank = tree.map(lambda _: None, one)
+    assert tree.unnamed(blank, dict(reversed(entries.items()))) == one
+    fewer = dict([*entries.items()][1:])
+    for refused, words in (({**entries, "more": 0}, "no 'more'"), (fewer, "a leaf for")):
+        if [*refused] != names:
+            with pytest.raises(FresnetError, match=f"tree.unnamed expects {words}"):
+                tree.unnamed(blank, refused)
+
+
+@examples(100)
+@given(one=trees(st.integers()))
+def test_at_exchanges_the_leaf_at_a_path_and_nothing_else(one: Any) -> None:
+    before, names = tree.leaves(one), [*map(tree.dotted, tree.paths(one))]
+    for i, path in enumerate(tree.paths(one)):
+        expected = tree.unflatten(one, [*before[:i], "new", *before[i + 1 :]])
+        assert tree.at(one, path, "new") == expected
+        steps = [str(step) for step in path]
+        if steps and "." not in "".join(steps) and names.count(tree.dotted(path)) == 1:
+            assert tree.at(one, tree.dotted(path), "new") == expected
+    assert tree.leaves(one) == before
+
+
+def test_at_exchanges_nodes_of_a_network() -> None:
+    params = fresnet.init(0, Spec(BasicBlock, (2, 1), width=4), num_classes=5)
+    frozen = FrozenNorm(*params.weights.stages[0][1].layer2.norm)
+    for path in ("weights.stages.0.1.layer2.norm", ("weights", "stages", 0, 1, "layer2", "norm")):
+        changed = tree.at(params, path, frozen)
+        assert changed.weights.stages[0][1].layer2.norm is frozen
+        assert changed.weights.stages[0][0] is not None
+        assert_same(tree.map(torch.neg, changed).stats, tree.map(torch.neg, params).stats)
+    head = Head(torch.zeros(2, 8), torch.zeros(2))
+    assert tree.at(params, "weights.head", head).weights.head is head
+    assert tree.at(params, (), head) is head  # type: ignore[comparison-overlap]
+    with pytest.raises(FresnetError, match="a Weights has no step 'hed'; did you mean 'head'"):
+        tree.at(params, "weights.hed", head)
+    with pytest.raises(FresnetError, match=r"float32 \(5,\) has no step 'x'; it has none"):
+        tree.at(params, "weights.head.bias.x", head)
+
+
+@examples(200)
+@given(one=trees(st.integers()), data=st.data())
+def test_a_tree_in_parts_combines_to_itself(one: Any, data: st.DataObject) -> None:
+    chosen = {path for path in tree.paths(one) if data.draw(st.booleans())}
+    parts = tree.partition(one, chosen.__contains__)
+    for part, side in zip(parts, (True, False), strict=True):
+        expected = [path for path in tree.paths(one) if (path in chosen) is side]
+        assert tree.paths(part) == expected
+        found, spec = _pytree.tree_flatten(part)
+        assert found == tree.leaves(part)
+        assert _pytree.tree_unflatten(found, spec) == part
+    nothing = tree.map(lambda _: (), one)
+    for whole in (tree.combine(*parts), tree.combine(nothing, *reversed(parts))):
+        assert all(tree.leaves(tree.map(operator.eq, whole, one)))
+
+
+def test_a_network_in_parts_is_differentiated_in_one_of_them() -> None:
+    params = fresnet.init(0, Spec(Bottleneck, (1, 1), width=4), num_classes=5, dtype=torch.float64)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss(weights: Weights) -> torch.Tensor:
+        return fresnet.forward(params._replace(weights=weights), x).square().sum()
+
+    head, rest = tree.partition(params.weights, tree.matching("head"))
+    grads = torch.func.grad(lambda part: loss(tree.combine(part, rest)))(head)
+    assert tree.paths(grads) == [("head", "weight"), ("head", "bias")]
+    assert_same(grads.head, torch.func.grad(loss)(params.weights).head)
+    with pytest.raises(
+        FresnetError, match=r"in one of them; got float64 .* at \('head', 'weight'\)"
+    ):
+        tree.combine(head, params.weights)
+    with pytest.raises(FresnetError, match="got a Bottleneck and a BasicBlock at"):
+        tree.combine(head.stages[0][0], BasicBlock(*head.stages[0][0][1:]))
+
+
+def test_patterns_match_names_and_what_lies_below() -> None:
+    def matched(*patterns: str) -> list[str]:
+        where = tree.matching(*patterns)
+        return [tree.dotted(path) for path in tree.paths(NUMBERS) if where(path)]
+
+    assert matched("head") == ["head.weight", "head.bias"]
+    assert matched("stages.1") == ["stages.1.norm.scale"]
+    assert matched("stages.1*") == ["stages.1.norm.scale", "stages.10.norm.scale"]
+    assert matched("*.norm", "*.bias") == [
+        "stages.1.norm.scale",
+        "stages.10.norm.scale",
+        "head.bias",
+        "header.bias",
+    ]
+    assert matched("stages.[02]", "hea") == matched() == []
+    assert matched("stages.??") == ["stages.10.norm.scale"]
+    assert len(matched("*")) == len(tree.leaves(NUMBERS))
+
+
+NUMBERS = {
+    "stages": {"1": {"norm": {"scale": 0}}, "10": {"norm": {"scale": 0}}},
+    "head": {"weight": 0, "bias": 0},
+    "header": {"bias": 0},
+}
+
+
+@examples(50)
+@given(params=tiny_params(), data=st.data())
+def test_trees_are_equal_or_close_in_every_leaf(params: Params, data: st.DataObject) -> None:
+    """One leaf differs in one respect, and the trees are told apart."""
+    assert tree.equal(params, params)
+    assert tree.equal(params, tree.map(torch.clone, params))
+    assert tree.allclose(params, tree.map(lambda leaf: leaf * (1 + 1e-9), params))
+    path = data.draw(st.sampled_from(tree.paths(params)))
+    leaf = tree.named(params)[tree.dotted(path)]
+    for other in (leaf.float(), leaf[None], leaf[:0], leaf.to("meta"), leaf + 1e-3):
+        for same in (tree.equal, tree.allclose):
+            assert not same(params, tree.at(params, path, other))
+            assert not same(tree.at(params, path, other), params)
+    nudged = tree.at(params, path, leaf + 1e-6)
+    assert not tree.equal(params, nudged)
+    assert not tree.allclose(params, nudged, rtol=0)
+    assert tree.allclose(params, nudged, rtol=0, atol=1e-5)
+    frozen = fresnet.freeze(params)
+    assert tree.equal(params, frozen) == tree.allclose(params, frozen) == (frozen is params)
 
 
 def test_dicts_of_other_types_keep_them() -> None:

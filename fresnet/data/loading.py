@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from fresnet.data.folder import Folder
 from fresnet.data.order import Place, keyed_generator
 from fresnet.data.preprocess import upright_rgb
-from fresnet.errors import FresnetError, reason
+from fresnet.errors import FresnetError, reason, shown
 
 Transform: TypeAlias = Callable[[Image, Generator], Tensor]
 """A function from an upright RGB image to `[3 h w]`.
@@ -107,9 +107,9 @@ def loader(
         first file.
     """
     if workers < 0:
-        raise FresnetError(f"loader expects workers of at least 0; got {workers}")
+        raise FresnetError(f"loader expects workers of at least 0; got {shown(workers)}")
     if broken not in ("raise", "skip"):
-        raise FresnetError(f"loader expects broken to be 'raise' or 'skip'; got {broken!r}")
+        raise FresnetError(f"loader expects broken to be 'raise' or 'skip'; got {shown(broken)}")
     data = DataLoader(
         images,
         batch_sampler=places,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, shown
 
 
 class Order(NamedTuple):
@@ -51,7 +51,7 @@ def steps_per_epoch(order: Order) -> int:
     """
     for name, value in order._asdict().items():
         if name != "seed" and value < 1:
-            raise FresnetError(f"an Order expects a {name} of at least 1; got {value}")
+            raise FresnetError(f"an Order expects a {name} of at least 1; got {shown(value)}")
     return -(-order.size // order.batch)
 
 
@@ -79,9 +79,13 @@ def batches(
     """
     steps = steps_per_epoch(order)
     if not 0 <= start <= stop:
-        raise FresnetError(f"batches expects 0 <= start <= stop; got {start} and {stop}")
+        raise FresnetError(
+            f"batches expects 0 <= start <= stop; got {shown(start)} and {shown(stop)}"
+        )
     if not 0 <= rank < ranks:
-        raise FresnetError(f"batches expects a rank from 0 to below ranks={ranks}; got {rank}")
+        raise FresnetError(
+            f"batches expects a rank from 0 to below ranks={shown(ranks)}; got {shown(rank)}"
+        )
     if ranks > (smallest := order.size // steps):
         raise FresnetError(
             f"batches expects an image for each of {ranks} ranks; "

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, reason, suggestion
+from fresnet.errors import FresnetError, describe, reason, shown, suggestion
 from fresnet.reading import check_regular
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def preset_of(text: str) -> Preset:
 
 def _named(preset: str) -> Preset:
     if (chosen := PRESETS.get(str(preset))) is None:
-        raise FresnetError(f"unknown preset {preset!r}; {suggestion(str(preset), PRESETS)}")
+        raise FresnetError(f"unknown preset {shown(preset)}; {suggestion(str(preset), PRESETS)}")
     return chosen
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, shown
 from fresnet.gradients.listening import Pass, squares_of, weighted_sum
 from fresnet.gradients.per_sample import LossFunction, apart, check_images, grads_apart
 from fresnet.network.check import stats_dtype
@@ -122,9 +122,9 @@ def _checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
     scalar = as_scalar(max_norm)
     if isinstance(scalar, Tensor) or (scalar is not None and scalar > 0):
         return scalar
-    got = describe(max_norm) if isinstance(max_norm, Tensor) else repr(max_norm)
     raise FresnetError(
-        f"clipped_grads expects max_norm to be a number above 0 or a 0-d float tensor; got {got}"
+        f"clipped_grads expects max_norm to be a number above 0 or a 0-d float tensor; "
+        f"got {shown(max_norm)}"
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, shown
 from fresnet.network.check import check_differentiable, check_params
 from fresnet.network.check import check_images as check_images_of
 from fresnet.network.moments import statistics
@@ -76,7 +76,7 @@ def per_sample_grads(
     chunk = as_integer(chunk_size)
     if chunk_size is not None and (chunk is None or chunk < 1):
         raise FresnetError(
-            f"per_sample_grads expects chunk_size to be a positive integer; got {chunk_size!r}"
+            f"per_sample_grads expects chunk_size to be a positive integer; got {shown(chunk_size)}"
         )
     if not len(x):
         none: Weights = tree.map(lambda leaf: leaf.new_zeros(0, *leaf.shape), params.weights)
@@ -109,12 +109,12 @@ def check_images(
     if randomness not in RANDOMNESS:
         raise FresnetError(
             f"{caller} expects randomness to be one of {', '.join(map(repr, RANDOMNESS))}; "
-            f"got {randomness!r}"
+            f"got {shown(randomness)}"
         )
     if norms not in meanings:
         raise FresnetError(
             f"{caller} expects norms to say what BatchNorm is to one image, "
-            f"one of {', '.join(map(repr, meanings))}; got {norms!r}"
+            f"one of {', '.join(map(repr, meanings))}; got {shown(norms)}"
         )
     if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
         raise FresnetError(

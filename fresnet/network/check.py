@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, shown
 from fresnet.network.nodes import (
     BLOCKS,
     HEADS,
@@ -145,9 +145,9 @@ def check_momentum(caller: str, momentum: float | Tensor) -> float | Tensor:
     scalar = as_scalar(momentum)
     if isinstance(scalar, Tensor) or (scalar is not None and 0 <= scalar <= 1):
         return scalar
-    got = describe(momentum) if isinstance(momentum, Tensor) else repr(momentum)
     raise FresnetError(
-        f"{caller} expects momentum to be a number from 0 to 1 or a 0-d float tensor; got {got}"
+        f"{caller} expects momentum to be a number from 0 to 1 or a 0-d float tensor; "
+        f"got {shown(momentum)}"
     )
 
 
@@ -177,7 +177,8 @@ def check_image_size(caller: str, image_size: int | tuple[int, int]) -> tuple[in
         if height and width and all(0 < n <= 2**20 for n in (height, width)):
             return height, width
     raise FresnetError(
-        f"{caller} expects image_size to be an integer from 1 to 2**20, or two; got {image_size!r}"
+        f"{caller} expects image_size to be an integer from 1 to 2**20, or two; "
+        f"got {shown(image_size)}"
     )
 
 

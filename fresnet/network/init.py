@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, reason
+from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.check import DTYPES, stats_dtype
 from fresnet.network.nodes import (
     Bias,
@@ -76,23 +76,23 @@ def init(
     if seed is not None and -(2**63) <= seed < 2**64:
         generator = torch.Generator().manual_seed(seed)
     if not isinstance(generator, torch.Generator):
-        raise FresnetError(f"init expects a torch.Generator or an int; got {generator!r}")
+        raise FresnetError(f"init expects a torch.Generator or an int; got {shown(generator)}")
     if not isinstance(spec, Spec):
-        raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {spec!r}")
+        raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {shown(spec)}")
     classes, channels = as_integer(num_classes), as_integer(in_channels)
     if classes is None or not channels or not (0 <= classes < 2**31 and 0 < channels < 2**31):
         raise FresnetError(
             "init expects num_classes to be an integer from 0 on, and in_channels from 1 on, below "
-            f"2**31; got num_classes={num_classes!r}, in_channels={in_channels!r}"
+            f"2**31; got num_classes={shown(num_classes)}, in_channels={shown(in_channels)}"
         )
     if dtype not in DTYPES:
-        raise FresnetError(f"init expects dtype to be one of {DTYPES}; got {dtype!r}")
+        raise FresnetError(f"init expects dtype to be one of {DTYPES}; got {shown(dtype)}")
     try:
         device = generator.device if device is None else torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise FresnetError(
-            f"init expects device to be a torch.device that is there; got {device!r}: "
+            f"init expects device to be a torch.device that is there; got {shown(device)}: "
             f"{reason(error)}"
         ) from error
     last_scale = 0.0 if zero_init_residual else 1.0

@@ -1,4 +1,4 @@
-"""The same network to run in another way: norms frozen or folded, statistics anew, dilated."""
+"""The same network to run in another way: frozen, folded, dilated, cast, statistics anew."""
 
 from collections.abc import Callable, Iterable
 from functools import partial, reduce
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, shown
 from fresnet.network import moments
-from fresnet.network.check import check_call, check_params
+from fresnet.network.check import DTYPES, check_call, check_params, stats_dtype
 from fresnet.network.init import fresh_stats
 from fresnet.network.net import forward_moments
 from fresnet.network.nodes import (
@@ -55,7 +55,7 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     Args:
       params: the network.
       where: whether to freeze the norm at this path, such as
-        `("stages", 0, 1, "layer2", "norm")`.
+        `("stages", 0, 1, "layer2", "norm")`; `tree.matching("stages.[01]")` chooses by name.
     Returns:
       The same network; where frozen, a `FrozenNorm` stands for each `Norm`.
     Raises:
@@ -183,7 +183,7 @@ def dilate(params: Params, *, output_stride: int) -> Params:
     wanted = as_integer(output_stride)
     if wanted is None or wanted not in strides:
         raise FresnetError(
-            f"dilate expects output_stride to be one of {strides}; got {output_stride!r}"
+            f"dilate expects output_stride to be one of {strides}; got {shown(output_stride)}"
         )
     for stage, stride in zip(weights.stages, strides, strict=True):
         kinds = type(stage), type(blocks_of(stage)[0].shortcut)
@@ -198,6 +198,31 @@ def dilate(params: Params, *, output_stride: int) -> Params:
     return Params(
         weights._replace(stages=dilated(weights.stages)),
         params.stats._replace(stages=dilated(params.stats.stages)),
+    )
+
+
+def cast(params: Params, dtype: torch.dtype) -> Params:
+    """The network with weights in another dtype.
+
+    Statistics get that dtype too, but stay float32 beside weights that are narrower.
+
+    >>> import torch, fresnet
+    >>> params = fresnet.cast(fresnet.init(0, fresnet.RESNET18), torch.bfloat16)
+    >>> params.weights.stem.layer.norm.scale.dtype, params.stats.stem.layer.mean.dtype
+    (torch.bfloat16, torch.float32)
+
+    Args:
+      dtype: float16, bfloat16, float32 or float64.
+    Raises:
+      FresnetError: if params is not a network, or if dtype is none of these.
+    """
+    check_params("cast", params)
+    if dtype not in DTYPES:
+        raise FresnetError(f"cast expects dtype to be one of {DTYPES}; got {shown(dtype)}")
+    wide = stats_dtype(dtype)
+    return Params(
+        tree.map(lambda leaf: leaf.to(dtype), params.weights),
+        tree.map(lambda leaf: leaf.to(wide), params.stats),
     )
 
 

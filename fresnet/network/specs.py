@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, shown
 from fresnet.network.nodes import (
     ATTENTIONS,
     BARE_STEMS,
@@ -112,29 +112,34 @@ class Spec:
         ):
             if getattr(self, field) not in kinds:
                 names = " or ".join(getattr(kind, "__name__", "None") for kind in kinds)
-                raise FresnetError(f"Spec expects {field} {names}; got {getattr(self, field)!r}")
+                raise FresnetError(
+                    f"Spec expects {field} {names}; got {shown(getattr(self, field))}"
+                )
         sizes = [as_integer(n) for n in (self.width, self.groups, self.group_width)]
         depths = [as_integer(n) for n in self.depths] if isinstance(self.depths, tuple) else []
         if not depths or not all(size is not None and size > 0 for size in (*sizes, *depths)):
+            fields = ("depths", "width", "groups", "group_width")
+            got = ", ".join(f"{field} {shown(getattr(self, field))}" for field in fields)
             raise FresnetError(
                 "Spec expects depths to be a tuple of positive integers, and width, groups and "
-                f"group_width to be positive integers; got {self}"
+                f"group_width to be positive integers; got {got}"
             )
         for field, size in zip(("width", "groups", "group_width"), sizes, strict=True):
             object.__setattr__(self, field, size)
         object.__setattr__(self, "depths", tuple(depths))
         if self.attention not in PLACES[self.block].get("attention", (NoAttention,)):
             raise FresnetError(
-                f"Spec expects no attention in a {self.block.__name__}; got {self.attention!r}"
+                f"Spec expects no attention in a {self.block.__name__}; got {shown(self.attention)}"
             )
         if self.stem in BARE_STEMS and self.block not in PREACTIVATIONS:
             raise FresnetError(
                 f"Spec expects blocks that begin with a norm after {self.stem.__name__}, such as "
-                f"PreActivation; got {self.block!r}"
+                f"PreActivation; got {shown(self.block)}"
             )
         if self.stem_pool and self.stem not in PLACES[self.stem_pool]["stem"]:
             raise FresnetError(
-                f"Spec expects a stem that pools with {self.stem_pool.__name__}; got {self.stem!r}"
+                f"Spec expects a stem that pools with {self.stem_pool.__name__}; "
+                f"got {shown(self.stem)}"
             )
         if self.block in (BasicBlock, PreActivationBasic) and (self.groups, self.group_width) != (
             1,

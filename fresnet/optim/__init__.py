@@ -8,21 +8,19 @@ A learning rate or a weight decay is a number, a 0-d tensor or a schedule. An en
 0-d tensors. A schedule is a function of the step, which is 0 at the first update.
 """
 
-from fresnet.optim.optimizers import (
+from fresnet.optim.interface import (
     Optimizer,
     Rate,
     State,
     Update,
-    Where,
-    adamw,
     all_but_norms,
-    clip_by_norm,
     everywhere,
     kernels,
-    lars,
-    sgd,
 )
+from fresnet.optim.optimizers import adamw, clip_by_norm, lars, sgd
+from fresnet.optim.parts import by_path, frozen
 from fresnet.optim.schedules import Schedule, cosine, steps, warm_up
+from fresnet.tree import Where
 
 __all__ = [
     "Optimizer",
@@ -33,9 +31,11 @@ __all__ = [
     "Where",
     "adamw",
     "all_but_norms",
+    "by_path",
     "clip_by_norm",
     "cosine",
     "everywhere",
+    "frozen",
     "kernels",
     "lars",
     "sgd",

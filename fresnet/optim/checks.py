@@ -1,10 +1,11 @@
 """What optimizers take for a rate, for another number, and for gradients and moments."""
 
+from collections.abc import Sized
 from typing import Any
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, shown
 from fresnet.numbers import as_scalar
 
 
@@ -29,11 +30,19 @@ def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
     scalar = as_scalar(value)
     if isinstance(scalar, Tensor) or (scalar is not None and scalar >= 0):
         return scalar
-    got = describe(value) if isinstance(value, Tensor) else repr(value)
     raise FresnetError(
         f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor{otherwise}; "
-        f"got {got}"
+        f"got {shown(value)}"
     )
+
+
+def check_moments(moments: Sized, count: int) -> None:
+    """Refuse the state of another optimizer, which keeps more or fewer moments."""
+    if len(moments) != count:
+        raise FresnetError(
+            f"update expects a state with {count} moments, as its own init makes it; "
+            f"got one with {len(moments)}"
+        )
 
 
 def check_shapes(w: Tensor, *others: Tensor) -> None:

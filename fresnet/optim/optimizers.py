@@ -1,74 +1,20 @@
 """Optimizers as pure functions of trees: SGD, AdamW and LARS."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError
-from fresnet.optim.checks import check_shapes, checked_numbers, checked_rates
-from fresnet.optim.schedules import Schedule
+from fresnet.errors import FresnetError, shown
+from fresnet.optim.checks import check_moments, check_shapes, checked_numbers, checked_rates
+from fresnet.optim.interface import Optimizer, Rate, State, everywhere, first_step, kernels
 from fresnet.pytorch import transform_stack
-from fresnet.tree import Tree
+from fresnet.tree import Tree, Where
 
-Rate: TypeAlias = float | Tensor | Schedule
-Where: TypeAlias = Callable[[tree.Path], bool]
 Move: TypeAlias = Callable[..., tuple[Tensor, ...]]
 """The update of one leaf, `(selected, w, g, *moments) -> (w, *moments)`, selected by a `Where`."""
-
-
-class Update(Protocol):
-    """A step of an optimizer. Gradients and weights are trees of one structure and its shapes."""
-
-    def __call__(self, grads: object, state: "State", weights: Tree) -> tuple[Tree, "State"]: ...
-
-
-class Optimizer(NamedTuple):
-    """`init(weights) -> state` and `update(grads, state, weights) -> (weights, state)`.
-
-    A state is a tree of float tensors. Neither function writes to an argument.
-    """
-
-    init: Callable[[object], "State"]
-    update: Update
-
-
-class State(NamedTuple):
-    """What an optimizer carries along: the number of updates, and means of past gradients.
-
-    step: the number of updates so far, `[]`.
-    moments: trees like the weights; none, or the velocity, or AdamW's two, the mean gradient and
-      the mean square.
-    """
-
-    step: Tensor
-    moments: tuple[object, ...]
-
-
-def everywhere(path: tree.Path) -> bool:
-    """Select every leaf. This is what PyTorch's optimizers decay."""
-    return True
-
-
-def kernels(path: tree.Path) -> bool:
-    """Select convolutions and the head's matrix, but no norm and no bias.
-
-    >>> layer = ("stages", 0, 1, "layer2")
-    >>> kernels((*layer, "conv")), kernels((*layer, "norm", "scale")), kernels(("head", "bias"))
-    (True, False, False)
-    """
-    return path[-1] not in ("scale", "bias")
-
-
-def all_but_norms(path: tree.Path) -> bool:
-    """Select every leaf except those of norms and of biases that stand in a norm's place.
-
-    >>> all_but_norms(("head", "bias")), all_but_norms(("stages", 0, 1, "layer2", "norm", "bias"))
-    (True, False)
-    """
-    return "norm" not in path
 
 
 def sgd(
@@ -158,10 +104,10 @@ def adamw(
         "adamw", learning_rate=learning_rate, weight_decay=weight_decay
     )
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise FresnetError(f"adamw expects betas to be two numbers; got {betas!r}")
+        raise FresnetError(f"adamw expects betas to be two numbers; got {shown(betas)}")
     eps, b1, b2 = checked_numbers("adamw", eps=eps, beta1=betas[0], beta2=betas[1])
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
-        raise FresnetError(f"adamw expects betas from 0 to below 1; got {betas}")
+        raise FresnetError(f"adamw expects betas from 0 to below 1; got {shown(betas)}")
 
     def at(step: Tensor) -> Move:
         rate, decay = _at(learning_rate, step), _at(weight_decay, step)
@@ -250,17 +196,11 @@ def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where
     """An optimizer made of `at`, which gives the update of a leaf for each step."""
 
     def init(weights: object) -> State:
-        first = tree.leaves(weights)[0]
-        dtype = torch.promote_types(first.dtype, torch.float32)
         zeros = tuple(tree.map(torch.zeros_like, weights) for _ in range(moments))
-        return State(torch.zeros((), dtype=dtype, device=first.device), zeros)
+        return State(first_step(weights), zeros)
 
     def update(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
-        if len(state.moments) != moments:
-            raise FresnetError(
-                f"update expects a state with {moments} moments, as its own init makes it; "
-                f"got one with {len(state.moments)}"
-            )
+        check_moments(state.moments, moments)
         tree.map(check_shapes, weights, grads, *state.moments)
         where, move = map(decay_where, tree.paths(weights)), at(state.step)
         taken = tree.leaves(grads)[::-1]

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, shown
 from fresnet.numbers import as_number
 
 Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
@@ -33,7 +33,7 @@ def cosine(peak: float | Tensor, *, over: int, end: float | Tensor = 0.0) -> Sch
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts.
     """
     if not (as_number(over) or 0) >= 1:
-        raise FresnetError(f"cosine expects over to be at least 1 step; got {over!r}")
+        raise FresnetError(f"cosine expects over to be at least 1 step; got {shown(over)}")
 
     def schedule(step: Tensor) -> Tensor:
         progress = (step / over).clamp(max=1)
@@ -58,7 +58,9 @@ def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
     """
     number = as_number(over)
     if number is None or number < 0:
-        raise FresnetError(f"warm_up expects over to be a number of steps from 0 on; got {over!r}")
+        raise FresnetError(
+            f"warm_up expects over to be a number of steps from 0 on; got {shown(over)}"
+        )
     if number == 0:
         return schedule
 

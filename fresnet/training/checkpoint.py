@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, reason
+from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
-from fresnet.reading import as_path, from_json
+from fresnet.reading import as_path, from_json, spelt
+from fresnet.tree.walks import children_of, steps_of
 from fresnet.weights.files import BESIDES, NETWORK, structure_of
 from fresnet.weights.names import names
 from fresnet.weights.storage import read_safetensors, remove_leftovers, write_safetensors
@@ -75,9 +76,9 @@ def save_state(
     folder = as_path(folder)
     files, number = as_integer(keep), as_integer(step)
     if files is None or files < 1:
-        raise FresnetError(f"save_state expects keep to be a positive integer; got {keep!r}")
+        raise FresnetError(f"save_state expects keep to be a positive integer; got {shown(keep)}")
     if number is None or not 0 <= number < 2**63:
-        got = "a larger one" if number is not None and number > 0 else repr(step)
+        got = "a larger one" if number is not None and number > 0 else shown(step)
         raise FresnetError(f"save_state expects step to be an integer from 0 on; got {got}")
     if not isinstance(notes, Mapping | None):
         raise FresnetError(f"save_state expects notes to be a mapping; got {describe(notes)}")
@@ -86,7 +87,7 @@ def save_state(
         "step": number,
         "notes": dict(notes or {}),
         "strides": {name: _strides(leaf) for name, leaf in entries.items()},
-        "nodes": _nodes(state),
+        "nodes": nodes_of(state),
     }
     try:
         texts = {STATE: json.dumps(about)}
@@ -132,7 +133,7 @@ def restore_state(like: State, folder: str | os.PathLike[str]) -> Restored[State
         except FresnetError as error:
             damaged.append(f"{path}: {error}")
             continue
-        _check_same(path, _nodes(like), about.nodes)
+        _check_same(path, nodes_of(like), about.nodes)
         _check_same(path, _described(places), _described(entries))
         if damaged:
             warnings.warn(f"{'; '.join(damaged)}; going on from {path}", stacklevel=2)
@@ -153,7 +154,8 @@ def saved_states(folder: str | os.PathLike[str]) -> list[Path]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise FresnetError(f"cannot list the checkpoints in {folder}: {reason(error)}") from error
+        where = spelt(folder)
+        raise FresnetError(f"cannot list the checkpoints in {where}: {reason(error)}") from error
     states = (p for p in found if re.fullmatch(r"step-\d{12,}\.safetensors", p.name))
     return sorted((p for p in states if p.is_file()), key=_step_of, reverse=True)
 
@@ -175,7 +177,7 @@ def _entries(caller: str, state: Any) -> dict[str, Tensor]:
     entries: dict[str, Tensor] = {}
     for path, leaf in zip(tree.paths(state), tree.leaves(state), strict=True):
         in_network = network and path[0] == network
-        name = next(networks) if in_network else BESIDES + ".".join(map(str, path))
+        name = next(networks) if in_network else BESIDES + tree.dotted(path)
         if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
             raise FresnetError(f"{caller} expects tensors; got {describe(leaf)} for {name}")
         if name in entries:
@@ -184,15 +186,14 @@ def _entries(caller: str, state: Any) -> dict[str, Tensor]:
     return entries
 
 
-def _nodes(node: Any, name: str = "state") -> dict[str, str]:
+def nodes_of(node: Any, name: str = "state") -> dict[str, str]:
     """The name of each node's type, also where a node has no leaves."""
-    if isinstance(node, Tensor):
+    children = children_of(node)
+    if children is None:
         return {}
-    fields = node if isinstance(node, dict) else getattr(node, "_fields", range(len(node)))
-    children = node.values() if isinstance(node, dict) else node
     nodes = {name: type(node).__name__}
-    for field, child in zip(fields, children, strict=True):
-        nodes |= _nodes(child, f"{name}.{field}")
+    for step, child in zip(steps_of(node), children, strict=True):
+        nodes |= nodes_of(child, f"{name}.{step}")
     return nodes
 
 

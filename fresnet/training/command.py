@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fresnet import tree
 from fresnet.data import Folder, scan
@@ -14,6 +13,7 @@ from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.init import fresh_head, init
 from fresnet.network.nodes import NoHead, Params
+from fresnet.network.rewrites import cast
 from fresnet.network.specs import SPECS
 from fresnet.training.course import CONFUSION, CURVES, LABELS, NETWORK, Course, Options, Outcome
 from fresnet.training.dry_run import tried
@@ -84,7 +84,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe not in RECIPES:
         raise FresnetError(f"unknown --recipe {args.recipe!r}; {suggestion(args.recipe, RECIPES)}")
     recipe = RECIPES[args.recipe]
-    for name in ("epochs", "batch", "crop", "rate", "micro_batches", "keep", "save_every"):
+    positive = ("epochs", "batch", "crop", "rate", "head_rate", "micro_batches", "keep")
+    for name in (*positive, "save_every"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             option = name.replace("_", "-")
@@ -97,7 +98,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         recipe = with_batch(recipe, args.batch)
     if args.crop is not None:
         recipe = with_crop(recipe, args.crop)
-    return recipe if args.rate is None else recipe._replace(rate=args.rate)
+    if args.rate is not None:
+        recipe = recipe._replace(rate=args.rate)
+    return recipe._replace(head_rate=args.head_rate, frozen=tuple(args.freeze))
 
 
 def _folders(args: argparse.Namespace, batch: int) -> tuple[Folder, Folder]:
@@ -133,12 +136,13 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
         if arch not in SPECS:
             raise FresnetError(f"unknown --arch {arch!r}; {suggestion(arch, SPECS)}")
         return arch, init(args.seed, SPECS[arch], num_classes=classes)
-    weights, stats = load(args.weights, architecture=args.arch)
+    params = cast(load(args.weights, architecture=args.arch), torch.float32)
+    weights = params.weights
     name = f"{args.weights} with its head"
     if isinstance(weights.head, NoHead) or len(weights.head.bias) != classes:
         head = fresh_head(args.seed, weights, classes)
         weights, name = weights._replace(head=head), f"{args.weights} with a fresh head"
-    return name, Params(tree.map(Tensor.float, weights), tree.map(Tensor.float, stats))
+    return name, params._replace(weights=weights)
 
 
 def _told(outcome: Outcome, recipe: Recipe, out: Path) -> str:

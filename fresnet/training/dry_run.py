@@ -77,6 +77,7 @@ def _rows(run: Run, per_epoch: int, processes: int) -> Mapping[str, str]:
         + f", in {run.micro_batches} parts" * (run.micro_batches > 1),
         "length": f"{recipe.epochs:,} epochs of {per_epoch:,} steps, {steps:,} in all",
         "rate": _rates(recipe, per_epoch),
+        **_parts(recipe, per_epoch),
         "decay": f"{recipe.weight_decay:g}" + ("" if recipe.decay_norms else ", of all but norms"),
         "training": _words(recipe.augmentation),
         "labels": ", ".join(f"{name} {value:g}" for name, value in labels.items() if value)
@@ -84,6 +85,16 @@ def _rows(run: Run, per_epoch: int, processes: int) -> Mapping[str, str]:
         "average": f"decay {average_decay_of(recipe):.6g} a step" if recipe.average else "none",
         "evaluation": _words(recipe.preset),
     }
+
+
+def _parts(recipe: Recipe, per_epoch: int) -> Mapping[str, str]:
+    """The rows about parts of the network that train in another way, or not at all."""
+    rows = {}
+    if recipe.head_rate is not None:
+        rows["head"] = _rates(recipe._replace(rate=recipe.head_rate), per_epoch)
+    if recipe.frozen:
+        rows["frozen"] = ", ".join(recipe.frozen)
+    return rows
 
 
 def _rates(recipe: Recipe, per_epoch: int) -> str:

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, shown
 from fresnet.numbers import as_number
 
 Mixing: TypeAlias = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
@@ -101,5 +101,5 @@ def _blend(values: Tensor, share: float) -> Tensor:
 def _positive(caller: str, alpha: float) -> float:
     number = as_number(alpha)
     if number is None or not 0 < number < inf:
-        raise FresnetError(f"{caller} expects alpha to be a positive number; got {alpha!r}")
+        raise FresnetError(f"{caller} expects alpha to be a positive number; got {shown(alpha)}")
     return float(number)

@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
 from fresnet.pytorch.collectives import Group, all_sum, answered
+from fresnet.training.checkpoint import nodes_of
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables that torchrun sets for each process."""
@@ -142,7 +143,8 @@ def check_same(state: Any, group: Group | None) -> None:
     """
     if group is None:
         return
-    structure = [crc32(repr(tree.map(describe, state)).encode())]
+    kinds = nodes_of(state), [*map(describe, tree.leaves(state))]
+    structure = [crc32(repr(kinds).encode())]
     places = ["in structure", *(f"at {path}" for path in tree.paths(state))]
     leaves = tree.leaves(state)
     # Structures are compared first, because trees that differ may have different numbers of leaves.

@@ -1,10 +1,11 @@
 """How published networks were trained: recipes as values, and what follows from them."""
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
-from fresnet import optim
+from fresnet import optim, tree
 from fresnet.data import AreaCrop, Augmentation, ScaleCrop
 from fresnet.data.preprocess import PRESETS, Preset
 from fresnet.errors import FresnetError
@@ -46,6 +47,15 @@ class Recipe(NamedTuple):
 
     average: float = 0.0
     """Sets how fast the average of weights moves, see `average_decay_of`; 0 keeps no average."""
+
+    head_rate: float | None = None
+    """The highest learning rate of the head, if it is not `rate`."""
+
+    frozen: tuple[str, ...] = ()
+    """Patterns of the weights that stay as they are, as in `tree.matching`.
+
+    A norm whose weights are all among them keeps its running statistics too, and goes by them.
+    """
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -105,12 +115,21 @@ def schedule_of(recipe: Recipe, steps_per_epoch: int) -> optim.Schedule:
 
 
 def optimizer_of(recipe: Recipe, steps_per_epoch: int) -> optim.Optimizer:
-    return optim.sgd(
-        schedule_of(recipe, steps_per_epoch),
+    """SGD, and where the recipe asks for it another rate for the head and none for frozen parts."""
+    sgd = partial(
+        optim.sgd,
         momentum=0.9,
         weight_decay=recipe.weight_decay,
         decay_where=optim.everywhere if recipe.decay_norms else optim.all_but_norms,
     )
+    parts: dict[str | optim.Where, optim.Optimizer] = {}
+    if recipe.frozen:
+        parts[tree.matching(*recipe.frozen)] = optim.frozen
+    if recipe.head_rate is not None:
+        head = recipe._replace(rate=recipe.head_rate)
+        parts["head.*"] = sgd(schedule_of(head, steps_per_epoch))
+    rest = sgd(schedule_of(recipe, steps_per_epoch))
+    return optim.by_path({**parts, "*": rest}) if parts else rest
 
 
 def mixing_of(recipe: Recipe) -> Mixing | None:

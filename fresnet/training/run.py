@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fresnet.data import Folder
 from fresnet.data.loading import OnBroken
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, shown
 from fresnet.network.nodes import Params
 from fresnet.training.course import Course, Options, Outcome
 from fresnet.training.plan import Run
@@ -49,7 +49,7 @@ def train(
       KeyboardInterrupt: at SIGINT or SIGTERM, once the state is saved; at a second one at once.
     """
     if save_every is not None and save_every < 1:
-        raise FresnetError(f"train expects save_every to be at least 1; got {save_every}")
+        raise FresnetError(f"train expects save_every to be at least 1; got {shown(save_every)}")
     options = Options(recompute, workers, broken, keep, save_every)
     course = Course(run, params, folders, out, processes, options)
     # The log is read before any process has passed `check_same`, so before the first one writes it.

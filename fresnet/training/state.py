@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fresnet import optim, tree
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, shown
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
+from fresnet.tree.text import register
 
 NoAverage: TypeAlias = tuple[()]
 
@@ -31,6 +32,9 @@ class TrainState(NamedTuple):
 
     position: Tensor
     """The number of batches so far, int64 `[]`, which says where in the data to go on."""
+
+
+register(TrainState)
 
 
 def start(
@@ -61,7 +65,7 @@ def start(
         )
     number = as_integer(seed)
     if number is None or not -(2**63) <= number < 2**64:
-        raise FresnetError(f"start expects seed to be an integer; got {seed!r}")
+        raise FresnetError(f"start expects seed to be an integer; got {shown(seed)}")
     zero = torch.zeros((), dtype=torch.int64, device=stem.device)
     return TrainState(
         step=zero,

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, shown
 from fresnet.network.check import (
     check_call,
     check_differentiable,
@@ -22,7 +22,7 @@ from fresnet.network.net import run_training
 from fresnet.network.nodes import Params, Regime, Stats, Weights
 from fresnet.network.regimes import training_once
 from fresnet.numbers import as_integer, as_number
-from fresnet.optim import Optimizer, clip_by_norm
+from fresnet.optim import Optimizer, clip_by_norm, everywhere
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.backward import gradients
@@ -85,7 +85,8 @@ def make_train_step(
     (tensor(1), tensor(2))
 
     Args:
-      optimizer: from `fresnet.optim`.
+      optimizer: from `fresnet.optim`. No gradient is taken of weights that it leaves as they are,
+        so these count neither in time nor in max_norm.
       loss_fn: a function of logits `[b k]` and targets that returns each image's loss `[b]`.
         Targets are y, or probabilities `[b k]` if the step mixes. Binary cross-entropy, for
         example, is `lambda logits, targets: binary_cross_entropy_with_logits(logits, targets,
@@ -128,8 +129,9 @@ def make_train_step(
             images = all_sum(images, group)
         count = micro_batches if group is not None else min(micro_batches, len(x))
         shares = zip(x.tensor_split(count), targets.tensor_split(count), strict=True)
-        parts = [(stats, part, part_targets, images) for part, part_targets in shares]
-        *grads, found = gradients(loss_of, weights, parts, group=group)
+        trained, rest = _trained(weights, optimizer)
+        parts = [(rest, stats, part, part_targets, images) for part, part_targets in shares]
+        *grads, found = gradients(loss_of, trained, parts, group=group)
         moments, sums = _together(found, images, group, norms_across)
         if max_norm is not None:
             grads = [clip_by_norm(grads.pop(), max_norm)]
@@ -150,12 +152,23 @@ def make_train_step(
     return train_step
 
 
+def _trained(weights: Weights, optimizer: Optimizer) -> tuple[Weights, Any]:
+    """The weights that the optimizer changes, and the rest."""
+    if optimizer.trains is everywhere:
+        return weights, ()  # nothing to combine
+    trained, rest = tree.partition(weights, optimizer.trains)
+    if not tree.leaves(trained):
+        raise FresnetError("a train step expects an optimizer that changes a weight; got frozen")
+    return trained, rest
+
+
 def _loss_of(
     loss_fn: LossFn,
     do: Regime,
     precision: torch.dtype | None,
     recompute: bool,
-    weights: Weights,
+    trained: Weights,
+    rest: Any,
     stats: Stats,
     x: Tensor,
     targets: Tensor,
@@ -163,6 +176,7 @@ def _loss_of(
 ) -> tuple[Tensor, Seen]:
     """What a part of the batch adds to the mean loss over all `images`, and what was seen."""
     x_narrow = x.to(precision or x.dtype)
+    weights = tree.combine(trained, rest)
     logits, moments = run_training(Params(weights, stats), x_narrow, do, recompute=recompute)
     logits = logits.to(x.dtype)
     classes = targets if targets.ndim == 1 else targets.argmax(1)
@@ -217,7 +231,7 @@ def _share(average_decay: float) -> float:
     number = as_number(average_decay)
     if number is None or not 0 <= number <= 1:
         raise FresnetError(
-            f"make_train_step expects average_decay from 0 to 1; got {average_decay!r}"
+            f"make_train_step expects average_decay from 0 to 1; got {shown(average_decay)}"
         )
     return number
 
@@ -226,7 +240,8 @@ def _parts(micro_batches: int) -> int:
     number = as_integer(micro_batches)
     if number is None or number < 1:
         raise FresnetError(
-            f"make_train_step expects micro_batches to be a positive integer; got {micro_batches!r}"
+            f"make_train_step expects micro_batches to be a positive integer; "
+            f"got {shown(micro_batches)}"
         )
     return number
 
@@ -236,7 +251,7 @@ def _check_options(precision: torch.dtype | None, group: Group | None, norms_acr
     if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise FresnetError(
             f"make_train_step expects precision to be torch.bfloat16, float32 or float64; "
-            f"got {precision!r}"
+            f"got {shown(precision)}"
         )
     if norms_across and group is None:
         raise FresnetError("make_train_step expects a group with norms_across; got none")

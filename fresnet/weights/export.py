@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fresnet import tree
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, shown
 from fresnet.network.check import check_image_size, check_params, check_values, first_conv
 from fresnet.network.net import forward
 from fresnet.network.nodes import NoHead, Params
@@ -80,7 +80,8 @@ def export(
     version, is_onnx = as_integer(opset), as_path(path).suffix == ".onnx"
     if opset is not None and (version is None or version < OLDEST or not is_onnx):
         raise FresnetError(
-            f"export expects opset to be an integer from {OLDEST} on, for an .onnx; got {opset!r}"
+            f"export expects opset to be an integer from {OLDEST} on, for an .onnx; "
+            f"got {shown(opset)}"
         )
     match as_path(path).suffix, compiled:
         case (".onnx", False):

@@ -22,7 +22,7 @@ from fresnet.network.nodes import (
     beside,
 )
 from fresnet.network.specs import Spec
-from fresnet.reading import as_path, check_regular, from_json
+from fresnet.reading import as_path, check_regular, from_json, spelt
 from fresnet.weights import torch_files
 from fresnet.weights.assembly import assemble, check_fit
 from fresnet.weights.blanks import BLANK, blank_stats
@@ -109,7 +109,7 @@ def load(path: str | os.PathLike[str], *, architecture: str | Spec | None = None
         check_architecture("load", params, architecture, spec)
         _check_values(params)
     except FresnetError as error:
-        raise FresnetError(f"cannot load {path!s}: {error}") from error
+        raise FresnetError(f"cannot load {spelt(path)}: {error}") from error
     return params
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, suggestion
+from fresnet.errors import FresnetError, shown, suggestion
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.nodes import (
     DilatedStage,
@@ -127,7 +127,9 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     """
     check_params("to_state_dict", params)
     if layout not in LAYOUTS:
-        raise FresnetError(f"to_state_dict expects layout to be one of {LAYOUTS}; got {layout!r}")
+        raise FresnetError(
+            f"to_state_dict expects layout to be one of {LAYOUTS}; got {shown(layout)}"
+        )
     foreign = foreign_to(layout, params)
     if foreign:
         raise FresnetError(
@@ -180,9 +182,10 @@ def spec_of(caller: str, architecture: str | Spec | None) -> Spec | None:
     if architecture is None or isinstance(architecture, Spec):
         return architecture
     if not isinstance(architecture, str) or architecture not in SPECS:
+        known = suggestion(architecture if isinstance(architecture, str) else "", SPECS)
         raise FresnetError(
-            f"{caller} expects architecture to be a Spec or a name in SPECS; got {architecture!r}: "
-            f"{suggestion(str(architecture), SPECS)}"
+            f"{caller} expects architecture to be a Spec or a name in SPECS; "
+            f"got {shown(architecture)}: {known}"
         )
     return SPECS[architecture]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError, reason
-from fresnet.reading import as_path, check_regular, named_in_utf8
+from fresnet.reading import as_path, check_regular, named_in_utf8, spelt
 
 TEMPORARY = ".fresnet-"
 """The prefix of a folder in which a file is being written. 16 hexadecimal digits follow it."""
@@ -78,7 +78,7 @@ def write_file(caller: str, path: str | os.PathLike[str], write: Callable[[Path]
         written.replace(target)
         _sync_folder(target.parent)
     except Exception as error:
-        raise FresnetError(f"{caller} cannot write {path!s}: {reason(error)}") from error
+        raise FresnetError(f"{caller} cannot write {spelt(path)}: {reason(error)}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

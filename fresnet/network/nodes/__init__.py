@@ -108,6 +108,7 @@ from fresnet.network.nodes.stems import (
     Stem7x7,
     StridedStem,
 )
+from fresnet.tree.text import register
 
 POOLED_STEMS = (AveragedStem, BlurredStem, StridedStem)
 BARE_STEMS = (BareStem7x7, BareDeepStem, FramedStem7x7)
@@ -120,6 +121,9 @@ SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, No
 ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
 NORMS = (Norm, FrozenNorm, GroupNorm, Bias, Rescale, NoNorm)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
+
+register(*NODES, *STAGES, *UNITS, *NORMS, NormStats, Moments, Pair, *HEADS)
+register(Weights, Stats, Params, Quantized)
 
 
 def _places(kind: type) -> dict[str, tuple[type, ...]]:

@@ -100,7 +100,7 @@ class Layer(NamedTuple):
     """The unit of a network: a convolution `[o c/groups k k]` and the norm that follows it."""
 
     conv: Tensor
-    norm: AnyNorm
+    norm: Norm | Any  # one of AnyNorm, of which Norm has all fields
 
     def kernel(self) -> Tensor:
         """What activations are convolved with."""
@@ -129,7 +129,7 @@ class StandardisedLayer(NamedTuple):
 class Normed(NamedTuple):
     """A norm that no convolution precedes, and ReLU, as in ResNet V2."""
 
-    norm: AnyNorm
+    norm: Norm | Any
 
 
 Unit: TypeAlias = Layer | StandardisedLayer | Normed

@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fresnet import tree
+from fresnet.network.nodes.fields import AnyLast, AnyStage, AnyStem
 from fresnet.network.nodes.layers import Pair, over
 from fresnet.network.nodes.protocols import Drawer, Names, Regime
+from fresnet.network.nodes.stages import blocks_of
 
 
 class NoLastNorm(NamedTuple):
@@ -55,10 +58,10 @@ class NoHead(NamedTuple):
 class Weights(NamedTuple):
     """Everything that is trained: what gradients, optimizers and weight decay see."""
 
-    stem: Any  # not said, so that whoever knows which may take its fields
-    stages: tuple[Any, ...]
-    last: Any
-    head: Any  # Head or NoHead
+    stem: AnyStem
+    stages: tuple[AnyStage, ...]
+    last: AnyLast
+    head: Head | Any  # a `Head` or `NoHead`
 
 
 class Stats(NamedTuple):
@@ -79,6 +82,12 @@ class Params(NamedTuple):
     weights: Weights
     stats: Stats
 
+    def __str__(self) -> str:
+        """What network it is, in a line, by which larger trees tell it too."""
+        weights, _ = self
+        known = type(weights) is Weights and isinstance(weights.stages, tuple)
+        return f"Params({', '.join(_told(weights) if known else map(tree.pformat, self))})"
+
 
 class Quantized(NamedTuple):
     """A network in int8, for inference alone.
@@ -92,6 +101,21 @@ class Quantized(NamedTuple):
     weights: Weights
     ranges: Stats
     images: Tensor
+
+
+def _told(weights: Weights) -> list[str]:
+    """Of what kind a network is, and how large; of trees like one, what can be said."""
+    stages = [blocks_of(stage) for stage in weights.stages if isinstance(stage, tuple)]
+    kinds = dict.fromkeys(type(block).__name__ for blocks in stages for block in blocks)
+    told = [f"ResNet of {' and '.join(kinds)} {tuple(map(len, stages))}"]
+    bias = getattr(weights.head, "bias", None)
+    if isinstance(bias, Tensor) and bias.ndim:
+        told.append(f"{bias.shape[-1]} classes")
+    tensors = [leaf for leaf in tree.leaves(weights) if isinstance(leaf, Tensor)]
+    if tensors:
+        told.append(f"{sum(leaf.numel() for leaf in tensors):,} parameters")
+    dtypes = (str(leaf.dtype).removeprefix("torch.") for leaf in tensors)
+    return [*told, *dict.fromkeys(dtypes), *dict.fromkeys(str(leaf.device) for leaf in tensors)]
 
 
 def beside(function: Callable[..., Any], weights: Weights, *rest: Stats) -> Stats:
