@@ -17,8 +17,8 @@ from fresnet.data.folder import read_labels
 from fresnet.data.preprocess import PRESETS, Preset, preset_of
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.check import first_conv
+from fresnet.network.family import SPECS
 from fresnet.network.nodes import Params
-from fresnet.network.specs import SPECS
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.export import SUFFIXES
 from fresnet.weights.names import LAYOUTS, foreign_to

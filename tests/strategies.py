@@ -32,6 +32,8 @@ from fresnet.network.nodes import (
     NoAttention,
     PooledProjection,
     PreActivation,
+    Projection,
+    SqueezeExcite,
 )
 from fresnet.training import TrainState, start
 
@@ -144,14 +146,22 @@ def tiny_specs(draw: st.DrawFn, attention: bool = True) -> Spec:
     width = 2 * draw(st.integers(1, 3))
     fits = groupings.filter(lambda grouping: grouping[1] * width % 64 == 0)
     groups, group_width = (1, 64) if block is BasicBlock else draw(fits)
+    narrows = block is not BasicBlock and group_width * width % 128 == 0
+    shortcut = draw(st.sampled_from([kind for kind in SHORTCUTS if kind is not Identity]))
+    attention_type = draw(st.sampled_from(attentions or (NoAttention,)))
+    widths = st.tuples(*[st.integers(1, width)] * len(stem._fields))
     return Spec(
         block,
         tuple(draw(st.lists(st.integers(1, 2), min_size=1, max_size=4))),
         width,
         stem=stem,
-        shortcut=draw(st.sampled_from([kind for kind in SHORTCUTS if kind is not Identity])),
+        stem_widths=draw(st.just(()) | widths),
+        shortcut=shortcut,
+        projection=draw(st.sampled_from([1, 1, 3])) if shortcut is Projection else 1,
+        narrowing=draw(st.sampled_from([1, 2])) if narrows else 1,
         last=draw(st.sampled_from(LASTS)),
-        attention=draw(st.sampled_from(attentions or (NoAttention,))),
+        attention=attention_type,
+        reduction=draw(st.sampled_from([16, 1])) if attention_type is SqueezeExcite else 16,
         groups=groups,
         group_width=group_width,
         stage=draw(st.sampled_from([tuple, tuple, *POOLED])),
@@ -169,7 +179,7 @@ def tiny_params(draw: st.DrawFn, dilated: bool = True, attention: bool = True) -
     spec = draw(tiny_specs(attention))
     params = fresnet.init(generator, spec, num_classes=draw(class_counts), dtype=torch.float64)
     pools = spec.shortcut is PooledProjection or spec.stage in POOLED
-    if dilated and not pools and draw(st.booleans()):
+    if dilated and not pools and spec.projection == 1 and draw(st.booleans()):
         strides = [spec.stem.stride() << stage for stage in range(len(spec.depths))]
         params = fresnet.dilate(params, output_stride=draw(st.sampled_from(strides)))
 

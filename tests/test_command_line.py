@@ -182,7 +182,7 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
     ("arguments", "reason"),
     [
         ("summary resnet51", "unknown network 'resnet51'; did you mean 'resnet"),
-        ("summary resnext101", "did you mean 'resnext101_32x8d', 'resnext101_64x4d'?"),
+        ("summary resnext101", "did you mean 'resnext101_32x4d', 'resnext101_32x8d', 'r"),
         ("summary vgg", "unknown network 'vgg'; there are resnet18, "),
         ("summary no.pth", "cannot load no.pth: No such file or directory"),
         ("summary resnet18 --image-size 0", "expects image_size to be an integer from 1 to 2**20"),

@@ -7,8 +7,9 @@ from textwrap import shorten
 from typing import Any
 
 from fresnet.errors import FresnetError, describe, reason
+from fresnet.network.family import RESNET50, SPECS
 from fresnet.network.nodes import BottleneckV1
-from fresnet.network.specs import RESNET50, SPECS, Spec
+from fresnet.network.specs import Spec
 from fresnet.reading import read_json
 
 INDEX = ".safetensors.index.json"

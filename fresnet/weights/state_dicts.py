@@ -15,6 +15,7 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.errors import FresnetError, suggestion
 from fresnet.network.check import check_params, first_conv
+from fresnet.network.family import SPECS
 from fresnet.network.init import init
 from fresnet.network.nodes import (
     STAGES,
@@ -27,7 +28,7 @@ from fresnet.network.nodes import (
     Params,
     ZeroPad,
 )
-from fresnet.network.specs import SPECS, Spec
+from fresnet.network.specs import Spec
 from fresnet.weights.assembly import assemble
 from fresnet.weights.names import (
     LAYOUTS,

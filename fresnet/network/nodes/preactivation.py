@@ -38,10 +38,11 @@ class PreActivation(NamedTuple, Generic[T, N]):
 
     @staticmethod
     def draw(d: Drawer, plan: Plan) -> "PreActivation[Layer, Normed]":
+        first = plan.inner // plan.narrowing
         return PreActivation(
             d.normed(plan.channels),
-            d.layer(plan.channels, plan.inner, 1),
-            d.layer(plan.inner, plan.inner, 3, plan.groups),
+            d.layer(plan.channels, first, 1),
+            d.layer(first, plan.inner, 3, plan.groups),
             d.bare(plan.inner, plan.out, 1, last=True),
             plan.shortcut.draw(d.bare, plan),
         )
@@ -71,8 +72,8 @@ class BareStem7x7(NamedTuple, Generic[T]):
         return do.max_pool(y), BareStem7x7(layer)
 
     @staticmethod
-    def draw(d: Drawer, channels: int, width: int) -> "BareStem7x7[Layer]":
-        return BareStem7x7(d.bare(channels, width, 7))
+    def draw(d: Drawer, channels: int, *widths: int) -> "BareStem7x7[Layer]":
+        return BareStem7x7(d.bare(channels, widths[-1], 7))
 
     @staticmethod
     def names() -> Names:
