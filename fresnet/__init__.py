@@ -13,6 +13,7 @@ from fresnet.gradients.per_sample import per_sample_grads
 from fresnet.inference.compiled import compile_inference
 from fresnet.inference.quantization import quantize
 from fresnet.network.eps import with_eps
+from fresnet.network.family import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS
 from fresnet.network.init import init
 from fresnet.network.net import (
     embed,
@@ -24,7 +25,7 @@ from fresnet.network.net import (
 )
 from fresnet.network.nodes import Params, Quantized
 from fresnet.network.rewrites import cast, dilate, fold, freeze, recalibrate
-from fresnet.network.specs import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS, Spec
+from fresnet.network.specs import Spec
 from fresnet.network.summary import summary
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.export import export

@@ -17,15 +17,19 @@ from fresnet.data.folder import read_labels
 from fresnet.data.preprocess import PRESETS, Preset, preset_of
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.check import first_conv
+from fresnet.network.family import SPECS
 from fresnet.network.nodes import NoHead, Params
-from fresnet.network.specs import SPECS
 from fresnet.pytorch.allocator import keep_pages
+from fresnet.weights import published
 from fresnet.weights.export import SUFFIXES
 from fresnet.weights.layouts import LAYOUTS, foreign_to
 from fresnet.weights.storage import write_pickle, write_safetensors
 from fresnet.weights.untold import untold
 
 EXAMPLES = {
+    "models": """examples:
+  python -m fresnet models 'resnet50*'
+  python -m fresnet models '*a1_in1k'""",
     "summary": """examples:
   python -m fresnet summary resnet50
   python -m fresnet summary resnet20 --image-size 32 --classes 10
@@ -104,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
     _add_architecture(sub)
+
+    sub = command("models", _models, "the networks by name, their sizes and published weights")
+    sub.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="of names, such as 'resnet50*'"
+    )
+    sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
 
     sub = command("predict", _predict, "the most probable classes of images")
     sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
@@ -197,6 +207,11 @@ def _train(args: argparse.Namespace) -> str:
 def _summary(args: argparse.Namespace) -> str:
     table = fresnet.summary(_network(args), args.image_size)
     return table.markdown() if args.markdown else str(table)
+
+
+def _models(args: argparse.Namespace) -> str:
+    found = published.rows(args.pattern)
+    return published.markdown(found) if args.markdown else published.table(found)
 
 
 def _network(args: argparse.Namespace) -> Params:

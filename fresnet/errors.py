@@ -83,5 +83,5 @@ def suggestion(name: str, known: Collection[str]) -> str:
     longer = [other for other in known if name and other.startswith(name)]
     near = [other for other in get_close_matches(name, known) if other not in longer]
     if not longer and not near:
-        return f"there are {', '.join(known)}"
+        return f"there are {listed([*known], 9)}"
     return f"did you mean {', '.join(map(repr, (longer or near)[:3]))}?"

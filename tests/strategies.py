@@ -36,6 +36,8 @@ from fresnet.network.nodes import (
     Norm,
     PooledProjection,
     PreActivationBasic,
+    Projection,
+    SqueezeExcite,
     StandardisedLayer,
 )
 from fresnet.training import TrainState, start
@@ -158,14 +160,23 @@ def tiny_specs(draw: st.DrawFn, attention: bool = True, grouped: bool = True) ->
     fits = groupings.filter(lambda grouping: grouping[1] * width % 64 == 0)
     basic = block in (BasicBlock, PreActivationBasic)
     groups, group_width = (1, 64) if basic else draw(fits)
+    narrows = not basic and group_width * width % 128 == 0
+    shortcut = draw(st.sampled_from([kind for kind in SHORTCUTS if kind is not Identity]))
+    attention_type = draw(st.sampled_from(attentions or (NoAttention,)))
+    least = width if norm is GroupNorm else 1
+    widths = st.tuples(*[st.integers(least, width)] * len(stem._fields))
     return Spec(
         block,
         tuple(draw(st.lists(st.integers(1, 2), min_size=1, max_size=4))),
         width,
         stem=stem,
-        shortcut=draw(st.sampled_from([kind for kind in SHORTCUTS if kind is not Identity])),
+        stem_widths=draw(st.just(()) | widths),
+        shortcut=shortcut,
+        projection=draw(st.sampled_from([1, 1, 3])) if shortcut is Projection else 1,
+        narrowing=draw(st.sampled_from([1, 2])) if narrows else 1,
         last=draw(st.sampled_from(LASTS)),
-        attention=draw(st.sampled_from(attentions or (NoAttention,))),
+        attention=attention_type,
+        reduction=draw(st.sampled_from([16, 1])) if attention_type is SqueezeExcite else 16,
         groups=groups,
         group_width=group_width,
         stage=draw(st.sampled_from([tuple, tuple, *POOLED])),
@@ -194,7 +205,7 @@ def tiny_params(
     classes = draw(class_counts) if has_head else 0
     params = fresnet.init(generator, spec, num_classes=classes, dtype=torch.float64)
     pools = spec.shortcut is PooledProjection or spec.stage in POOLED
-    if dilated and not pools and draw(st.booleans()):
+    if dilated and not pools and spec.projection == 1 and draw(st.booleans()):
         strides = [spec.stem.stride() << stage for stage in range(len(spec.depths))]
         params = fresnet.dilate(params, output_stride=draw(st.sampled_from(strides)))
 

@@ -29,6 +29,7 @@ from fresnet.network.nodes import (
     Projection,
     SqueezeExcite,
     Stem3x3,
+    ZeroPad,
 )
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4), num_classes=5)
@@ -318,12 +319,22 @@ def test_momentum(momentum: Any, got: str) -> None:
         *(
             (
                 {"block": BasicBlock, "depths": depths},
-                "Spec expects depths to be a tuple of positive",
+                "Spec expects depths and stem_widths to be tuples of positive",
             )
             for depths in ((), (1, 0), [2, 2], (2, 1.5), 3)
         ),
-        ({"width": 0}, "width, groups and group_width to be positive integers"),
-        ({"groups": -1}, "width, groups and group_width to be positive integers"),
+        *(
+            ({field: value}, "narrowing, projection to be positive integers; got")
+            for field, value in (
+                ("width", 0),
+                ("groups", -1),
+                ("reduction", 0),
+                ("narrowing", 1.5),
+                ("projection", None),
+                ("stem_widths", (0,)),
+                ("stem_widths", [64]),
+            )
+        ),
         (
             {"block": Norm},
             "Spec expects block BasicBlock or Bottleneck or BottleneckV1 or PreActivation; got",
@@ -333,8 +344,20 @@ def test_momentum(momentum: Any, got: str) -> None:
             {"shortcut": Identity},
             "PooledProjection or ZeroPad or CentredZeroPad or NoShortcut; got",
         ),
-        ({"block": BasicBlock, "groups": 2}, "Spec expects groups and group_width of bottlenecks"),
+        ({"block": BasicBlock, "groups": 2}, "Spec expects groups, group_width and narrowing of b"),
+        ({"block": BasicBlock, "narrowing": 2}, "expects groups, group_width and narrowing of b"),
         ({"group_width": 1, "width": 32}, "Spec expects at least one channel in each group"),
+        ({"groups": 32, "group_width": 4, "narrowing": 8}, "and narrowing to divide them; got"),
+        ({"reduction": 4}, "Spec expects reduction of SqueezeExcite; got"),
+        ({"projection": 2}, "Spec expects projection to be the odd side of a kernel"),
+        ({"projection": 3, "shortcut": PooledProjection}, "more than 1 with Projection alone; got"),
+        ({"stem_widths": (32, 64)}, "Spec expects stem_widths to be 1 numbers in a Stem7x7; got"),
+        ({"stem": DeepStem, "stem_widths": (64,)}, "stem_widths to be 3 numbers in a DeepStem"),
+        ({"stem_widths": (2**31,)}, "Spec expects fewer stages or a smaller width"),
+        (
+            {"block": BasicBlock, "shortcut": ZeroPad, "stem_widths": (65,)},
+            "Spec expects a stem of at most as many channels as the first stage has",
+        ),
         ({"stem": DeepStem, "width": 1}, "Spec expects width to be at least 2 with a deep stem"),
         ({"last": Norm}, "Spec expects last NoLastNorm or LastNorm; got"),
         ({"attention": Norm}, "Spec expects attention NoAttention or SqueezeExcite or Effic"),
@@ -374,6 +397,11 @@ POOLED = fresnet.init(0, Spec(Bottleneck, (1, 1), width=2, shortcut=PooledProjec
             fresnet.init(0, Spec(BasicBlock, (1, 1), 4, stage=AveragedStage), device="meta"),
             4,
             "dilate expects stages that do not pool; got AveragedStage",
+        ),
+        (
+            fresnet.init(0, Spec(BasicBlock, (1, 1), 4, projection=3), device="meta"),
+            4,
+            "dilate expects projections of 1x1; got 3x3",
         ),
     ],
 )

@@ -17,6 +17,7 @@ import fresnet
 from fresnet import Spec
 from fresnet.__main__ import main
 from fresnet.network.nodes import BottleneckV1, CentredZeroPad
+from fresnet.weights import published
 from fresnet.weights.state_dicts import named_leaves
 
 SPEC = Spec(BottleneckV1, (1, 1), width=8)
@@ -53,6 +54,14 @@ def test_summary(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert code == 0
     assert "NoHead" in out
     assert call(capsys, "--version")[:2] == (0, f"fresnet {fresnet.__version__}\n")
+
+
+def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+    found = published.rows("resnet200*")
+    code, out, _ = call(capsys, "models", "resnet200*")
+    assert (code, out) == (0, f"{published.table(found)}\n")
+    code, out, _ = call(capsys, "models", "resnet200*", "--markdown")
+    assert (code, out) == (0, f"{published.markdown(found)}\n")
 
 
 def test_predict(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
@@ -185,8 +194,9 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
     ("arguments", "reason"),
     [
         ("summary resnet51", "unknown network 'resnet51'; did you mean 'resnet"),
-        ("summary resnext101", "did you mean 'resnext101_32x8d', 'resnext101_64x4d'?"),
+        ("summary resnext101", "did you mean 'resnext101_32x4d', 'resnext101_32x8d', 'r"),
         ("summary vgg", "unknown network 'vgg'; there are resnet18, "),
+        ("models vgg*", "nothing matches 'vgg*'; there are resnet18, "),
         ("summary no.pth", "cannot load no.pth: No such file or directory"),
         ("summary resnet18 --image-size 0", "expects image_size to be an integer from 1 to 2**20"),
         ("summary resnet18 --classes -1", "expects num_classes to be an integer from 0 on"),
@@ -242,7 +252,7 @@ def test_misspelt_commands_exit_with_2(capsys: pytest.CaptureFixture[str], argum
     assert err.startswith("usage: python -m fresnet")
 
 
-@pytest.mark.parametrize("command", [[], ["summary"], ["predict"], ["convert"]])
+@pytest.mark.parametrize("command", [[], ["summary"], ["models"], ["predict"], ["convert"]])
 def test_help_has_examples_and_fits_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:

@@ -300,13 +300,30 @@ def test_what_pools_against_aliasing_is_asked_for_where_names_do_not_tell(tmp_pa
     fresnet.from_state_dict(timm.create_model("resnext50_32x4d").state_dict())  # there is no other
 
 
+@examples(8)
+@given(x=training_images(), seed=seeds)
+def test_a_narrow_first_convolution_and_wide_projections_equal_timm(x: Tensor, seed: int) -> None:
+    """As in SENet-154, which shapes tell."""
+    model = resnet.ResNet(
+        resnet.Bottleneck,
+        (1, 2, 1, 1),
+        10,
+        cardinality=8,
+        base_width=4,
+        stem_type="deep",
+        down_kernel_size=3,
+        block_reduce_first=2,
+        block_args={"attn_layer": get_attn("se")},
+    )
+    check(reference.perturbed(model, seed), fresnet.from_state_dict, x)
+
+
 @pytest.mark.parametrize("name", ["resnetaa50d", "resnetblur18", "resnetrs50"])
 def test_networks_that_pool_otherwise_go_back_to_timm(name: str) -> None:
     """An architecture that does not go with the entries is refused."""
     model = reference.perturbed(timm.create_model(name, num_classes=7), seed=0)
     state = model.state_dict()
-    told = {"architecture": name} if name in fresnet.SPECS else {}
-    params = fresnet.from_state_dict(state, **told)
+    params = fresnet.from_state_dict(state, architecture=name)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         assert_close(fresnet.forward(params, x), model.eval()(x), 1e-12)

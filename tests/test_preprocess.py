@@ -357,7 +357,22 @@ def test_a_tensor_is_told_from_an_array() -> None:
         preprocess([torch.zeros(4, 4, 3, dtype=torch.uint8)])
 
 
-@pytest.mark.parametrize("text", ["9" * 5000 + ",1,bilinear", "256,300,bilinear", "256,0,bilinear"])
+def test_a_preset_of_a_text() -> None:
+    assert preset_of("256,224,bilinear") == PRESETS["imagenet-v1"]
+    half = (0.5, 0.5, 0.5)
+    assert preset_of("9,8,bicubic,0.5") == Preset(9, 8, "bicubic", mean=half, std=half)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9" * 5000 + ",1,bilinear",
+        "256,300,bilinear",
+        "256,0,bilinear",
+        "256,224,bilinear,0.4",
+        "256,224,bilinear,0.5,0.5",
+    ],
+)
 def test_presets_that_no_text_makes(text: str) -> None:
     with pytest.raises(FresnetError, match="--preset expects a name or, say, 256,224,bilinear"):
         preset_of(text)

@@ -94,19 +94,24 @@ def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -
 def preset_of(text: str) -> Preset:
     """The preset of a name, or one made from a text such as "256,224,bilinear".
 
+    A last part of 0.5 is the mean and the deviation of every channel, as some of timm's weights
+    have it: "288,288,bicubic,0.5".
+
     Raises:
       FresnetError: if it is neither.
     """
     if "," not in text:
         return _named(text)
     match text.split(","):
-        case [resize, crop, "bilinear" | "bicubic" as interpolation] if (
+        case [resize, crop, "bilinear" | "bicubic" as interpolation, *half] if (
             resize.isdecimal()
             and crop.isdecimal()
             and max(len(resize), len(crop)) < 7
             and 0 < int(crop) <= int(resize)
+            and half in ([], ["0.5"])
         ):
-            return Preset(int(resize), int(crop), interpolation)
+            preset = Preset(int(resize), int(crop), interpolation)
+            return preset._replace(mean=(0.5,) * 3, std=(0.5,) * 3) if half else preset
     raise FresnetError(f"--preset expects a name or, say, 256,224,bilinear; got {text}")
 
 

@@ -1,5 +1,6 @@
 """Initialisation: a network's first parameters, drawn from an explicit generator."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.check import DTYPES, stats_dtype
+from fresnet.network.family import RESNET50
 from fresnet.network.nodes import (
     Bias,
     FrozenNorm,
@@ -29,7 +31,7 @@ from fresnet.network.nodes import (
     blocks_of,
     last_layer,
 )
-from fresnet.network.specs import RESNET50, Spec
+from fresnet.network.specs import Spec
 from fresnet.numbers import as_integer
 
 
@@ -171,9 +173,11 @@ class _Values:
 
     def _conv(self, channels: int, out: int, side: int, groups: int = 1) -> Tensor:
         std = sqrt(2 / (out * side * side))
-        weight = self._empty(out, channels // groups, side, side)
-        weight = weight.normal_(0.0, std, generator=self.generator)
-        return weight.to(self.device).contiguous(memory_format=torch.channels_last)
+        weight = self._drawn(
+            (out, channels // groups, side, side),
+            lambda empty: empty.normal_(0.0, std, generator=self.generator),
+        )
+        return weight.contiguous(memory_format=torch.channels_last)
 
     def _norm(self, channels: int, scale: float) -> Any:
         shape = self.norm.shape(channels)
@@ -183,20 +187,24 @@ class _Values:
         return torch.full(shape, value, dtype=self.dtype, device=self.device)
 
     def _uniform(self, *shape: int, bound: float) -> Tensor:
-        return self._empty(*shape).uniform_(-bound, bound, generator=self.generator).to(self.device)
-
-    def _empty(self, *shape: int) -> Tensor:
-        on_meta = self.device.type == "meta"
-        return torch.empty(
-            shape, dtype=self.dtype, device=self.device if on_meta else self.generator.device
+        return self._drawn(
+            shape, lambda empty: empty.uniform_(-bound, bound, generator=self.generator)
         )
+
+    def _drawn(self, shape: tuple[int, ...], draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """Drawn on the generator's device and then moved; on meta there is nothing to draw."""
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        empty = torch.empty(shape, dtype=self.dtype, device=self.generator.device)
+        return draw(empty).to(self.device)
 
 
 def _weights(draw: _Values, spec: Spec, num_classes: int, in_channels: int) -> Weights:
-    stem = spec.stem.draw(draw, in_channels, spec.width)
+    widths = spec.stem_widths or (spec.width,)
+    stem = spec.stem.draw(draw, in_channels, *widths)
     if spec.stem_pool is not None:
-        stem = spec.stem_pool.around(stem, draw, spec.width)
-    channels, stages = spec.width, []
+        stem = spec.stem_pool.around(stem, draw, widths[-1])
+    channels, stages = widths[-1], []
     for stage, depth in enumerate(spec.depths):
         blocks = []
         for i in range(depth):

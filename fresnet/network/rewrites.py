@@ -27,6 +27,7 @@ from fresnet.network.nodes import (
     NormStats,
     Params,
     PooledProjection,
+    Projection,
     Rescale,
     StandardisedLayer,
     Stats,
@@ -174,7 +175,8 @@ def dilate(params: Params, *, output_stride: int) -> Params:
       The same weights and statistics; the last stages are `DilatedStage`s.
     Raises:
       FresnetError: if params is not a network, if it has no such stride, or if a stage pools its
-        shortcuts (ResNet-D) or against aliasing, which has no dilated form.
+        shortcuts (ResNet-D) or against aliasing, or projects by more than 1x1 (SENet-154), which
+        has no dilated form.
     Source: Yu, Koltun & Funkhouser 2017, arXiv:1705.09914, Sec. 2.
     """
     check_params("dilate", params)
@@ -186,10 +188,15 @@ def dilate(params: Params, *, output_stride: int) -> Params:
             f"dilate expects output_stride to be one of {strides}; got {shown(output_stride)}"
         )
     for stage, stride in zip(weights.stages, strides, strict=True):
-        kinds = type(stage), type(blocks_of(stage)[0].shortcut)
+        shortcut = blocks_of(stage)[0].shortcut
+        kinds = type(stage), type(shortcut)
         pooling = [kind.__name__ for kind in kinds if kind in (*POOLED, PooledProjection)]
         if stride > wanted and pooling:
             raise FresnetError(f"dilate expects stages that do not pool; got {pooling[0]}")
+        if stride > wanted and isinstance(shortcut, Projection):
+            side = shortcut.layer.conv.shape[-1]
+            if side > 1:
+                raise FresnetError(f"dilate expects projections of 1x1; got {side}x{side}")
 
     def dilated(stages: tuple[Any, ...]) -> tuple[Any, ...]:
         each = zip(map(blocks_of, stages), strides, strict=True)

@@ -137,10 +137,14 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
     for stage, stage_at, stage_grids in stages:
         stage_rows = []
         each = zip(blocks_of(stage), blocks_of(stage_at), stage_grids, strict=True)
+        last = ""
         for block, block_at, grid in each:
-            run = partial(block_at.run, x, grid, INFERENCE)
-            x, row = _measure(block, run, _describe_block(block, grid))
+            like = f"{tree.map(lambda leaf: tuple(leaf.shape), block)}, {grid}, {x.shape}"
+            if like != last:  # else it is the block before again
+                run = partial(block_at.run, x, grid, INFERENCE)
+                x, row = _measure(block, run, _describe_block(block, grid))
             stage_rows.append(row)
+            last = like
         rows += [row._replace(blocks=len(list(alike))) for row, alike in groupby(stage_rows)]
     if tree.leaves(weights.last):
         x, row = _measure(weights.last, partial(at.last.run, x, INFERENCE), weights.last.note())

@@ -11,10 +11,10 @@ from fresnet import tree
 from fresnet.data import Folder, scan
 from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError, reason, suggestion
+from fresnet.network.family import SPECS
 from fresnet.network.init import fresh_head, init
 from fresnet.network.nodes import NoHead, Params
 from fresnet.network.rewrites import cast
-from fresnet.network.specs import SPECS
 from fresnet.training.course import CONFUSION, CURVES, LABELS, NETWORK, Course, Options, Outcome
 from fresnet.training.dry_run import tried
 from fresnet.training.plan import Run

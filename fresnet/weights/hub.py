@@ -7,8 +7,9 @@ from textwrap import shorten
 from typing import Any
 
 from fresnet.errors import FresnetError, describe, reason
+from fresnet.network.family import RESNET50, SPECS
 from fresnet.network.nodes import BottleneckV1
-from fresnet.network.specs import RESNET50, SPECS, Spec
+from fresnet.network.specs import Spec
 from fresnet.reading import read_json
 from fresnet.weights.formats import FORMATS, refusal
 
@@ -17,11 +18,8 @@ INDEX = ".safetensors.index.json"
 
 WEIGHTS = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin")
 
-ARCHITECTURE = (
-    r"((wide_|se|eca)?res(net|next)\d+[cdst]?n?(_\d+x\d+d|_2|_pruned)?"
-    r"|resnetrs\d+|senet154|resnetv2_(50|101|152))"
-)
-"""timm's names of the networks that fresnet computes. Others share entries, but not results."""
+PRUNED = ("ecaresnet50d_pruned", "ecaresnet101d_pruned")
+"""timm's names that no spec can have, because the widths differ in every block."""
 
 
 def is_repository(path: str | os.PathLike[str]) -> bool:
@@ -119,7 +117,7 @@ def _architecture(config: Any) -> Spec | None:
     if not isinstance(config, dict):
         raise FresnetError("its config.json is no object")
     architecture = str(config.get("architecture", ""))
-    if architecture and architecture not in SPECS and not re.fullmatch(ARCHITECTURE, architecture):
+    if architecture not in ("", *SPECS, *PRUNED):
         shown = shorten(architecture, 80)
         raise FresnetError(f"its architecture is {shown}, not a ResNet that fresnet has")
     if config.get("model_args"):

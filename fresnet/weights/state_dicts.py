@@ -14,6 +14,7 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.errors import FresnetError, shown, suggestion
 from fresnet.network.check import check_params, first_conv
+from fresnet.network.family import SPECS
 from fresnet.network.nodes import (
     DilatedStage,
     FrozenNorm,
@@ -26,7 +27,7 @@ from fresnet.network.nodes import (
     kinds,
     replaced,
 )
-from fresnet.network.specs import SPECS, Spec
+from fresnet.network.specs import Spec
 from fresnet.weights.assembly import assemble
 from fresnet.weights.families import explained
 from fresnet.weights.layouts import LAYOUTS, canonical, foreign_to, layout_of, name_in

@@ -8,6 +8,7 @@ from typing import Any
 from fresnet import tree
 from fresnet.errors import FresnetError, listed
 from fresnet.network.check import first_conv
+from fresnet.network.family import SPECS
 from fresnet.network.init import init
 from fresnet.network.nodes import (
     STAGES,
@@ -27,7 +28,7 @@ from fresnet.network.nodes import (
     blocks_of,
     kinds,
 )
-from fresnet.network.specs import SPECS, Spec
+from fresnet.network.specs import Spec
 
 UNTOLD = (
     *(BottleneckV1, *STAGES, AveragedStem, BlurredStem),

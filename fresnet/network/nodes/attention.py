@@ -6,7 +6,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias
 from torch import Tensor
 
 from fresnet.network.nodes.layers import Layer, T
-from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Names, Regime
+from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Names, Plan, Regime
 
 
 class NoAttention(NamedTuple):
@@ -19,7 +19,7 @@ class NoAttention(NamedTuple):
         return y, seen, self
 
     @staticmethod
-    def draw(d: Drawer, channels: int) -> "NoAttention":
+    def draw(d: Drawer, plan: Plan) -> "NoAttention":
         return NoAttention()
 
     @staticmethod
@@ -36,8 +36,8 @@ class SqueezeExcite(NamedTuple, Generic[T]):
 
         y <- y * sigmoid(excite(relu(squeeze(mean(y)))))
 
-    Two 1x1 convolutions, each with a bias; a sixteenth of the channels, in multiples of 8, are
-    between them, as timm has it.
+    Two 1x1 convolutions, each with a bias; a part of the channels, in multiples of 8, is between
+    them, as timm has it.
 
     Source: Hu et al. 2018, arXiv:1709.01507, Sec. 3.
     """
@@ -59,9 +59,9 @@ class SqueezeExcite(NamedTuple, Generic[T]):
         return do.join(do.gate(y, gates), add), seen, SqueezeExcite(squeeze, excite)
 
     @staticmethod
-    def draw(d: Drawer, channels: int) -> "SqueezeExcite[Layer]":
-        between = max(8, (channels // 16 + 4) // 8 * 8)
-        return SqueezeExcite(d.biased(channels, between), d.biased(between, channels))
+    def draw(d: Drawer, plan: Plan) -> "SqueezeExcite[Layer]":
+        between = max(8, (plan.out // plan.reduction + 4) // 8 * 8)
+        return SqueezeExcite(d.biased(plan.out, between), d.biased(between, plan.out))
 
     @staticmethod
     def names() -> Names:
@@ -94,8 +94,8 @@ class EfficientAttention(NamedTuple, Generic[T]):
         return do.join(do.gate(y, gates.permute(0, 3, 1, 2)), add), seen, EfficientAttention(along)
 
     @staticmethod
-    def draw(d: Drawer, channels: int) -> "EfficientAttention[Layer]":
-        nearest = int(abs(log2(max(channels, 1)) + 1) / 2)
+    def draw(d: Drawer, plan: Plan) -> "EfficientAttention[Layer]":
+        nearest = int(abs(log2(max(plan.out, 1)) + 1) / 2)
         return EfficientAttention(d.row(max(3, nearest + 1 - nearest % 2)))
 
     @staticmethod

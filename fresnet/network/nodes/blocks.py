@@ -32,7 +32,7 @@ class BasicBlock(NamedTuple, Generic[T]):
         return BasicBlock(
             d.layer(plan.channels, plan.inner, 3),
             d.layer(plan.inner, plan.out, 3, last=True),
-            plan.attention.draw(d, plan.out),
+            plan.attention.draw(d, plan),
             shortcut,
         )
 
@@ -113,11 +113,12 @@ class BottleneckV1(NamedTuple, Generic[T]):
 def _drawn(d: Drawer, plan: Plan) -> Any:
     """The fields of either bottleneck."""
     shortcut = plan.shortcut.draw(d.layer, plan)
+    first = plan.inner // plan.narrowing
     return (
-        d.layer(plan.channels, plan.inner, 1),
-        d.layer(plan.inner, plan.inner, 3, plan.groups),
+        d.layer(plan.channels, first, 1),
+        d.layer(first, plan.inner, 3, plan.groups),
         d.layer(plan.inner, plan.out, 1, last=True),
-        plan.attention.draw(d, plan.out),
+        plan.attention.draw(d, plan),
         shortcut,
     )
 

@@ -38,10 +38,11 @@ class PreActivation(NamedTuple, Generic[T, N]):
 
     @staticmethod
     def draw(d: Drawer, plan: Plan) -> "PreActivation[Layer, Normed]":
+        first = plan.inner // plan.narrowing
         return PreActivation(
             d.normed(plan.channels),
-            d.layer(plan.channels, plan.inner, 1),
-            d.layer(plan.inner, plan.inner, 3, plan.groups),
+            d.layer(plan.channels, first, 1),
+            d.layer(first, plan.inner, 3, plan.groups),
             d.bare(plan.inner, plan.out, 1, last=True),
             plan.shortcut.draw(d.bare, plan),
         )
@@ -112,8 +113,8 @@ class BareStem7x7(NamedTuple, Generic[T]):
         return do.max_pool(y), BareStem7x7(layer)
 
     @staticmethod
-    def draw(d: Drawer, channels: int, width: int) -> "BareStem7x7[Layer]":
-        return BareStem7x7(d.bare(channels, width, 7))
+    def draw(d: Drawer, channels: int, *widths: int) -> "BareStem7x7[Layer]":
+        return BareStem7x7(d.bare(channels, widths[-1], 7))
 
     @staticmethod
     def names() -> Names:
@@ -141,8 +142,8 @@ class FramedStem7x7(NamedTuple, Generic[T]):
         return do.max_pool(do.frame(y), padding=0), FramedStem7x7(layer)
 
     @staticmethod
-    def draw(d: Drawer, channels: int, width: int) -> "FramedStem7x7[Layer]":
-        return FramedStem7x7(d.bare(channels, width, 7))
+    def draw(d: Drawer, channels: int, *widths: int) -> "FramedStem7x7[Layer]":
+        return FramedStem7x7(d.bare(channels, widths[-1], 7))
 
     @staticmethod
     def names() -> Names:
@@ -171,10 +172,11 @@ class BareDeepStem(NamedTuple, Generic[T]):
         return do.max_pool(y), BareDeepStem(one, two, three)
 
     @staticmethod
-    def draw(d: Drawer, channels: int, width: int) -> "BareDeepStem[Layer]":
-        half = width // 2
-        first, second = d.layer(channels, half, 3), d.layer(half, half, 3)
-        return BareDeepStem(first, second, d.bare(half, width, 3))
+    def draw(d: Drawer, channels: int, *widths: int) -> "BareDeepStem[Layer]":
+        *before, width = widths
+        one, two = before or (width // 2, width // 2)
+        first, second = d.layer(channels, one, 3), d.layer(one, two, 3)
+        return BareDeepStem(first, second, d.bare(two, width, 3))
 
     @staticmethod
     def names() -> Names:

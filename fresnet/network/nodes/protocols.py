@@ -115,7 +115,10 @@ class PooledStage(Protocol):
 
 
 class Plan(NamedTuple):
-    """What `draw` needs to know of a block: sizes, and the types of what is in it."""
+    """What `draw` needs to know of a block: sizes, and the types of what is in it.
+
+    `narrowing`, `side` and `reduction` are `Spec`'s; `side` is that of a projection's kernel.
+    """
 
     channels: int
     inner: int
@@ -123,6 +126,9 @@ class Plan(NamedTuple):
     groups: int
     shortcut: type[Any]
     attention: type[Any]
+    narrowing: int = 1
+    side: int = 1
+    reduction: int = 16
 
 
 class Drawer(Protocol):
@@ -164,8 +170,8 @@ class Stem(Protocol):
         """The activations, and the stem of what its units left behind."""
 
     @staticmethod
-    def draw(d: Drawer, channels: int, width: int) -> Any:
-        """A stem of so many channels in and out."""
+    def draw(d: Drawer, channels: int, *widths: int) -> Any:
+        """A stem of so many channels in, and out of each layer, or out of the last."""
 
     @staticmethod
     def names() -> Names: ...

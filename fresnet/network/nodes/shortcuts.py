@@ -46,7 +46,7 @@ class Projection(NamedTuple, Generic[T]):
 
     @staticmethod
     def draw(layer: DrawLayer, plan: Plan) -> "Projection[Layer]":
-        return Projection(layer(plan.channels, plan.out, 1))
+        return Projection(layer(plan.channels, plan.out, plan.side))
 
     @staticmethod
     def names() -> Names:

@@ -22,8 +22,8 @@ class Stem7x7(NamedTuple, Generic[T]):
         return y, Stem7x7(layer)
 
     @staticmethod
-    def draw(d: Drawer, channels: int, width: int) -> "Stem7x7[Layer]":
-        return Stem7x7(d.layer(channels, width, 7))
+    def draw(d: Drawer, channels: int, *widths: int) -> "Stem7x7[Layer]":
+        return Stem7x7(d.layer(channels, widths[-1], 7))
 
     @staticmethod
     def names() -> Names:
@@ -57,9 +57,10 @@ class DeepStem(NamedTuple, Generic[T]):
         return y, DeepStem(one, two, three)
 
     @staticmethod
-    def draw(d: Drawer, channels: int, width: int) -> "DeepStem[Layer]":
-        half = width // 2
-        return DeepStem(d.layer(channels, half, 3), d.layer(half, half, 3), d.layer(half, width, 3))
+    def draw(d: Drawer, channels: int, *widths: int) -> "DeepStem[Layer]":
+        *before, width = widths
+        one, two = before or (width // 2, width // 2)
+        return DeepStem(d.layer(channels, one, 3), d.layer(one, two, 3), d.layer(two, width, 3))
 
     @staticmethod
     def names() -> Names:
@@ -89,8 +90,8 @@ class Stem3x3(NamedTuple, Generic[T]):
         return y, Stem3x3(layer)
 
     @staticmethod
-    def draw(d: Drawer, channels: int, width: int) -> "Stem3x3[Layer]":
-        return Stem3x3(d.layer(channels, width, 3))
+    def draw(d: Drawer, channels: int, *widths: int) -> "Stem3x3[Layer]":
+        return Stem3x3(d.layer(channels, widths[-1], 3))
 
     @staticmethod
     def names() -> Names:
@@ -118,8 +119,8 @@ class AveragedStem(NamedTuple, Generic[T]):
         y, stem = self.stem.convolve(x, do)
         return do.halve(y), AveragedStem(stem)
 
-    def draw(self, d: Drawer, channels: int, width: int) -> "AveragedStem[Layer]":
-        return AveragedStem.around(self.stem.draw(d, channels, width), d, width)
+    def draw(self, d: Drawer, channels: int, *widths: int) -> "AveragedStem[Layer]":
+        return AveragedStem.around(self.stem.draw(d, channels, *widths), d, widths[-1])
 
     @staticmethod
     def around(stem: Any, d: Drawer, width: int) -> "AveragedStem[Layer]":
@@ -150,8 +151,8 @@ class BlurredStem(NamedTuple, Generic[T]):
         y, stem = self.stem.convolve(x, do)
         return do.blur(do.max_pool(y, stride=1)), BlurredStem(stem)
 
-    def draw(self, d: Drawer, channels: int, width: int) -> "BlurredStem[Layer]":
-        return BlurredStem.around(self.stem.draw(d, channels, width), d, width)
+    def draw(self, d: Drawer, channels: int, *widths: int) -> "BlurredStem[Layer]":
+        return BlurredStem.around(self.stem.draw(d, channels, *widths), d, widths[-1])
 
     @staticmethod
     def around(stem: Any, d: Drawer, width: int) -> "BlurredStem[Layer]":
@@ -184,8 +185,8 @@ class StridedStem(NamedTuple, Generic[T]):
         y, pool = do.layer(self.pool, y, Geometry(2))
         return y, StridedStem(stem, pool)
 
-    def draw(self, d: Drawer, channels: int, width: int) -> "StridedStem[Layer]":
-        return StridedStem.around(self.stem.draw(d, channels, width), d, width)
+    def draw(self, d: Drawer, channels: int, *widths: int) -> "StridedStem[Layer]":
+        return StridedStem.around(self.stem.draw(d, channels, *widths), d, widths[-1])
 
     @staticmethod
     def around(stem: Any, d: Drawer, width: int) -> "StridedStem[Layer]":
