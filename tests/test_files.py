@@ -225,6 +225,8 @@ def test_a_repository_of_other_computations_is_refused(config: Any, message: str
         "resnet18",
         "resnet50d",
         "resnet10t",
+        "seresnextaa201d_32x8d",
+        "ecaresnet50d_pruned",
         "resnext101_64x4d",
         "resnetaa50d",
         "resnetrs50",

@@ -465,8 +465,17 @@ def test_the_paper_and_its_successors_share_names() -> None:
     assert type(block[0]) is Bottleneck
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "resnet26t", "resnet50s", "resnet50t"])
-def test_tiered_and_wide_stems_take_their_sizes_from_shapes(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet10t",
+        "resnet26t",
+        "resnet50s",
+        "resnet50t",
+        pytest.param("ecaresnet50d_pruned", marks=pytest.mark.slow),
+    ],
+)
+def test_tiered_wide_and_pruned_networks_take_their_sizes_from_shapes(name: str) -> None:
     model = reference.perturbed(timm.create_model(name, num_classes=7), seed=0)
     x = torch.randn(2, 3, 71, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     params = fresnet.from_state_dict(model.state_dict())

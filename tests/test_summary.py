@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
-from fresnet.network.nodes import LastNorm, blocks_of
+from fresnet.network.nodes import BasicBlock, LastNorm, NoShortcut, blocks_of
 
 sides = st.integers(1, 300)
 
@@ -96,6 +96,29 @@ def test_alike_blocks_share_a_row_and_what_tells_others_apart_is_said() -> None:
     dilated = fresnet.dilate(params, output_stride=4)
     assert notes(dilated) == ["projection", "", "dilation 2, projection", "dilation 2"]
     assert fresnet.summary(fresnet.freeze(params)) == fresnet.summary(params)
+
+
+def test_blocks_that_differ_within_or_in_their_stride_have_rows_of_their_own() -> None:
+    """Outputs of the same size do not make them alike."""
+    wide, narrow = (
+        fresnet.init(0, Spec(depths=(3,), width=8, group_width=width), device="meta")
+        for width in (64, 32)
+    )
+    (a, _, b), (_, c, _) = wide.weights.stages[0], narrow.weights.stages[0]
+    (one, _, three), (_, two, _) = wide.stats.stages[0], narrow.stats.stages[0]
+    mixed = Params(
+        wide.weights._replace(stages=((a, c, b),)), wide.stats._replace(stages=((one, two, three),))
+    )
+    assert [row.parameters for row in fresnet.summary(mixed).rows[1:-1]] == [*map(count, (a, c, b))]
+    plain = fresnet.init(0, Spec(BasicBlock, (2,), 4, shortcut=NoShortcut), device="meta")
+    stages, stats = plain.weights.stages * 2, plain.stats.stages * 2
+    twice = Params(plain.weights._replace(stages=stages), plain.stats._replace(stages=stats))
+    rows = fresnet.summary(twice, image_size=4).rows[1:-1]
+    assert [(row.blocks, "stride 2" in row.description) for row in rows] == [
+        (2, False),
+        (1, True),
+        (1, False),
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in fresnet.SPECS if "1202" not in name])

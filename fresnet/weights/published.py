@@ -17,7 +17,7 @@ DATA = Path(__file__).with_name("published.txt")
 
 SIZES = """\
 A network's MACs are for 224x224 and 1,000 classes, or for CIFAR's 32x32 and 10;
-its weights', for the size in their preset: RESIZE,SIZE,INTERPOLATION."""
+its weights', for the crop in their preset: RESIZE,CROP,INTERPOLATION."""
 
 
 class Published(NamedTuple):
