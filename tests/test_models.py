@@ -93,7 +93,9 @@ def test_accuracies_are_plausible_and_missing_only_where_no_publisher_states_one
         assert weights.top1 is None or 65 < weights.top1 < 88
     missing = [weights.name for weights in published.published() if weights.top1 is None]
     microsofts = [f"microsoft/resnet-{depth}" for depth in (18, 34, 50, 101, 152)]
-    new = [f"timm/{name}.ra4_e3600_r224_in1k" for name in ("resnet18d", "resnet34")]
+    v2 = ("resnetv2_18", "resnetv2_34", "resnetv2_18d", "resnetv2_34d")
+    new = [f"timm/{name}.ra4_e3600_r224_in1k" for name in ("resnet18d", "resnet34", *v2)]
+    new.append("timm/resnetv2_34d.ra4_e3600_r384_in1k")
     assert sorted(missing) == sorted([*microsofts, *new])
     for name in reference.TORCHVISION:
         theirs = {key.rpartition("_")[2]: weights.top1 for key, weights in of(name, "").items()}
