@@ -60,7 +60,7 @@ class Summary(NamedTuple):
         margin = sum(widths) + 2 * len(widths)
         lines = []
         for *left, description in cells:
-            first, *rest = _wrap(description, max(20, 80 - margin))
+            first, *rest = _wrap(description, max(16, 80 - margin))
             pad = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
             columns = [f(cell, width) for f, cell, width in zip(pad, left, widths, strict=True)]
             lines.append("  ".join([*columns, first]).rstrip())
