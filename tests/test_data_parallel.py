@@ -213,7 +213,8 @@ def work(rank: int, size: int, port: int, folder: Path) -> None:
         check_same(same, group)
         other = same._replace(step=same.step + (rank == size - 1))
         averaged = start(PARAMS, OPTIMIZER, average=rank == 1)
-        found["refusals"] = [refusal(state, group) for state in (other, averaged)]
+        frozen = start(fresnet.freeze(PARAMS) if rank == 1 else PARAMS, OPTIMIZER)
+        found["refusals"] = [refusal(state, group) for state in (other, averaged, frozen)]
     torch.save([dict(found), tuple(processes[1:])], folder / f"{rank}.pt")
 
 
@@ -305,9 +306,10 @@ def test_an_evaluation_is_that_of_one_process(job: Job) -> None:
 @several
 def test_different_states_are_refused_by_every_process(job: Job) -> None:
     for found in job.ranks:
-        step, structure = found["refusals"]
+        step, *structures = found["refusals"]
         assert f"process {job.size - 1} differs from process 0's at ('step',): from" in step
-        assert "process 1 differs from process 0's in structure: from another" in structure
+        for structure in structures:
+            assert "process 1 differs from process 0's in structure: from another" in structure
 
 
 @pytest.fixture

@@ -62,6 +62,15 @@ def test_networks_and_their_parts_print_as_the_guide_shows(one: object, text: st
     assert repr(one) == str(one) == f"{one}" == text
 
 
+@pytest.mark.parametrize("name", ["resnet50", "resnetv2_50", "seresnet50", "resnetaa50d"])
+def test_parts_of_networks_print_within_80_columns(name: str) -> None:
+    """Those of a wide layer do not fit in a line that begins with their name."""
+    weights, stats = fresnet.init(0, fresnet.SPECS[name], device="meta")
+    parts = [weights, stats, *(block for stage in weights.stages for block in stage)]
+    for line in (line for part in parts for line in repr(part).splitlines()):
+        assert len(line) <= 80, line
+
+
 def test_a_training_state_prints_in_few_lines() -> None:
     state = training.start(RESNET50, optim.sgd(1.0, momentum=0.9), average=True)
     assert repr(state).splitlines() == [

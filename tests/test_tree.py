@@ -104,6 +104,13 @@ def test_at_exchanges_the_leaf_at_a_path_and_nothing_else(one: Any) -> None:
     assert tree.leaves(one) == before
 
 
+def test_a_step_is_a_key_before_it_is_the_name_of_one() -> None:
+    both = {0: "a", "0": "b", 1: "c"}
+    assert tree.at(both, (0,), "new") == {0: "new", "0": "b", 1: "c"}
+    assert tree.at(both, ("0",), "new") == {0: "a", "0": "new", 1: "c"}
+    assert tree.at(both, "1", "new") == {0: "a", "0": "b", 1: "new"}
+
+
 def test_at_exchanges_nodes_of_a_network() -> None:
     params = fresnet.init(0, Spec(BasicBlock, (2, 1), width=4), num_classes=5)
     frozen = FrozenNorm(*params.weights.stages[0][1].layer2.norm)
@@ -154,6 +161,8 @@ def test_a_network_in_parts_is_differentiated_in_one_of_them() -> None:
         tree.combine(head, params.weights)
     with pytest.raises(FresnetError, match="got a Bottleneck and a BasicBlock at"):
         tree.combine(head.stages[0][0], BasicBlock(*head.stages[0][0][1:]))
+    with pytest.raises(FresnetError, match="got a Norm and a FrozenNorm at"):
+        tree.combine(params.weights.stem.layer.norm, FrozenNorm((), ()))  # type: ignore[arg-type]
 
 
 def test_patterns_match_names_and_what_lies_below() -> None:

@@ -29,8 +29,8 @@ def merge(first: Tree, *rest: Tree) -> Tree:
     >>> import torch, fresnet
     >>> one = fresnet.nodes.Moments(torch.tensor(1.0), torch.tensor([3.0]), torch.tensor([0.0]))
     >>> two = fresnet.nodes.Moments(torch.tensor(2.0), torch.tensor([6.0]), torch.tensor([2.0]))
-    >>> fresnet.moments.merge(one, two)              # of 3, 5 and 7
-    Moments(n=tensor(3.), mean=tensor([5.]), m2=tensor([8.]))
+    >>> tuple(fresnet.moments.merge(one, two))       # of 3, 5 and 7
+    (tensor(3.), tensor([5.]), tensor([8.]))
 
     Raises:
       FresnetError: if the trees differ, or hold anything but moments.
