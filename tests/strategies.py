@@ -227,7 +227,7 @@ def train_states(draw: st.DrawFn, params: fresnet.Params | None = None) -> Train
 
     Some have frozen norms, and some have an average.
     """
-    params = draw(tiny_params()) if params is None else params
+    params = draw(tiny_params(headed=True)) if params is None else params
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     params = fresnet.tree.map(lambda leaf: leaf.to(dtype), params)
     if draw(st.booleans()) and fresnet.tree.leaves(params.stats):

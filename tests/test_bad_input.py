@@ -122,7 +122,7 @@ TREES: dict[str, tuple[Any, str]] = {
     "a shortcut as a block": (
         with_stages(weights=with_block(lambda b: b.shortcut)),
         "expects weights.stages[1][0] to be BasicBlock or Bottleneck or BottleneckV1 or "
-        "PreActivation; got a Projection",
+        "PreActivationBasic or PreActivation; got a Projection",
     ),
     "a block as a shortcut": (
         with_stages(weights=with_block(lambda b: b._replace(shortcut=b))),
@@ -131,18 +131,18 @@ TREES: dict[str, tuple[Any, str]] = {
     ),
     "a projection as a stem": (
         PARAMS._replace(weights=w._replace(stem=Projection(*w.stem))),
-        "expects weights.stem to be Stem7x7 or DeepStem or Stem3x3 or BareStem7x7 or AveragedStem "
-        "or BlurredStem or StridedStem; got a Projection",
+        "expects weights.stem to be Stem7x7 or DeepStem or Stem3x3 or BareStem7x7 or BareDeepStem "
+        "or FramedStem7x7 or AveragedStem or BlurredStem or StridedStem; got a Projection",
     ),
     "a norm that is missing": (
         with_stages(weights=with_layer(lambda layer: layer._replace(norm=()))),
-        "expects weights.stages[1][0].layer2.norm to be Norm or FrozenNorm or Bias or Rescale or "
-        "NoNorm; got a tuple",
+        "expects weights.stages[1][0].layer2.norm to be Norm or FrozenNorm or GroupNorm or Bias or "
+        "Rescale or NoNorm; got a tuple",
     ),
     "a norm of another type": (
         PARAMS._replace(weights=with_stem(norm=Unknown(*w.stem.layer.norm))),
-        "expects weights.stem.layer.norm to be Norm or FrozenNorm or Bias or Rescale or NoNorm; "
-        "got a Unknown",
+        "expects weights.stem.layer.norm to be Norm or FrozenNorm or GroupNorm or Bias or Rescale "
+        "or NoNorm; got a Unknown",
     ),
     "statistics beside a bias": (
         PARAMS._replace(weights=with_stem(norm=Bias(w.stem.layer.norm.bias))),
@@ -193,7 +193,7 @@ TREES: dict[str, tuple[Any, str]] = {
     "a block that is None": (
         with_stages(weights=with_block(lambda _: None)),
         "expects weights.stages[1][0] to be BasicBlock or Bottleneck or BottleneckV1 or "
-        "PreActivation; got None",
+        "PreActivationBasic or PreActivation; got None",
     ),
     "stats of another block": (
         with_stages(stats=with_block(lambda b: b.shortcut)),
@@ -337,9 +337,14 @@ def test_momentum(momentum: Any, got: str) -> None:
         ),
         (
             {"block": Norm},
-            "Spec expects block BasicBlock or Bottleneck or BottleneckV1 or PreActivation; got",
+            "Spec expects block BasicBlock or Bottleneck or BottleneckV1 or PreActivationBasic or "
+            "PreActivation; got",
         ),
-        ({"stem": Norm}, "Spec expects stem Stem7x7 or DeepStem or Stem3x3 or BareStem7x7; got"),
+        (
+            {"stem": Norm},
+            "Spec expects stem Stem7x7 or DeepStem or Stem3x3 or BareStem7x7 or "
+            "BareDeepStem or FramedStem7x7; got",
+        ),
         (
             {"shortcut": Identity},
             "PooledProjection or ZeroPad or CentredZeroPad or NoShortcut; got",

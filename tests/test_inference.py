@@ -52,7 +52,10 @@ def test_every_network_runs_as_it_does_uncompiled(
         infer = fresnet.compile_inference(network, x.to(dtype))
         logits = infer(x.to(dtype))
     assert logits.dtype == dtype
-    assert_logits_close(params, x, logits, BOUNDS[dtype])
+    # Norms in groups of few values double what is rounded, in `forward` too.
+    rounding = (fresnet.forward(network, x.to(dtype)) - fresnet.forward(params, x)).norm()
+    error = (logits - fresnet.forward(params, x)).norm()
+    assert error <= max(BOUNDS[dtype] * logit_terms(params, x).norm(), 2 * rounding)
 
 
 class Watch(TorchDispatchMode):

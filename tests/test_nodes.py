@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, seeds, training_images
 from test_family import check
+from timm import layers
 from timm.layers import BlurPool2d, get_attn
 from timm.models import resnet, resnetv2
 from torch import Tensor, nn
@@ -170,7 +171,7 @@ def test_norms_with_another_eps(name: str, x: Tensor, seed: int, eps: float) -> 
             depths, num_classes=7, norm_layer=norm, conv_layer=resnetv2.create_conv2d
         ),
         "groups": lambda: resnet.ResNet(
-            resnet.BasicBlock, depths, 7, norm_layer=partial(nn.GroupNorm, 32, eps=eps)
+            resnet.BasicBlock, depths, 7, norm_layer=partial(layers.GroupNorm, eps=eps)
         ),
     }
     block = Bottleneck if name == "V1" else BasicBlock

@@ -44,7 +44,7 @@ def some_grads(weights: Any, seed: int) -> Any:
 
 
 @examples(15)
-@given(params=tiny_params(), settings=st.tuples(groups, groups, groups), seed=seeds)
+@given(params=tiny_params(headed=True), settings=st.tuples(groups, groups, groups), seed=seeds)
 def test_parts_step_as_param_groups_of_torch_optim_do(
     params: Params, settings: tuple[dict[str, Any], ...], seed: int
 ) -> None:

@@ -540,7 +540,7 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good/train", "a folder of class folders; good/train/train: No such file or directory"),
         ("good --validation no", "a folder of class folders; no: No such file or directory"),
         ("fewer", "scan expects the 4 classes given; fewer/val lacks 1: '3'"),
-        ("good --recipe v3", "unknown --recipe 'v3'; there are paper, v1, v2"),
+        ("good --recipe v3", "unknown --recipe 'v3'; there are paper, v1 and v2"),
         ("good --arch resnet21", "unknown --arch 'resnet21'; did you mean 'resnet"),
         ("good --weights no.pth", "cannot load no.pth: No such file or directory"),
         ("good --epochs 0", "--epochs expects a positive number; got 0"),

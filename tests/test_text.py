@@ -108,7 +108,7 @@ def test_a_text_is_short_and_says_nothing_of_values(params: Params) -> None:
         assert text == pformat(tree.map(lambda leaf: torch.zeros_like(leaf) + 7, one))
         assert max(map(len, text.splitlines())) <= 100
     for node in (params, *params, state):
-        assert len(repr(node).splitlines()) <= 24
+        assert len(repr(node).splitlines()) <= 28
 
 
 @examples(200)

@@ -65,7 +65,7 @@ WRONG = [
     "fresnet.save(params, 3)",
     "weights.tail",
     "weights.stem.layr",
-    "weights.stem.layer.kernel",
+    "weights.stem.layer.weight",
     "weights.stages[0][1].layer2.norm.scal",
     "weights.stages[0][1].norm2",
     "weights.stages[0][1].shortcut.conv",

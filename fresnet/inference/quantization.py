@@ -100,6 +100,12 @@ class _Watching(Composed):
         y, _ = super().normed(at, x)
         return y, _range(y)
 
+    def frame(self, x: Tensor) -> Tensor:
+        raise FresnetError(
+            "quantize expects a stem without a frame of zeros, for which int8 has no level where "
+            "activations may be negative; compile_inference runs it in bfloat16"
+        )
+
     def gate(self, x: Tensor, gates: Tensor) -> Tensor:
         raise FresnetError(
             "quantize expects blocks without attention: int8 has no kernel for its product; "

@@ -116,7 +116,7 @@ class Spec:
         if not rows["depths"] or not all(n is not None and n > 0 for n in all_numbers):
             raise FresnetError(
                 "Spec expects depths and stem_widths to be tuples of positive integers, and "
-                f"{', '.join(NUMBERS)} to be positive integers; got {self}"
+                f"{', '.join(NUMBERS)} to be positive integers; got {self._numbers()}"
             )
         for field, value in {**numbers, **rows}.items():
             object.__setattr__(self, field, value)
@@ -171,6 +171,10 @@ class Spec:
             )
         if max(self.out_channels(len(self.depths)), *self.stem_widths, 0) >= 2**31:
             raise FresnetError(f"Spec expects fewer stages or a smaller width; got {self}")
+
+    def _numbers(self) -> str:
+        fields = ("depths", "stem_widths", *NUMBERS)
+        return ", ".join(f"{field}={shown(getattr(self, field))}" for field in fields)
 
     def inner_width(self, stage: int) -> int:
         """The channels between the convolutions of a block in this stage, counted from 0."""

@@ -60,10 +60,11 @@ def tell_what_is_assumed(params: Params, mapping: Mapping[str, Any]) -> None:
             "architecture='resnet20' says; 'resnet20_centred' puts half of them before, and "
             "'plain20' has no shortcuts"
         )
-    if NoHead in found and Stem3x3 not in found and (count := len(params.weights.stages)) < 4:
+    stages, width = len(params.weights.stages), len(first_conv(params.weights))
+    if NoHead in found and Stem3x3 not in found and stages < 4 and width >= 64:
         _tell(
-            f"there are entries of {count} stages and of no head. fresnet takes them for an "
-            "encoder of so many stages; if it has more, entries are missing"
+            f"there are entries of {stages} stages and of no head. fresnet takes them for an "
+            "encoder of so many stages; published ones of this width have four"
         )
     if GroupNorm in found:
         _tell(
