@@ -7,7 +7,7 @@ import digits
 import pytest
 import torch
 from assertions import assert_same, logit_terms, unmutated
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import examples, images, seeds, tiny_params
 from torch import Tensor
@@ -18,7 +18,7 @@ import fresnet
 from fresnet import FresnetError, Params, optim, tree
 from fresnet.inference import int8
 from fresnet.inference.int8 import Affine, affine, convolution, from_levels, to_levels
-from fresnet.network.nodes import Bottleneck, FramedStem7x7, Geometry
+from fresnet.network.nodes import Bottleneck, FramedStem7x7, Geometry, StandardisedLayer, kinds
 from fresnet.training import make_train_step, start
 
 SPEC = fresnet.SPECS["resnet20"]
@@ -69,6 +69,8 @@ def test_every_network_runs_near_itself(params: Params, x: Tensor, seed: int) ->
         with pytest.raises(FresnetError, match="a stem without a frame of zeros"):
             fresnet.quantize(tree.map(Tensor.float, params), [x])
         return
+    # A kernel of two values becomes -1 and 1, however near they are: noise changes it at random.
+    assume(StandardisedLayer not in kinds(params.weights))
     generator = torch.Generator().manual_seed(seed)
     errors = []
     for _ in range(5):
