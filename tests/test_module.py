@@ -143,6 +143,15 @@ def test_per_sample_gradients_by_functional_call() -> None:
     assert_all_close(grads, dict(zip(parameters, tree.leaves(expected), strict=True)), 1e-10)
 
 
+def test_one_tensor_may_stand_under_several_names() -> None:
+    module = fresnet.as_module(PARAMS)
+    shared = dict(module.named_parameters())
+    shared["bn1.bias"] = shared["bn1.weight"]
+    norm = PARAMS.weights.stem.layer.norm
+    tied = tree.at(PARAMS, "weights.stem.layer.norm.bias", norm.scale)
+    assert_close(functional_call(module, shared, (X,)).detach(), fresnet.forward(tied, X), 1e-12)
+
+
 def test_an_ensemble_of_modules() -> None:
     spec = Spec(Bottleneck, (1, 1), width=3)
     members = [fresnet.init(seed, spec, num_classes=4, dtype=torch.float64) for seed in range(3)]
