@@ -107,7 +107,8 @@ def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     x = conv.new_zeros(2, conv.shape[1], *(size or (side, side)))
     x = x.contiguous(memory_format=torch.channels_last)
     dynamic = dict.fromkeys(_dynamic(size), Dim.DYNAMIC)
-    program = torch.export.export(as_module(params), (x,), dynamic_shapes=(dynamic,))
+    module = as_module(params).requires_grad_(False)  # else a loaded program would build graphs
+    program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it tells where fresnet lies on this machine
     return program
