@@ -145,7 +145,7 @@ def test_per_sample_gradients_by_functional_call() -> None:
 
 def test_one_tensor_may_stand_under_several_names() -> None:
     module = fresnet.as_module(PARAMS)
-    shared = dict(module.named_parameters())
+    shared: dict[str, Tensor] = dict(module.named_parameters())
     shared["bn1.bias"] = shared["bn1.weight"]
     norm = PARAMS.weights.stem.layer.norm
     tied = tree.at(PARAMS, "weights.stem.layer.norm.bias", norm.scale)
