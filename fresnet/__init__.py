@@ -30,6 +30,7 @@ from fresnet.network.summary import summary
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.export import export
 from fresnet.weights.files import load, save
+from fresnet.weights.module import as_module
 from fresnet.weights.state_dicts import from_state_dict, to_state_dict
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "Preset",
     "Quantized",
     "Spec",
+    "as_module",
     "cast",
     "clipped_grads",
     "compile_inference",

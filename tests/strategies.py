@@ -252,6 +252,7 @@ OPTIMIZERS = (
     fresnet.optim.sgd(0.1),
     fresnet.optim.sgd(0.1, momentum=0.9),
     fresnet.optim.adamw(0.1),
+    fresnet.optim.lamb(0.1),
     fresnet.optim.lars(0.1),
     fresnet.optim.by_path(
         {

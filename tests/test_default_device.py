@@ -54,6 +54,7 @@ CALLS: dict[str, Callable[[Path], Any]] = {
     "clipped_grads": lambda _: fresnet.clipped_grads(cross_entropy, PARAMS, X, Y, max_norm=1.0),
     "compile_inference": lambda _: fresnet.compile_inference(PARAMS, X)(X),
     "recalibrate": lambda _: fresnet.recalibrate(PARAMS, [X]),
+    "as_module": lambda _: fresnet.as_module(PARAMS).params(),
     "preprocess": lambda _: fresnet.preprocess([np.full((30, 30), 7, np.uint8)]),
     "state dict": lambda _: fresnet.from_state_dict(fresnet.to_state_dict(PARAMS)),
     "loader": loaded,

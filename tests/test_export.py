@@ -112,7 +112,9 @@ def test_a_program_runs_as_forward_on_images_beyond_its_stride(
     exported: Exported, x: Tensor
 ) -> None:
     if min(x.shape[2:]) > exported.stride:
-        assert_close(exported.program(x), fresnet.forward(exported.params, x), BOUND)
+        logits = exported.program(x)
+        assert not logits.requires_grad
+        assert_close(logits, fresnet.forward(exported.params, x), BOUND)
     else:
         with pytest.raises(AssertionError, match=r"Guard failed: x\.size"):
             exported.program(x)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import examples, seeds, tiny_params, training_images
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.utils.data import DataLoader, TensorDataset
 
 import fresnet
 from fresnet import FresnetError, Params, tree
@@ -146,6 +147,16 @@ def test_recalibration(params: Params, batches: list[Tensor]) -> None:
         assert_close(var, flat.var(0), 1e-9)
 
 
+def test_recalibration_takes_the_images_of_a_loader() -> None:
+    params = fresnet.init(0, fresnet.Spec(depths=(1,), width=4), num_classes=3)
+    x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = fresnet.recalibrate(params, [x[:4], x[4:]])
+    for beside in ((), (y,), (torch.nn.functional.one_hot(y, 3),), (y, y, y)):
+        loader = DataLoader(TensorDataset(x, *beside), batch_size=4)
+        assert_same(fresnet.recalibrate(params, loader), expected)
+
+
 @examples(20)
 @given(params=tiny_params(grouped=False), x=training_images())
 def test_a_frozen_network_trains_as_it_infers(params: Params, x: Tensor) -> None:
@@ -231,7 +242,9 @@ def test_wrong_moments_are_refused() -> None:
         (lambda: moments.update(params.stats, stacked), r"got \(2,\), \(2, 2\): unstack and merge"),
         (lambda: fresnet.recalibrate(params, []), "at least one batch; got none"),
         (lambda: fresnet.recalibrate(params, x), "expects an iterable of batches .*; got float32"),
-        (lambda: fresnet.recalibrate(params, [(x, x)]), "recalibrate expects x .*; got a tuple"),  # type: ignore[list-item]
+        (lambda: fresnet.recalibrate(params, [(x, x)]), "recalibrate expects x .*; got a tuple"),
+        (lambda: fresnet.recalibrate(params, [()]), "recalibrate expects x .*; got a tuple"),
+        (lambda: fresnet.recalibrate(params, (x, torch.arange(len(x)))), r"expects x \[b 3 h w\]"),
         (
             lambda: fresnet.freeze(params, lambda path: path[0] == "layer4"),
             r"none of 3, such as \('st",

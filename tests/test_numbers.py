@@ -46,6 +46,8 @@ REALS: dict[str, Callable[[Any], Any]] = {
     "adamw learning_rate": lambda n: updated(optim.adamw(n)),
     "adamw eps": lambda n: updated(optim.adamw(0.1, eps=n)),
     "adamw betas": lambda n: updated(optim.adamw(0.1, betas=(n, n))),
+    "adam": lambda n: updated(optim.adam(n, betas=(n, n), eps=n, weight_decay=n)),
+    "lamb": lambda n: updated(optim.lamb(n, betas=(n, n), eps=n, weight_decay=n)),
     "lars": lambda n: updated(optim.lars(n, momentum=n, weight_decay=n, trust=n)),
     "clip_by_norm": lambda n: optim.clip_by_norm((torch.ones(4),), n),
     "cosine": lambda n: updated(optim.sgd(optim.cosine(n, over=4))),

@@ -96,7 +96,10 @@ def test_sgd_is_torch_optims(
     )
 
 
-@examples(25)
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(optim.adam, torch.optim.Adam), (optim.adamw, torch.optim.AdamW)]
+)
+@examples(20)
 @given(
     params=tiny_params(),
     seed=seeds,
@@ -106,7 +109,9 @@ def test_sgd_is_torch_optims(
     decay=numbers,
     where=wheres,
 )
-def test_adamw_is_torch_optims(
+def test_adam_and_adamw_are_torch_optims(
+    ours: Callable[..., Optimizer],
+    theirs: Callable[..., torch.optim.Optimizer],
     params: Params,
     seed: int,
     rate: float,
@@ -117,8 +122,8 @@ def test_adamw_is_torch_optims(
 ) -> None:
     options: Any = {"betas": betas, "eps": eps, "weight_decay": decay}
     check_lockstep(
-        optim.adamw(rate, **options, decay_where=where),
-        lambda groups: torch.optim.AdamW(groups, rate, **options),
+        ours(rate, **options, decay_where=where),
+        lambda groups: theirs(groups, rate, **options),
         params.weights,
         seed,
         where,
@@ -140,6 +145,54 @@ def test_lars_is_timms(
         seed,
         optim.kernels,
     )
+
+
+@examples(20)
+@given(
+    params=tiny_params(),
+    seed=seeds,
+    rate=numbers,
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+    decay=numbers,
+)
+def test_lamb_is_timms(
+    params: Params, seed: int, rate: float, betas: tuple[float, float], decay: float
+) -> None:
+    """timm's adapts the groups that decay, and clips gradients unless it is told not to."""
+    options: Any = {"betas": betas, "weight_decay": decay + 0.01}
+    check_lockstep(
+        optim.lamb(rate, **options),
+        lambda groups: timm.optim.Lamb(groups, rate, **options, max_grad_norm=None),
+        params.weights,
+        seed,
+        optim.kernels,
+    )
+
+
+@examples(20)
+@given(seed=seeds, rate=numbers, decay=numbers, eps=st.floats(1e-8, 1))
+def test_lamb_is_the_papers(seed: int, rate: float, decay: float, eps: float) -> None:
+    """Algorithm 2 written out for one layer."""
+    b1, b2 = 0.8, 0.9
+    optimizer = optim.lamb(
+        rate, betas=(b1, b2), eps=eps, weight_decay=decay, adapt_where=optim.everywhere
+    )
+    weights = x = torch.linspace(-1, 2, 6, dtype=torch.float64).view(2, 3)
+    state, m, v = optimizer.init(weights), torch.zeros_like(x), torch.zeros_like(x)
+    for t, g in enumerate(gradients(weights, seed), start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        r = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+        x = x - rate * x.norm() / (r + decay * x).norm() * (r + decay * x)
+        weights, state = optimizer.update(g, state, weights)
+        assert_close(weights, x, 1e-12)
+
+
+def test_lamb_leaves_alone_what_has_no_size() -> None:
+    weights = {"conv": torch.zeros(3), "other": torch.ones(3)}
+    grads = {"conv": torch.ones(3), "other": torch.zeros(3)}
+    optimizer = optim.lamb(0.5, weight_decay=0.0)
+    moved, _ = optimizer.update(grads, optimizer.init(weights), weights)
+    assert_trees_close(moved, {"conv": torch.full((3,), -0.5), "other": torch.ones(3)}, 1e-5)
 
 
 def test_lars_leaves_alone_what_has_no_size() -> None:
@@ -212,7 +265,7 @@ def test_warm_up_is_torchs_before_a_cosine(over: int, start: float, then: int) -
     assert rates(schedule, over + then) == pytest.approx(scheduled(build, over + then))
 
 
-@pytest.mark.parametrize("optimizer", [optim.sgd, optim.adamw, optim.lars])
+@pytest.mark.parametrize("optimizer", [optim.sgd, optim.adam, optim.adamw, optim.lamb, optim.lars])
 def test_a_schedule_is_read_at_every_step(optimizer: Callable[..., Optimizer]) -> None:
     """Each step equals one with the number that the schedule then gives."""
     schedule = optim.cosine(0.3, over=4)
@@ -246,7 +299,9 @@ def test_clipping_is_torchs(params: Params, seed: int, limit: float) -> None:
     [
         lambda rate, decay: optim.sgd(rate, momentum=0.9, weight_decay=decay),
         lambda rate, decay: optim.sgd(rate, weight_decay=decay, decoupled=True),
+        lambda rate, decay: optim.adam(rate, weight_decay=decay),
         lambda rate, decay: optim.adamw(rate, weight_decay=decay),
+        lambda rate, decay: optim.lamb(rate, weight_decay=decay),
         lambda rate, decay: optim.lars(optim.cosine(rate, over=3), weight_decay=decay),
     ],
 )
@@ -273,7 +328,9 @@ def test_an_ensemble_maps_over_rates_and_decays(build: Callable[..., Optimizer])
     [
         optim.sgd(0.1, momentum=0.9, weight_decay=0.1),
         optim.sgd(0.1, momentum=torch.tensor(0.9).double(), weight_decay=0.1),
+        optim.adam(0.1, weight_decay=0.1),
         optim.adamw(0.1),
+        optim.lamb(0.1),
         optim.lars(0.1, weight_decay=0.1),
     ],
 )
@@ -304,6 +361,8 @@ def test_the_state_alone_is_mapped_over_and_differentiated(optimizer: Optimizer)
         (lambda: optim.sgd(0.1, nesterov=True), "sgd expects a momentum above 0 with nesterov"),
         (lambda: optim.sgd(0.1, weight_decay="no"), "expects weight_decay to be a number from 0"),  # type: ignore[arg-type]
         (lambda: optim.adamw(0.1, betas=(0.9, 1.0)), "betas from 0 to below 1; got (0.9, 1.0)"),
+        (lambda: optim.adam(0.1, betas=(0.9, 1.0)), "adam expects betas from 0 to below 1; got"),
+        (lambda: optim.lamb(0.1, weight_decay=-1.0), "lamb expects weight_decay to be a number"),
         (lambda: optim.adamw(0.1, eps=-1.0), "adamw expects eps to be a number from 0 on"),
         (lambda: optim.lars(True), "lars expects learning_rate to be a number from 0 on"),
         (lambda: optim.clip_by_norm((torch.ones(1),), -1.0), "clip_by_norm expects max_norm to"),
@@ -357,7 +416,9 @@ def test_schedules_over_no_step() -> None:
             optim.warm_up(after, over=negative)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("build", [optim.adamw, optim.lars, partial(optim.sgd, momentum=0.9)])
+@pytest.mark.parametrize(
+    "build", [optim.adamw, optim.lamb, optim.lars, partial(optim.sgd, momentum=0.9)]
+)
 def test_gradients_and_moments_are_refused_unless_they_are_like_the_weights(
     build: Callable[..., Optimizer],
 ) -> None:

@@ -211,6 +211,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "forward, x": lambda bad: fresnet.forward(SMALL, bad),
     "forward_train, momentum": lambda bad: fresnet.forward_train(SMALL, X, momentum=bad),
     "forward_train, group": lambda bad: fresnet.forward_train(SMALL, X, group=bad),
+    "as_module": lambda bad: fresnet.as_module(bad),
     "cast": lambda bad: fresnet.cast(bad, torch.float64),
     "cast, dtype": lambda bad: fresnet.cast(SMALL, bad),
     "freeze": lambda bad: fresnet.freeze(bad),

@@ -1,6 +1,6 @@
 """A network in int8, quantised after training: weights have 255 levels, activations 256."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -29,7 +29,7 @@ from fresnet.network.regimes import Composed
 from fresnet.network.rewrites import fold, merge_over
 
 
-def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
+def quantize(params: Params, batches: Iterable[Tensor | Sequence[object]]) -> Quantized:
     """The network in int8, for `compile_inference`: post-training static quantisation.
 
     Norms are folded. Each output channel's weights are rounded to -127, ..., 127 steps of 1/127 of
@@ -50,7 +50,8 @@ def quantize(params: Params, batches: Iterable[Tensor]) -> Quantized:
 
     Args:
       params: the network, in float32.
-      batches: at least one batch of images, each float32 `[b c h w]`. They are read once, one at a
+      batches: at least one batch of images, each float32 `[b c h w]`, or what a loader gives:
+        images and their targets, of which only the images are taken. They are read once, one at a
         time.
     Returns:
       `Quantized(weights, ranges, images)`. weights: the folded network, each convolution in int8

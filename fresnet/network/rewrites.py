@@ -1,6 +1,6 @@
 """The same network to run in another way: frozen, folded, dilated, cast, statistics anew."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from typing import Any, TypeVar
 
@@ -233,7 +233,7 @@ def cast(params: Params, dtype: torch.dtype) -> Params:
     )
 
 
-def recalibrate(params: Params, batches: Iterable[Tensor]) -> Params:
+def recalibrate(params: Params, batches: Iterable[Tensor | Sequence[object]]) -> Params:
     """Running statistics anew, from all of these images: for averaged, pruned or cast weights.
 
     Every batch is normalised by its own moments, as in training; the moments of all are merged,
@@ -241,7 +241,8 @@ def recalibrate(params: Params, batches: Iterable[Tensor]) -> Params:
 
     Args:
       params: the network; its running statistics are not used, but where norms are frozen.
-      batches: images, each float `[b c h w]`, at least one batch; read once, one at a time.
+      batches: images, each float `[b c h w]`, or what a loader gives: images and their targets, of
+        which only the images are taken. At least one batch; read once, one at a time.
     Returns:
       The network with new statistics (the variance unbiased); frozen norms keep theirs.
     Raises:
@@ -259,18 +260,27 @@ def _moments(params: Params, x: Tensor) -> Stats:
 
 def merge_over(
     caller: str,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | Sequence[object]],
     look: Callable[[Tensor], T],
     merge: Callable[[T, T], T],
 ) -> T:
     """What is seen of all batches, one at a time."""
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise FresnetError(
-            f"{caller} expects an iterable of batches [b c h w], such as [x] or "
-            f"(x for x, _ in loader); got {describe(batches)}"
+            f"{caller} expects an iterable of batches [b c h w] or (x, y), such as [x] or a "
+            f"loader; got {describe(batches)}"
         )
-    seen = map(look, batches)
+    seen = map(look, map(_images, batches))
     first = next(seen, None)
     if first is None:
         raise FresnetError(f"{caller} expects at least one batch; got none")
     return reduce(merge, seen, first)
+
+
+def _images(batch: Any) -> Any:
+    """The images of a batch that a loader gives: what stands first, unless more images follow."""
+    if isinstance(batch, tuple | list) and batch:
+        first, *rest = batch
+        if not any(isinstance(other, Tensor) and other.ndim > 2 for other in rest):
+            return first
+    return batch

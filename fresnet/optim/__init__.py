@@ -8,6 +8,7 @@ A learning rate or a weight decay is a number, a 0-d tensor or a schedule. An en
 0-d tensors. A schedule is a function of the step, which is 0 at the first update.
 """
 
+from fresnet.optim.adam import adam, adamw, lamb
 from fresnet.optim.interface import (
     Optimizer,
     Rate,
@@ -17,7 +18,7 @@ from fresnet.optim.interface import (
     everywhere,
     kernels,
 )
-from fresnet.optim.optimizers import adamw, clip_by_norm, lars, sgd
+from fresnet.optim.optimizers import clip_by_norm, lars, sgd
 from fresnet.optim.parts import by_path, frozen
 from fresnet.optim.schedules import Schedule, cosine, steps, warm_up
 from fresnet.tree import Where
@@ -29,6 +30,7 @@ __all__ = [
     "State",
     "Update",
     "Where",
+    "adam",
     "adamw",
     "all_but_norms",
     "by_path",
@@ -37,6 +39,7 @@ __all__ = [
     "everywhere",
     "frozen",
     "kernels",
+    "lamb",
     "lars",
     "sgd",
     "steps",

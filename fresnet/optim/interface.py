@@ -42,7 +42,7 @@ class State(NamedTuple):
     """What an optimizer carries along: the number of updates, and means of past gradients.
 
     step: the number of updates so far, `[]`.
-    moments: trees like the weights; none, or the velocity, or AdamW's two, the mean gradient and
+    moments: trees like the weights; none, or the velocity, or Adam's two, the mean gradient and
       the mean square. `by_path` has a tuple of them for each part of the weights.
     """
 

@@ -1,20 +1,14 @@
-"""Optimizers as pure functions of trees: SGD, AdamW and LARS."""
-
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+"""SGD and LARS as pure functions of trees, and clipping."""
 
 import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, shown
-from fresnet.optim.checks import check_moments, check_shapes, checked_numbers, checked_rates
-from fresnet.optim.interface import Optimizer, Rate, State, everywhere, first_step, kernels
-from fresnet.pytorch import transform_stack
+from fresnet.errors import FresnetError
+from fresnet.optim.checks import checked_numbers, checked_rates
+from fresnet.optim.interface import Optimizer, Rate, everywhere, kernels
+from fresnet.optim.leafwise import Move, at_step, leafwise, plus, plus_over
 from fresnet.tree import Tree, Where
-
-Move: TypeAlias = Callable[..., tuple[Tensor, ...]]
-"""The update of one leaf, `(selected, w, g, *moments) -> (w, *moments)`, selected by a `Where`."""
 
 
 def sgd(
@@ -58,73 +52,23 @@ def sgd(
         raise FresnetError("sgd expects a momentum above 0 with nesterov; got 0")
 
     def at(step: Tensor) -> Move:
-        rate, decay = _at(learning_rate, step), _at(weight_decay, step)
+        rate, decay = at_step(learning_rate, step), at_step(weight_decay, step)
 
         def move(decays: bool, w: Tensor, g: Tensor, *velocity: Tensor) -> tuple[Tensor, ...]:
             if decays and not decoupled:
-                g = _plus(g, decay, w)
-                plus = _plus if nesterov else _plus_over
+                g = plus(g, decay, w)
+                added = plus if nesterov else plus_over
             else:
-                plus = _plus
-            velocity = tuple(plus(g, momentum, v) for v in velocity)
-            ahead = _plus(g, momentum, velocity[0]) if nesterov else velocity[0] if velocity else g
+                added = plus
+            velocity = tuple(added(g, momentum, v) for v in velocity)
+            ahead = plus(g, momentum, velocity[0]) if nesterov else velocity[0] if velocity else g
             if decays and decoupled:
-                w = _plus(w, -rate * decay, w)
-            return _plus(w, -rate, ahead), *velocity
+                w = plus(w, -rate * decay, w)
+            return plus(w, -rate, ahead), *velocity
 
         return move
 
-    return _optimizer(at, moments=1 if has_velocity else 0, decay_where=decay_where)
-
-
-def adamw(
-    learning_rate: Rate,
-    *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: Rate = 0.01,
-    decay_where: Where = everywhere,
-) -> Optimizer:
-    """Adam with decoupled weight decay, with the steps of `torch.optim.AdamW`.
-
-        m <- b1 m + (1 - b1) g,   s <- b2 s + (1 - b2) g^2
-        w <- (1 - learning_rate weight_decay) w
-             - learning_rate m / (1 - b1^t) / (sqrt(s / (1 - b2^t)) + eps)
-
-    Args:
-      learning_rate, weight_decay: numbers, 0-d tensors or schedules.
-      betas: b1 and b2.
-      eps: a number that is added to the square root.
-      decay_where: as for `sgd`.
-    Raises:
-      FresnetError: if a number is negative, or if a beta is not below 1.
-    Source: Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2.
-    """
-    learning_rate, weight_decay = checked_rates(
-        "adamw", learning_rate=learning_rate, weight_decay=weight_decay
-    )
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise FresnetError(f"adamw expects betas to be two numbers; got {shown(betas)}")
-    eps, b1, b2 = checked_numbers("adamw", eps=eps, beta1=betas[0], beta2=betas[1])
-    if not (0 <= b1 < 1 and 0 <= b2 < 1):
-        raise FresnetError(f"adamw expects betas from 0 to below 1; got {shown(betas)}")
-
-    def at(step: Tensor) -> Move:
-        rate, decay = _at(learning_rate, step), _at(weight_decay, step)
-        t = step + 1
-
-        def move(
-            decays: bool, w: Tensor, g: Tensor, m: Tensor, s: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            m, s = m.lerp(g, 1 - b1), torch.addcmul(b2 * s, g, g, value=1 - b2)
-            if decays:
-                w = _plus(w, -rate * decay, w)
-            root = (s / (1 - b2**t)).sqrt() + eps
-            return _plus(w, -rate / (1 - b1**t), m / root), m, s
-
-        return move
-
-    return _optimizer(at, moments=2, decay_where=decay_where)
+    return leafwise(at, moments=1 if has_velocity else 0, where=decay_where)
 
 
 def lars(
@@ -159,20 +103,20 @@ def lars(
     momentum, trust = checked_numbers("lars", momentum=momentum, trust=trust)
 
     def at(step: Tensor) -> Move:
-        rate, decay = _at(learning_rate, step), _at(weight_decay, step)
+        rate, decay = at_step(learning_rate, step), at_step(weight_decay, step)
 
         def move(adapts: bool, w: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             if adapts:
                 size, slope = w.norm(), g.norm()
                 factor = trust * size / (slope + decay * size)
                 usable = (size > 0) & (slope > 0)
-                g = torch.where(usable, factor * _plus(g, decay, w), g)
-            v = _plus(g, momentum, v)
-            return _plus(w, -rate, v), v
+                g = torch.where(usable, factor * plus(g, decay, w), g)
+            v = plus(g, momentum, v)
+            return plus(w, -rate, v), v
 
         return move
 
-    return _optimizer(at, moments=1, decay_where=adapt_where)
+    return leafwise(at, moments=1, where=adapt_where)
 
 
 def clip_by_norm(grads: Tree, max_norm: float | Tensor) -> Tree:
@@ -190,52 +134,3 @@ def clip_by_norm(grads: Tree, max_norm: float | Tensor) -> Tree:
     norm = torch.stack([g.norm() for g in tree.leaves(grads)]).norm()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
     return tree.map(lambda g: g * factor, grads)
-
-
-def _optimizer(at: Callable[[Tensor], Move], *, moments: int, decay_where: Where) -> Optimizer:
-    """An optimizer made of `at`, which gives the update of a leaf for each step."""
-
-    def init(weights: object) -> State:
-        zeros = tuple(tree.map(torch.zeros_like, weights) for _ in range(moments))
-        return State(first_step(weights), zeros)
-
-    def update(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
-        check_moments(state.moments, moments)
-        tree.map(check_shapes, weights, grads, *state.moments)
-        where, move = map(decay_where, tree.paths(weights)), at(state.step)
-        taken = tree.leaves(grads)[::-1]
-        del grads  # so gradients that only this call holds are freed one by one
-        others = zip(*map(tree.leaves, (weights, *state.moments)), strict=True)
-        moved = [
-            _in_dtype_of((w, *old), move(decays, w, taken.pop(), *old))
-            for decays, (w, *old) in zip(where, others, strict=True)
-        ]
-        weights, *new = (tree.unflatten(weights, leaves) for leaves in zip(*moved, strict=True))
-        return weights, State(state.step + 1, tuple(new))
-
-    return Optimizer(init, update)
-
-
-def _in_dtype_of(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
-    """The new tensors; a rate that is a tensor widens those without dimensions."""
-    return [leaf.to(before.dtype) for before, leaf in zip(old, new, strict=True)]
-
-
-def _plus(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
-    """x + factor y in one pass, without a tensor that holds factor y."""
-    if isinstance(factor, Tensor):
-        return torch.addcmul(x, y, factor)
-    return torch.add(x, y, alpha=factor)
-
-
-def _plus_over(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
-    """x + factor y, written over x, which nothing else reads."""
-    if torch.compiler.is_compiling() or transform_stack.active():
-        return _plus(x, factor, y)
-    if isinstance(factor, Tensor):
-        return x.addcmul_(y, factor)
-    return x.add_(y, alpha=factor)
-
-
-def _at(rate: Rate, step: Tensor) -> float | Tensor:
-    return rate(step) if callable(rate) else rate

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from fresnet import tree
 from fresnet.errors import FresnetError, shown
 from fresnet.network.check import check_image_size, check_params, check_values, first_conv
-from fresnet.network.net import forward
 from fresnet.network.nodes import NoHead, Params
 from fresnet.numbers import as_integer
 from fresnet.reading import as_path, named_in_utf8
-from fresnet.weights.names import names
+from fresnet.weights.module import as_module
 from fresnet.weights.storage import write_file
 
 SUFFIXES = (".onnx", ".pt2")
@@ -97,27 +95,6 @@ def export(
         write_file("export", path, partial(write, params, size))
 
 
-class _Network(nn.Module):
-    """`forward` as a module, which exporters take. Its entries have the names of state dicts."""
-
-    def __init__(self, params: Params) -> None:
-        super().__init__()
-        self.template = tree.map(lambda leaf: leaf.to("meta"), params)
-        self.names = names(params)
-        for name, leaf in zip(self.names, tree.leaves(params), strict=True):
-            *parents, entry = name.split(".")
-            module: nn.Module = self
-            for parent in parents:
-                if parent not in dict(module.named_children()):
-                    module.add_module(parent, nn.Module())
-                module = module.get_submodule(parent)
-            module.register_buffer(entry, leaf.detach().clone())  # leaves may share memory
-
-    def forward(self, x: Tensor) -> Tensor:
-        entries = dict(self.named_buffers())
-        return forward(tree.unflatten(self.template, [entries[name] for name in self.names]), x)
-
-
 def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     """The network's graph, with symbols for the sizes that are not fixed."""
     conv = first_conv(params.weights)
@@ -130,7 +107,8 @@ def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     x = conv.new_zeros(2, conv.shape[1], *(size or (side, side)))
     x = x.contiguous(memory_format=torch.channels_last)
     dynamic = dict.fromkeys(_dynamic(size), Dim.DYNAMIC)
-    program = torch.export.export(_Network(params), (x,), dynamic_shapes=(dynamic,))
+    module = as_module(params).requires_grad_(False)  # else a loaded program would build graphs
+    program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it tells where fresnet lies on this machine
     return program

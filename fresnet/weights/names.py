@@ -7,6 +7,7 @@ own entries are called; here is how a whole network's come together.
 from typing import Any
 
 from fresnet import tree
+from fresnet.errors import FresnetError
 from fresnet.network.nodes import (
     LAYERS,
     UNITS,
@@ -25,6 +26,16 @@ def names(params: Params) -> list[str]:
     """The canonical name of each leaf, in the order of `tree.leaves`."""
     named: list[Any] = tree.leaves(name_tree(params))
     return named
+
+
+def check_distinct(listed: list[str]) -> None:
+    """Refuse names of which two are the same, as where a norm stands in a bias's place.
+
+    Raises:
+      FresnetError: naming the entry.
+    """
+    if twice := [name for name in listed if listed.count(name) > 1]:
+        raise FresnetError(f"an entry expects a name of its own; got two {twice[0]}")
 
 
 def name_tree(params: Params) -> Params:

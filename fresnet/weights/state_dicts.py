@@ -31,7 +31,7 @@ from fresnet.network.specs import Spec
 from fresnet.weights.assembly import assemble
 from fresnet.weights.families import explained
 from fresnet.weights.layouts import LAYOUTS, canonical, foreign_to, layout_of, name_in
-from fresnet.weights.names import name_tree, names
+from fresnet.weights.names import check_distinct, name_tree, names
 from fresnet.weights.recognition import recognised
 from fresnet.weights.untold import like, tell_what_is_assumed
 from fresnet.weights.unwrapping import network_entries
@@ -158,8 +158,7 @@ def named_leaves(params: Params) -> dict[str, Tensor]:
       FresnetError: if two leaves have one name, as where a norm stands in a bias's place.
     """
     listed = names(params)
-    if twice := [name for name in listed if listed.count(name) > 1]:
-        raise FresnetError(f"an entry expects a name of its own; got two {twice[0]}")
+    check_distinct(listed)
     leaves = dict(zip(listed, tree.leaves(params), strict=True))
     modules: dict[str, list[str]] = {}
     for name in leaves:
