@@ -104,7 +104,7 @@ def test_predict_takes_any_number_of_images_and_any_dtype(
     images, net = ["china.png", "flower.jpg", "china.png"], ("--weights", "half.safetensors")
     half = PARAMS._replace(weights=fresnet.tree.map(torch.Tensor.bfloat16, PARAMS.weights))
     fresnet.save(half, "half.safetensors")
-    monkeypatch.setattr("fresnet.__main__.BATCH", 2)
+    monkeypatch.setattr("fresnet.commands.predict.BATCH", 2)
     code, out, _ = call(capsys, "predict", *images, *net, "--json", "--top", "1")
     assert code == 0
     found = json.loads(out)

@@ -1,0 +1,89 @@
+"""`predict`: the most probable classes of images."""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fresnet.data.folder import read_labels
+from fresnet.data.preprocess import Preset, preprocess, preset_of
+from fresnet.errors import FresnetError, reason
+from fresnet.network.check import first_conv
+from fresnet.network.net import forward
+from fresnet.network.nodes import NoHead, Params
+from fresnet.weights.files import load
+
+BATCH = 16
+
+
+def predict(args: argparse.Namespace) -> str:
+    params = load(args.weights, architecture=args.arch)
+    if isinstance(params.weights.head, NoHead):
+        hint = "python -m fresnet train DIR --weights FILE gives it one"
+        raise FresnetError(f"{args.weights} has no head, so it knows no classes: {hint}")
+    classes = len(params.weights.head.bias)
+    labels = _labels(args.labels, classes)
+    top = min(5, classes) if args.top is None else args.top
+    if not 1 <= top <= classes:
+        raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")
+    found: list[Mapping[str, Any]] = []
+    broken: list[str] = []
+    for image, probabilities in _probabilities(params, args.images, preset_of(args.preset), broken):
+        predictions = [
+            {"class": index, "label": labels[index], "probability": probability}
+            for probability, index in zip(*map(Tensor.tolist, probabilities.topk(top)), strict=True)
+        ]
+        found.append({"image": image, "preset": args.preset, "predictions": predictions})
+    said = json.dumps(found, indent=2) if args.json else "\n\n".join(map(_table, found))
+    if broken:
+        if found:
+            print(said, flush=True)
+        count = f"{len(broken)} of {len(args.images)} images cannot be read:"
+        raise FresnetError("\n  ".join([count, *broken] if len(args.images) > 1 else broken))
+    return said
+
+
+def _probabilities(
+    params: Params, images: Sequence[str], preset: str | Preset, broken: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each image with its probabilities `[k]`; what cannot be read is put to `broken`."""
+    stem = first_conv(params.weights)
+    for start in range(0, len(images), BATCH):
+        read: list[tuple[str, Tensor]] = []
+        for image in images[start : start + BATCH]:
+            try:
+                read.append((image, preprocess([image], preset)))
+            except FresnetError as error:
+                broken.append(str(error).replace("preprocess cannot read images[0], ", ""))
+        if not read:
+            continue
+        names, xs = zip(*read, strict=True)
+        with torch.no_grad():
+            logits = forward(params, torch.cat(xs).to(stem.dtype)).float()
+        if not logits.isfinite().all():
+            raise FresnetError("the network's logits are not finite: these weights overflow")
+        yield from zip(names, logits.softmax(1), strict=True)
+
+
+def _table(found: Mapping[str, Any]) -> str:
+    rows = (
+        f"  {p['probability']:7.2%}  {p['label'] or 'class {class}'.format(**p)}"
+        for p in found["predictions"]
+    )
+    return "\n".join([f"{found['image']} ({found['preset']})", *rows])
+
+
+def _labels(path: Path | None, classes: int) -> Sequence[str | None]:
+    if path is None:
+        return [None] * classes
+    try:
+        labels = read_labels(path)
+    except (OSError, FresnetError) as error:
+        raise FresnetError(f"cannot read labels {path}: {reason(error)}") from error
+    if len(labels) != classes:
+        raise FresnetError(f"{path} has {len(labels)} labels; the network has {classes} classes")
+    return labels
