@@ -30,6 +30,7 @@ from fresnet.network.summary import summary
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.export import export
 from fresnet.weights.files import load, save
+from fresnet.weights.notes import notes
 from fresnet.weights.state_dicts import from_state_dict, to_state_dict
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "load",
     "moments",
     "nodes",
+    "notes",
     "optim",
     "per_sample_grads",
     "per_sample_norms",

@@ -27,7 +27,7 @@ EXAMPLES = {
     "predict": """examples:
   python -m fresnet predict cat.jpg dog.png --weights resnet50.safetensors
   python -m fresnet predict cat.jpg --weights timm/resnet50.a1_in1k \\
-      --preset timm-a1 --labels imagenet_classes.txt --top 3 --json""",
+      --labels imagenet_classes.txt --top 3 --json""",
     "convert": """examples:
   python -m fresnet convert checkpoint.pth resnet50.safetensors
   python -m fresnet convert microsoft/resnet-50 resnet50.pth --layout timm
@@ -107,13 +107,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("predict", predict, "the most probable classes of images")
     sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
     sub.add_argument("--weights", required=True, metavar="FILE", help=WEIGHTS)
-    sub.add_argument("--labels", type=Path, metavar="FILE", help="a label for each class, by line")
+    sub.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="a label for each class, by line; default: those in the weights' file, if it has any",
+    )
     sub.add_argument("--top", type=int, metavar="N", help="how many; default 5, or all")
     sub.add_argument(
         "--preset",
-        default="imagenet-v1",
         help=f"how images are prepared: {', '.join(PRESETS)}, or RESIZE,CROP,INTERPOLATION; "
-        "default imagenet-v1",
+        "default: what is known of the weights, else imagenet-v1",
     )
     sub.add_argument("--json", action="store_true", help="as JSON")
     _add_architecture(sub)

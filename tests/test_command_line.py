@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import fresnet
-from fresnet import Spec
+from fresnet import Preset, Spec
 from fresnet.__main__ import main
-from fresnet.network.nodes import BottleneckV1, CentredZeroPad
+from fresnet.network.nodes import Bottleneck, BottleneckV1, CentredZeroPad
 from fresnet.weights import published
 from fresnet.weights.state_dicts import named_leaves
 
@@ -30,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, photo in zip(("china.png", "flower.jpg"), load_sample_images().images, strict=True):
         Image.fromarray(photo).save(name)
-    fresnet.save(PARAMS, "net.safetensors")
+    fresnet.save(PARAMS, "net.safetensors", preset="imagenet-v1")
     Path("labels.txt").write_text("temple\nflower\ntench\ngoldfish\n")
     return tmp_path
 
@@ -86,6 +87,60 @@ def test_predict(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert lines[:2] == ["china.png (timm)", f"  {probabilities[0, best]:7.2%}  {name}"]
     assert lines[3:5] == ["", "flower.jpg (timm)"]
     assert len(lines) == 7
+
+
+def test_predict_takes_what_the_file_says(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    params = fresnet.init(1, Spec(Bottleneck, (1,), width=4), num_classes=3)
+    own, labels = Preset(40, 32, "bicubic", corner=floor), ["a", "b\udcff", "temple of heaven"]
+    fresnet.save(params, "told.safetensors", preset=own, labels=labels)
+    for target in ("timm.safetensors", "plain.safetensors"):
+        layout = target.partition(".")[0].replace("plain", "torchvision")
+        code, out, _ = call(capsys, "convert", "told.safetensors", target, "--layout", layout)
+        assert (code, out) == (0, f"wrote {target}\n")
+    code, out, _ = call(capsys, "convert", "told.safetensors", "told.pth")
+    assert (code, out) == (0, "wrote told.pth; it does not tell preset, labels\n")
+    expected = fresnet.forward(params, fresnet.preprocess(["china.png"], own)).softmax(1)
+    best = expected.argmax().item()
+    for file in ("told.safetensors", "timm.safetensors", "plain.safetensors"):
+        code, out, err = call(capsys, "predict", "china.png", "--json", "--weights", file)
+        assert (code, err) == (0, "")
+        (found,) = json.loads(out)
+        first = found["predictions"][0]
+        assert (found["preset"], first["label"]) == ("40,32,bicubic", labels[int(best)])
+        assert first["probability"] == pytest.approx(expected.max().item())
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "said"),
+    [
+        ("told", ("--preset", "timm"), "told was evaluated with imagenet-v2; --preset is taken"),
+        ("told", ("--preset", "imagenet-v2"), ""),
+        ("told", ("--labels", "labels.txt"), "told has other labels, such as a, b, c and 1 more; "),
+        ("untold", (), "nothing tells how images for untold are prepared: imagenet-v1 is taken"),
+        ("untold", ("--preset", "imagenet-v1"), ""),
+        ("net.safetensors", (), ""),
+        ("net.safetensors", ("--preset", "imagenet-v1"), ""),
+    ],
+)
+def test_predict_says_what_it_assumes_and_what_contradicts(
+    capsys: pytest.CaptureFixture[str], folder: Path, weights: str, options: Any, said: str
+) -> None:
+    fresnet.save(PARAMS, "untold")
+    fresnet.save(PARAMS, "told", preset="imagenet-v2", labels=[*"abcd"])
+    code, out, err = call(capsys, "predict", "china.png", "--weights", weights, *options)
+    assert code == 0
+    assert err.startswith(f"fresnet predict: {said}") if said else not err
+    assert ("temple" in out) == ("--labels" in options)
+
+
+def test_predict_knows_the_presets_of_published_weights(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fresnet.commands.predict.load", lambda *_, **__: PARAMS)
+    arguments = ("predict", "china.png", "--weights", "timm/resnet50.a1_in1k")
+    code, out, err = call(capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("china.png (timm-a1-288)\n")
 
 
 def test_convert_says_what_only_fresnet_reads(
@@ -151,7 +206,8 @@ def test_convert(
     target = f"out{suffix}"
     code, out, _ = call(capsys, "convert", "net.safetensors", target, "--layout", layout)
     told = (layout, suffix) == ("torchvision", ".safetensors")
-    lost = "" if told else "; its names do not tell BottleneckV1"
+    lost = "" if told else "; it does not tell BottleneckV1"
+    lost += ", preset" * (suffix != ".safetensors")
     assert (code, out) == (0, f"wrote {target}{lost}\n")
     assert_same(fresnet.load(target, architecture=SPEC), PARAMS)
     assert (folder / target).stat().st_mode == (folder / "labels.txt").stat().st_mode

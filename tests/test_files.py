@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import pickle
 import random
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from strategies import examples, tiny_params
 
 import fresnet
-from fresnet import FresnetError, Params, Spec, tree
+from fresnet import FresnetError, Params, Preset, Spec, optim, training, tree
 from fresnet.network.nodes import (
     Bottleneck,
     BottleneckV1,
@@ -387,6 +388,81 @@ def test_a_change_anywhere_in_the_metadata_is_noticed_or_makes_no_difference(
         tree.map(torch.equal, loaded, params)  # refuses other node types
         loads += 1
     assert loads < 15  # these bits say that PyTorch wrote the file
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        *fresnet.PRESETS,
+        Preset(9, 8, "bicubic", corner=math.floor, mean=(0, 0.1, 1), std=(1, 2, 0.1)),
+    ],
+)
+def test_notes_come_back(preset: str | Preset, tmp_path: Path) -> None:
+    labels = ["cat, great", "\udcff\x85", ""]
+    fresnet.save(PARAMS, tmp_path / "a", preset=preset, labels=labels)
+    expected = fresnet.PRESETS[preset] if isinstance(preset, str) else preset
+    assert fresnet.notes(tmp_path / "a") == (expected, tuple(labels))
+    assert_same(fresnet.load(tmp_path / "a"), PARAMS)
+    state = training.start(PARAMS, optim.sgd(0.1), seed=0)
+    path = training.save_state(state, tmp_path, step=1, preset=preset, labels=labels)
+    assert fresnet.notes(path) == (expected, tuple(labels))
+
+
+def test_what_holds_no_notes(tmp_path: Path) -> None:
+    fresnet.save(PARAMS, tmp_path / "a")
+    torch.save(STATE, tmp_path / "a.pth")
+    (published,) = fresnet.notes("timm/resnet18.a3_in1k")[:1]
+    assert published == Preset(235, 224, "bicubic")
+    for path in (tmp_path / "a", tmp_path / "a.pth", "someone/resnet18"):
+        assert fresnet.notes(path) == (None, None)
+    with pytest.raises(FresnetError, match=r"cannot read the notes of \S*no: No such file"):
+        fresnet.notes(tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"labels": ["a", "b"]}, "a line of text for each of the 3 classes; got 2 labels"),
+        ({"labels": "abc"}, "for each of the 3 classes; got a str"),
+        ({"labels": ["a", "b", 3]}, "for each of the 3 classes; got a list"),
+        ({"labels": ["a", "b", "c\n"]}, "for each of the 3 classes; got a list"),
+        ({"preset": "timn"}, "unknown preset 'timn'; did you mean 'timm'"),
+        (
+            {"preset": Preset(9, 8, "bicubic", corner=math.ceil)},
+            "a corner that is round or math.floor; got",
+        ),
+        ({"preset": Preset(7, 8, "bicubic")}, "expected a preset of 0 < crop <= resize"),
+        (
+            {"preset": Preset(9, 8, "bicubic", std=(0, 1, 1))},
+            "expected a preset of 0 < crop <= resize",
+        ),
+    ],
+)
+def test_notes_that_cannot_be_read_back_are_not_written(
+    asked: Any, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FresnetError, match=re.escape(reason)):
+        fresnet.save(PARAMS, tmp_path / "a", **asked)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(FresnetError, match="save_state expects preset and labels of a network"):
+        training.save_state({}, tmp_path, step=1, **asked)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"preset": 1}',
+        '{"preset": {"resize": 9}}',
+        '{"labels": "abc"}',
+        '{"labels": [1]}',
+    ],
+)
+def test_notes_that_say_nothing_are_refused(text: str, tmp_path: Path) -> None:
+    storage.write_safetensors("test", STATE, tmp_path / "a", {"fresnet.notes": text})
+    with pytest.raises(FresnetError, match="cannot read the notes of"):
+        fresnet.notes(tmp_path / "a")
 
 
 def metadata(structure: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fresnet.data.folder import read_labels
-from fresnet.data.preprocess import Preset, preprocess, preset_of
-from fresnet.errors import FresnetError, reason
+from fresnet.data.preprocess import PRESETS, Preset, preprocess, preset_of, text_of
+from fresnet.errors import FresnetError, listed, reason
 from fresnet.network.check import first_conv
 from fresnet.network.net import forward
 from fresnet.network.nodes import NoHead, Params
 from fresnet.weights.files import load
+from fresnet.weights.notes import notes
 
 BATCH = 16
 
@@ -26,18 +28,20 @@ def predict(args: argparse.Namespace) -> str:
         hint = "python -m fresnet train DIR --weights FILE gives it one"
         raise FresnetError(f"{args.weights} has no head, so it knows no classes: {hint}")
     classes = len(params.weights.head.bias)
-    labels = _labels(args.labels, classes)
+    known = notes(args.weights)
+    preset = _preset(args, known.preset)
+    labels = _labels(args, known.labels, classes)
     top = min(5, classes) if args.top is None else args.top
     if not 1 <= top <= classes:
         raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")
     found: list[Mapping[str, Any]] = []
     broken: list[str] = []
-    for image, probabilities in _probabilities(params, args.images, preset_of(args.preset), broken):
+    for image, probabilities in _probabilities(params, args.images, preset, broken):
         predictions = [
             {"class": index, "label": labels[index], "probability": probability}
             for probability, index in zip(*map(Tensor.tolist, probabilities.topk(top)), strict=True)
         ]
-        found.append({"image": image, "preset": args.preset, "predictions": predictions})
+        found.append({"image": image, "preset": text_of(preset), "predictions": predictions})
     said = json.dumps(found, indent=2) if args.json else "\n\n".join(map(_table, found))
     if broken:
         if found:
@@ -48,7 +52,7 @@ def predict(args: argparse.Namespace) -> str:
 
 
 def _probabilities(
-    params: Params, images: Sequence[str], preset: str | Preset, broken: list[str]
+    params: Params, images: Sequence[str], preset: Preset, broken: list[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Each image with its probabilities `[k]`; what cannot be read is put to `broken`."""
     stem = first_conv(params.weights)
@@ -77,13 +81,35 @@ def _table(found: Mapping[str, Any]) -> str:
     return "\n".join([f"{found['image']} ({found['preset']})", *rows])
 
 
-def _labels(path: Path | None, classes: int) -> Sequence[str | None]:
+def _preset(args: argparse.Namespace, known: Preset | None) -> Preset:
+    """The preset that is asked for, or else the one that is known of the weights."""
+    if args.preset is None:
+        if known is None:
+            _tell(f"nothing tells how images for {args.weights} are prepared: imagenet-v1 is taken")
+        return known or PRESETS["imagenet-v1"]
+    asked = preset_of(args.preset)
+    if known not in (None, asked):
+        _tell(f"{args.weights} was evaluated with {text_of(known)}; --preset is taken")
+    return asked
+
+
+def _labels(
+    args: argparse.Namespace, known: Sequence[str] | None, classes: int
+) -> Sequence[str | None]:
+    """The labels that are asked for, or else those that are known; None for each if none are."""
+    path: Path | None = args.labels
     if path is None:
-        return [None] * classes
+        return known or [None] * classes
     try:
         labels = read_labels(path)
     except (OSError, FresnetError) as error:
         raise FresnetError(f"cannot read labels {path}: {reason(error)}") from error
     if len(labels) != classes:
         raise FresnetError(f"{path} has {len(labels)} labels; the network has {classes} classes")
+    if known and list(known) != labels:
+        _tell(f"{args.weights} has other labels, such as {listed(known)}; --labels are taken")
     return labels
+
+
+def _tell(what: str) -> None:
+    print(f"fresnet predict: {what}", file=sys.stderr)

@@ -79,7 +79,7 @@ def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -
         import PIL  # noqa: F401
     except ImportError as error:
         raise FresnetError("preprocess needs Pillow: pip install 'fresnet[io]'") from error
-    chosen = preset if isinstance(preset, Preset) else _named(preset)
+    chosen = as_preset(preset)
     if not isinstance(images, Sequence) or isinstance(images, str | bytes):
         raise FresnetError(
             f"preprocess expects a sequence of images; got {_describe(images)} (one image? [image])"
@@ -89,6 +89,22 @@ def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -
 
     pixels = np.stack([_pixels(i, image, chosen) for i, image in enumerate(images)])
     return normalise(pixel_values(pixels), chosen.mean, chosen.std)
+
+
+def as_preset(preset: str | Preset) -> Preset:
+    """A preset, or that of a name in `PRESETS`."""
+    return preset if isinstance(preset, Preset) else _named(preset)
+
+
+def text_of(preset: Preset) -> str:
+    """A preset in words: its name, or what `preset_of` reads but for unusual means.
+
+    >>> text_of(PRESETS["timm"]), text_of(Preset(37, 32, "bilinear"))
+    ('timm', '37,32,bilinear')
+    """
+    names = [name for name, one in PRESETS.items() if one == preset]
+    half = ",0.5" if (*preset.mean, *preset.std) == (0.5,) * 6 else ""
+    return names[0] if names else f"{preset.resize},{preset.crop},{preset.interpolation}{half}"
 
 
 def preset_of(text: str) -> Preset:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> str:
             options = Options(args.recompute, workers, _on_broken(args), args.keep, args.save_every)
             said = tried(Course(plan, params, folders, args.out, processes, options))
         else:
-            said = _told(_trained(args, plan, params, folders, processes), recipe, args.out)
+            said = _told(_trained(args, plan, params, folders, processes), args.out)
         return said if processes.rank == 0 else ""
 
 
@@ -145,16 +145,14 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
     return name, params._replace(weights=weights)
 
 
-def _told(outcome: Outcome, recipe: Recipe, out: Path) -> str:
+def _told(outcome: Outcome, out: Path) -> str:
     """What the command says at its end: result, files, how to classify with it, broken images."""
-    found, broken, preset = outcome.evaluation, outcome.broken, recipe.preset
+    found, broken = outcome.evaluation, outcome.broken
     lines = [
         f"top 1 {found.top1:.2%}, top 5 {found.top5:.2%}, loss {found.loss:.3f} "
         f"on {found.images:,} images",
         f"wrote {NETWORK}, {LABELS}, {CURVES}, {CONFUSION} and log.jsonl to {out}",
-        f"python -m fresnet predict IMAGE --weights {out / NETWORK} \\",
-        f"    --labels {out / LABELS} --preset {preset.resize},{preset.crop},"
-        f"{preset.interpolation}",
+        f"python -m fresnet predict IMAGE --weights {out / NETWORK}",
     ]
     if broken:
         shown = broken[:10]

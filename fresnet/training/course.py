@@ -203,6 +203,8 @@ class Course:
                 step=self.step,
                 keep=self.options.keep,
                 notes=self.notes,
+                preset=self.run.recipe.preset,
+                labels=self.training.classes,
             )
 
     def log_left_out(self, *, together: bool) -> None:
@@ -256,7 +258,8 @@ class Course:
         )
         if self.processes.rank == 0:
             classes = self.training.classes
-            save(outcome.params, self.out / NETWORK)
+            preset = self.run.recipe.preset
+            save(outcome.params, self.out / NETWORK, preset=preset, labels=classes)
             lines, confusion = read_log(self.out), found.confusion
             for name, write in (
                 (LABELS, partial(write_labels, classes=classes)),

@@ -3,12 +3,14 @@
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fresnet import tree
+from fresnet.data.preprocess import Preset
 from fresnet.errors import FresnetError, listed, reason
 from fresnet.network.check import check_params, check_values
 from fresnet.network.nodes import (
@@ -29,6 +31,7 @@ from fresnet.weights.blanks import BLANK, blank_stats
 from fresnet.weights.formats import refusal
 from fresnet.weights.hub import INDEX, download, is_repository, local, shards
 from fresnet.weights.names import name_tree, names
+from fresnet.weights.notes import texts_of
 from fresnet.weights.older import Structure, with_layers
 from fresnet.weights.pickles import Skipped
 from fresnet.weights.state_dicts import check_architecture, from_state_dict, named_leaves, spec_of
@@ -48,7 +51,13 @@ BESIDES = "state."
 """The prefix of the entries of a training state that stand beside its network in a file."""
 
 
-def save(params: Params, path: str | os.PathLike[str]) -> None:
+def save(
+    params: Params,
+    path: str | os.PathLike[str],
+    *,
+    preset: str | Preset | None = None,
+    labels: Sequence[str] | None = None,
+) -> None:
     """Write a network to a safetensors file under torchvision's names.
 
     torchvision and timm read the file, if the network is one of theirs. The file's metadata hold
@@ -59,10 +68,12 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
     Args:
       params: the network.
       path: the file to write. An existing file is replaced.
+      preset: how images are prepared for the network. `notes` and the command `predict` read it.
+      labels: what its classes are called, k texts, for the same.
     Raises:
       FresnetError: if params is not a network, if two leaves would have one name, if `load` would
-        refuse its values, if the path ends like those of `torch.save`, or if the file cannot be
-        written.
+        refuse its values, if preset or labels are not as above, if the path ends like those of
+        `torch.save`, or if the file cannot be written.
     """
     check_params("save", params)
     if str(path).endswith((".pth", ".pt", ".bin")):
@@ -75,7 +86,8 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
         check_fit(params, name_tree(params))
     except FresnetError as error:
         raise FresnetError(f"save expects a network that load takes; {error}") from error
-    write_safetensors("save", named_leaves(params), path, {NETWORK: structure_of(params)})
+    texts = {NETWORK: structure_of(params), **texts_of("save", params, preset, labels)}
+    write_safetensors("save", named_leaves(params), path, texts)
 
 
 def load(path: str | os.PathLike[str], *, architecture: str | Spec | None = None) -> Params:
