@@ -6,7 +6,8 @@ logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
 from fresnet import data, moments, nodes, optim, training, tree
-from fresnet.data.preprocess import PRESETS, Preset, preprocess
+from fresnet.data.preprocess import preprocess
+from fresnet.data.presets import PRESETS, Preset
 from fresnet.errors import FresnetError
 from fresnet.gradients.clipping import clipped_grads, per_sample_norms
 from fresnet.gradients.per_sample import per_sample_grads

@@ -11,7 +11,7 @@ import fresnet
 from fresnet.commands.convert import convert
 from fresnet.commands.look import family, look_at
 from fresnet.commands.predict import predict
-from fresnet.data.preprocess import PRESETS
+from fresnet.data.presets import PRESETS
 from fresnet.errors import FresnetError, reason
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.layouts import LAYOUTS
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
 
     sub = command("predict", predict, "the most probable classes of images")
-    sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
+    sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image, or a folder of images")
     sub.add_argument("--weights", required=True, metavar="FILE", help=WEIGHTS)
     sub.add_argument(
         "--labels",

@@ -133,6 +133,38 @@ def test_predict_says_what_it_assumes_and_what_contradicts(
     assert ("temple" in out) == ("--labels" in options)
 
 
+@pytest.mark.parametrize("noted", [False, True])
+def test_predict_with_a_network_of_grey_images(
+    capsys: pytest.CaptureFixture[str], folder: Path, noted: bool
+) -> None:
+    params = fresnet.init(1, Spec(Bottleneck, (1,), width=4), num_classes=3, in_channels=1)
+    grey = Preset(40, 32, "bilinear", mean=(0.449,), std=(0.226,), channels="L")
+    fresnet.save(params, "grey", preset=grey if noted else None)
+    options = () if noted else ("--preset", "40,32,bilinear")
+    code, out, err = call(capsys, "predict", "china.png", "--json", "--weights", "grey", *options)
+    assert code == 0
+    said = "" if noted else "fresnet predict: grey takes grey images: mean 0.449, std 0.226\n"
+    assert err == said
+    (found,) = json.loads(out)
+    expected = fresnet.forward(params, fresnet.preprocess(["china.png"], grey)).softmax(1)
+    assert found["preset"] == "40,32,bilinear in grey"
+    assert found["predictions"][0]["probability"] == pytest.approx(expected.max().item())
+
+
+def test_predict_takes_folders(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    net = ("--weights", "net.safetensors", "--top", "1")
+    for name in ("a.PNG", "b/c.jpg", ".hidden/d.png"):
+        path = folder / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((folder / "china.png").read_bytes())
+    code, out, _ = call(capsys, "predict", "photos", "flower.jpg", *net)
+    assert code == 0
+    named = [line.partition(" ")[0] for line in out.splitlines()[::3]]
+    assert named == ["photos/a.PNG", "photos/b/c.jpg", "flower.jpg"]
+    code, out, _ = call(capsys, "predict", ".", *net)
+    assert (code, len(out.split("\n\n"))) == (0, 4)
+
+
 def test_predict_knows_the_presets_of_published_weights(
     capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +294,11 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
             "predict china.png --weights encoder.safetensors",
             "encoder.safetensors has no head, so it knows no classes: python -m fresnet train DIR",
         ),
+        (
+            "predict china.png --weights four.safetensors",
+            "takes images of 4 channels; predict has images of 1 or 3",
+        ),
+        ("predict empty --weights net.safetensors", "empty has no file that ends in .jpg, .jpeg"),
         ("predict china.png --weights labels.txt", "cannot load labels.txt: it is no file of safe"),
         ("predict china.png --weights net.safetensors --top 9", "--top expects 1 to 4, the number"),
         ("predict china.png --weights net.safetensors --labels no", "cannot read labels no: No s"),
@@ -291,6 +328,8 @@ def test_refusals_are_one_line_and_leave_nothing_behind(
     (folder / "few").write_text("one label")
     fresnet.save(fresnet.init(0, fresnet.SPECS["plain20"]), folder / "plain.safetensors")
     fresnet.save(fresnet.init(0, SPEC, num_classes=0), folder / "encoder.safetensors")
+    fresnet.save(fresnet.init(0, SPEC, num_classes=2, in_channels=4), folder / "four.safetensors")
+    (folder / "empty").mkdir()
     before = {path.name for path in folder.iterdir()}
     code, out, err = call(capsys, *arguments.split())
     assert code == 1

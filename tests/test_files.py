@@ -39,6 +39,7 @@ from fresnet.weights import files, hub, storage
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (1, 2), 4, groups=2, group_width=32), num_classes=3)
 STATE = fresnet.to_state_dict(PARAMS)
+PRESET = Preset(9, 8, "bicubic")
 
 
 def test_a_file_from_before_trees_held_layers_is_read_as_then() -> None:
@@ -408,6 +409,20 @@ def test_notes_come_back(preset: str | Preset, tmp_path: Path) -> None:
     assert fresnet.notes(path) == (expected, tuple(labels))
 
 
+def test_notes_on_grey_are_those_of_a_grey_network(tmp_path: Path) -> None:
+    """A preset keeps its colours, and whether it squashes."""
+    grey = fresnet.init(0, Spec(Bottleneck, (1,), 4), num_classes=3, in_channels=1)
+    own = Preset((9, 7), (8, 6), "bilinear", mean=(0.5,), std=(0.2,), channels="L")
+    fresnet.save(grey, tmp_path / "a", preset=own)
+    assert fresnet.notes(tmp_path / "a").preset == own
+    for params, preset in ((grey, PRESET), (PARAMS, own)):
+        with pytest.raises(FresnetError, match="of as many channels as the network takes"):
+            fresnet.save(params, tmp_path / "b", preset=preset)
+    caffe = PRESET._replace(channels="BGR")
+    fresnet.save(PARAMS, tmp_path / "a", preset=caffe)
+    assert fresnet.notes(tmp_path / "a").preset == caffe
+
+
 def test_what_holds_no_notes(tmp_path: Path) -> None:
     fresnet.save(PARAMS, tmp_path / "a")
     torch.save(STATE, tmp_path / "a.pth")
@@ -431,10 +446,10 @@ def test_what_holds_no_notes(tmp_path: Path) -> None:
             {"preset": Preset(9, 8, "bicubic", corner=math.ceil)},
             "a corner that is round or math.floor; got",
         ),
-        ({"preset": Preset(7, 8, "bicubic")}, "expected a preset of 0 < crop <= resize"),
+        ({"preset": Preset(7, 8, "bicubic")}, "save cannot note this preset: "),
         (
             {"preset": Preset(9, 8, "bicubic", std=(0, 1, 1))},
-            "expected a preset of 0 < crop <= resize",
+            "save cannot note this preset: ",
         ),
     ],
 )

@@ -43,7 +43,8 @@ from fresnet.data import (
     loader,
     scan,
 )
-from fresnet.data.preprocess import PRESETS, Preset, preprocess
+from fresnet.data.preprocess import preprocess
+from fresnet.data.presets import PRESETS, Preset
 from fresnet.network.nodes import BasicBlock, FrozenNorm, Stem3x3
 from fresnet.training import course as running
 from fresnet.training import cross_entropy, evaluate, make_train_step, plots, save_state, share

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet.data.folder import read_labels
-from fresnet.data.preprocess import PRESETS, Preset, preprocess, preset_of, text_of
+from fresnet.data.folder import EXTENSIONS, images_below, read_labels
+from fresnet.data.preprocess import preprocess
+from fresnet.data.presets import PRESETS, Preset, in_grey, preset_of, text_of
 from fresnet.errors import FresnetError, listed, reason
 from fresnet.network.check import first_conv
 from fresnet.network.net import forward
@@ -29,14 +31,15 @@ def predict(args: argparse.Namespace) -> str:
         raise FresnetError(f"{args.weights} has no head, so it knows no classes: {hint}")
     classes = len(params.weights.head.bias)
     known = notes(args.weights)
-    preset = _preset(args, known.preset)
+    preset = _preset(args, known.preset, first_conv(params.weights).shape[1])
     labels = _labels(args, known.labels, classes)
     top = min(5, classes) if args.top is None else args.top
     if not 1 <= top <= classes:
         raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")
     found: list[Mapping[str, Any]] = []
     broken: list[str] = []
-    for image, probabilities in _probabilities(params, args.images, preset, broken):
+    images = [image for place in args.images for image in _images(place)]
+    for image, probabilities in _probabilities(params, images, preset, broken):
         predictions = [
             {"class": index, "label": labels[index], "probability": probability}
             for probability, index in zip(*map(Tensor.tolist, probabilities.topk(top)), strict=True)
@@ -46,9 +49,19 @@ def predict(args: argparse.Namespace) -> str:
     if broken:
         if found:
             print(said, flush=True)
-        count = f"{len(broken)} of {len(args.images)} images cannot be read:"
-        raise FresnetError("\n  ".join([count, *broken] if len(args.images) > 1 else broken))
+        count = f"{len(broken)} of {len(images)} images cannot be read:"
+        raise FresnetError("\n  ".join([count, *broken] if len(images) > 1 else broken))
     return said
+
+
+def _images(place: str) -> list[str]:
+    """An image, or all images in a folder."""
+    if not os.path.isdir(place):
+        return [place]
+    found = images_below(place)
+    if not found:
+        raise FresnetError(f"{place} has no file that ends in {', '.join(EXTENSIONS)}")
+    return found
 
 
 def _probabilities(
@@ -81,16 +94,25 @@ def _table(found: Mapping[str, Any]) -> str:
     return "\n".join([f"{found['image']} ({found['preset']})", *rows])
 
 
-def _preset(args: argparse.Namespace, known: Preset | None) -> Preset:
-    """The preset that is asked for, or else the one that is known of the weights."""
-    if args.preset is None:
-        if known is None:
-            _tell(f"nothing tells how images for {args.weights} are prepared: imagenet-v1 is taken")
-        return known or PRESETS["imagenet-v1"]
-    asked = preset_of(args.preset)
-    if known not in (None, asked):
+def _preset(args: argparse.Namespace, known: Preset | None, channels: int) -> Preset:
+    """The preset that is asked for, or else the one that is known of the weights.
+
+    A network of one channel takes it in grey.
+    """
+    if channels not in (1, 3):
+        raise FresnetError(
+            f"{args.weights} takes images of {channels} channels; predict has images of 1 or 3"
+        )
+    asked = None if args.preset is None else preset_of(args.preset)
+    chosen = asked or known or PRESETS["imagenet-v1"]
+    if channels == 1 != len(chosen.channels):
+        chosen = in_grey(chosen)
+        _tell(f"{args.weights} takes grey images: mean {chosen.mean[0]}, std {chosen.std[0]}")
+    if asked is None and known is None:
+        _tell(f"nothing tells how images for {args.weights} are prepared: imagenet-v1 is taken")
+    elif known not in (None, chosen):
         _tell(f"{args.weights} was evaluated with {text_of(known)}; --preset is taken")
-    return asked
+    return chosen
 
 
 def _labels(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.data.preprocess import Preset
+from fresnet.data.presets import Preset
 from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer

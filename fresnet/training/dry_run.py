@@ -8,7 +8,7 @@ import torch
 
 from fresnet import data, tree
 from fresnet.data import AreaCrop, Augmentation, ScaleCrop
-from fresnet.data.preprocess import Preset
+from fresnet.data.presets import Preset
 from fresnet.training.course import Course
 from fresnet.training.plan import Run
 from fresnet.training.processes import check_same

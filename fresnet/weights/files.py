@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.data.preprocess import Preset
+from fresnet.data.presets import Preset
 from fresnet.errors import FresnetError, listed, reason
 from fresnet.network.check import check_params, check_values
 from fresnet.network.nodes import (

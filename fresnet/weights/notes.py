@@ -4,10 +4,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fresnet.data.preprocess import Preset, as_preset, preset_of
+from fresnet.data.presets import Preset, as_preset, preset_of, sizes_of
 from fresnet.errors import FresnetError, describe, reason
+from fresnet.network.check import first_conv
 from fresnet.network.nodes import NoHead, Params
 from fresnet.reading import as_path, from_json, spelt
 from fresnet.weights.hub import is_repository, local
@@ -67,16 +68,26 @@ def texts_of(
     Raises:
       FresnetError: if there is no such preset, or if labels are not a text for each class.
     """
-    said: dict[str, Any] = {}
+    said: dict[str, object] = {}
     if preset is not None:
         chosen = as_preset(preset)
         corner = next((name for name, one in CORNERS.items() if one is chosen.corner), None)
         try:
-            colours = {name: [*map(float, getattr(chosen, name))] for name in ("mean", "std")}
-            said["preset"] = {**chosen._asdict(), **colours, "corner": corner}
+            said["preset"] = {
+                "sizes": sizes_of(chosen),
+                "corner": corner,
+                "mean": [*map(float, chosen.mean)],
+                "std": [*map(float, chosen.std)],
+                "channels": chosen.channels,
+            }
             _preset(from_json(json.dumps(said["preset"])))
         except (TypeError, ValueError) as error:
             raise FresnetError(f"{caller} cannot note this preset: {reason(error)}") from error
+        if (count := first_conv(params.weights).shape[1]) != len(chosen.channels):
+            raise FresnetError(
+                f"{caller} expects a preset of as many channels as the network takes, {count}; got "
+                f"{chosen.channels}"
+            )
     if labels is not None:
         head = params.weights.head
         classes = 0 if isinstance(head, NoHead) else len(head.bias)
@@ -115,18 +126,20 @@ def _read(text: str) -> Notes:
     )
 
 
-def _preset(fields: Mapping[str, Any]) -> Preset:
+def _preset(fields: object) -> Preset:
     match fields:
         case {
-            "resize": int(resize),
-            "crop": int(crop),
-            "interpolation": "bilinear" | "bicubic" as interpolation,
+            "sizes": str(sizes),
             "corner": "round" | "floor" as corner,
-            "mean": [float(), float(), float()] as mean,
-            "std": [float(), float(), float()] as std,
-        } if 0 < crop <= resize < 10**6 and min(std) > 0 and math.isfinite(sum(mean) + sum(std)):
-            return Preset(resize, crop, interpolation, CORNERS[corner], tuple(mean), tuple(std))
+            "mean": list(mean),
+            "std": list(std),
+            "channels": "RGB" | "BGR" | "L" as channels,
+        } if all(
+            isinstance(number, float) and math.isfinite(number) for number in mean + std
+        ) and all(number > 0 for number in std):
+            preset = preset_of(sizes)._replace(corner=CORNERS[corner], channels=channels)
+            return as_preset(preset._replace(mean=tuple(mean), std=tuple(std)))
     raise FresnetError(
-        "expected a preset of 0 < crop <= resize, of finite means and positive deviations, and of "
-        f"a corner that is round or math.floor; got {fields}"
+        "expected a preset of finite means, positive deviations, and a corner that is round or "
+        f"math.floor; got {fields}"
     )
