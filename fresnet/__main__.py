@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from fresnet.commands.convert import convert
 from fresnet.commands.look import family, look_at
 from fresnet.commands.predict import predict
 from fresnet.data.presets import PRESETS
-from fresnet.errors import FresnetError, reason
+from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.layouts import LAYOUTS
 
@@ -42,6 +43,27 @@ The same command again goes on from the last checkpoint in --out.""",
 WEIGHTS = "a checkpoint (.safetensors, .pth), or owner/name at Hugging Face"
 OUTPUTS = "a .safetensors, .pth, .pt or .bin, or to run: an .onnx or .pt2"
 
+OTHERS_NAMES = {
+    "--lr": "--rate",
+    "--learning-rate": "--rate",
+    "--batch-size": "--batch",
+    "-b": "--batch",
+    "--model": "--arch",
+    "-a": "--arch",
+    "--pretrained": "--weights",
+    "--checkpoint": "--weights",
+    "--val": "--validation",
+    "--amp": "--bfloat16",
+    "--bf16": "--bfloat16",
+    "--image-size": "--crop",
+    "--img-size": "--crop",
+    "--output": "--out",
+    "--output-dir": "--out",
+    "--topk": "--top",
+    "--classes": "--labels",
+}
+"""What options are called in other people's programs."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -52,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # some file names cannot be encoded
-    args = _parser().parse_args(arguments)
+    args, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        args.parser.error(_hint(unknown[0], args.parser))
     try:
         said = args.run(args)
         if said:
@@ -84,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=EXAMPLES[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     sub = command("summary", look_at, "the layers, parameters and multiply-adds of a network")
@@ -134,6 +158,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _hint(unknown: str, parser: argparse.ArgumentParser) -> str:
+    """What is said of an argument that a command has no place for."""
+    name = unknown.partition("=")[0]
+    if not name.startswith("-"):
+        return f"one argument too many: {unknown}"
+    known = re.findall(r"--[\w-]+", parser.format_usage())
+    meant = OTHERS_NAMES.get(name.replace("_", "-"))
+    hint = f"did you mean {meant}?" if meant in known else suggestion(name, known)
+    return f"unknown option {name}; {hint}"
+
+
 def _size(text: str) -> int | tuple[int, int]:
     height, _, width = text.partition("x")
     return (int(height), int(width)) if width else int(height)
@@ -156,7 +191,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     option("--weights", metavar="FILE", help="to begin with; other classes or none: a fresh head")
     for name, kind, what in (
         ("epochs", int, "instead of the recipe's"),
-        ("batch", int, "images a step, of all processes; the rate goes with it"),
+        (
+            "batch",
+            int,
+            "images a step, of all processes; the rate goes with it",
+        ),
         ("rate", float, "the highest learning rate"),
         ("head-rate", float, "that of the head, if it is another"),
         ("crop", int, "the side of the squares, in training and evaluation"),
@@ -197,6 +236,11 @@ def _train(args: argparse.Namespace) -> str:
     return run(args)
 
 
-if __name__ == "__main__":
+def script() -> int:
+    """The command `fresnet`, which is a process of its own."""
     keep_pages()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(script())

@@ -1,8 +1,10 @@
 """`python -m fresnet` as scripts and people call it."""
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from sklearn.datasets import load_sample_images
 
 import fresnet
 from fresnet import Preset, Spec
-from fresnet.__main__ import main
+from fresnet.__main__ import main, script
 from fresnet.network.nodes import Bottleneck, BottleneckV1, CentredZeroPad
 from fresnet.weights import published
 from fresnet.weights.state_dicts import named_leaves
@@ -345,6 +347,36 @@ def test_misspelt_commands_exit_with_2(capsys: pytest.CaptureFixture[str], argum
     code, out, err = call(capsys, *arguments.split())
     assert (code, out) == (2, "")
     assert err.startswith("usage: python -m fresnet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("train photos --lr 0.1", "unknown option --lr; did you mean --rate?"),
+        ("train photos --batch_size=8", "unknown option --batch_size; did you mean --batch?"),
+        (
+            "train photos --worker-count 8",
+            "unknown option --worker-count; did you mean '--workers'",
+        ),
+        ("summary resnet18 --lr 0.1", "unknown option --lr; "),
+        ("summary resnet18 resnet50", "one argument too many: resnet50"),
+    ],
+)
+def test_options_of_other_programs_get_a_hint_of_ours(
+    capsys: pytest.CaptureFixture[str], arguments: str, hint: str
+) -> None:
+    code, out, err = call(capsys, *arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"usage: python -m fresnet {arguments.split()[0]} ")
+    assert hint in err.splitlines()[-1]
+    assert "--rate" not in err.splitlines()[-1] or "train" in arguments
+
+
+def test_it_is_installed_as_a_command() -> None:
+    """It points to what `python -m fresnet` runs."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    module, _, name = project["project"]["scripts"]["fresnet"].partition(":")
+    assert getattr(importlib.import_module(module), name) is script
 
 
 @pytest.mark.parametrize("command", [[], ["summary"], ["models"], ["predict"], ["convert"]])

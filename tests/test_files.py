@@ -295,6 +295,27 @@ class Harmful:
         return Path.touch, (self.victim,)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        (
+            "resnet50",
+            "fresnet.init(0, fresnet.SPECS['resnet50']) draws one, and python -m fresnet m",
+        ),
+        ("https://host/resnet50.pth", "torch.hub.download_url_to_file(url, path) downloads a file"),
+        ("ResNet50_Weights.IMAGENET1K_V2", "get_weight('ResNet50_Weights.IMAGENET1K_V2').url is"),
+    ],
+)
+def test_what_is_no_file_but_a_name_gets_a_hint(
+    name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hint in refusal(name)
+    monkeypatch.chdir(tmp_path)
+    if "/" not in name:
+        fresnet.save(PARAMS, name)
+        assert_same(fresnet.load(name), PARAMS)
+
+
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     path, victim = tmp_path / "a.pth", tmp_path / "victim"
     torch.save({"model": Harmful(victim)}, path)

@@ -31,10 +31,11 @@ from torch.optim import lr_scheduler
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, optim, tree
-from fresnet.__main__ import main
+from fresnet.__main__ import _parser, main
 from fresnet.data import (
     AreaCrop,
     Augmentation,
+    Folder,
     Images,
     Order,
     ScaleCrop,
@@ -46,8 +47,16 @@ from fresnet.data import (
 from fresnet.data.preprocess import preprocess
 from fresnet.data.presets import PRESETS, Preset
 from fresnet.network.nodes import BasicBlock, FrozenNorm, Stem3x3
+from fresnet.training import (
+    command,
+    cross_entropy,
+    evaluate,
+    make_train_step,
+    plots,
+    save_state,
+    share,
+)
 from fresnet.training import course as running
-from fresnet.training import cross_entropy, evaluate, make_train_step, plots, save_state, share
 from fresnet.training import start as begin
 from fresnet.training.checkpoint import saved_states
 from fresnet.training.course import Course, Options, Outcome
@@ -540,7 +549,8 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good/train", "a folder of class folders; good/train/train: No such file or directory"),
         ("good --validation no", "a folder of class folders; no: No such file or directory"),
         ("fewer", "scan expects the 4 classes given; fewer/val lacks 1: '3'"),
-        ("good --recipe v3", "unknown --recipe 'v3'; there are paper, v1, v2"),
+        ("good --recipe v3", "unknown --recipe 'v3'; there are paper, v1 and v2"),
+        ("good --arch resnet21 --batch 1000", "unknown --arch 'resnet21'; did you mean 'resnet"),
         ("good --arch resnet21", "unknown --arch 'resnet21'; did you mean 'resnet"),
         ("good --weights no.pth", "cannot load no.pth: No such file or directory"),
         ("good --epochs 0", "--epochs expects a positive number; got 0"),
@@ -588,6 +598,30 @@ def test_weights_without_a_head_for_these_classes_get_a_fresh_one(
     fresnet.save(fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=classes), "begin")
     assert main(["train", "good", *TRAIN[2:], "--weights", "begin", "--dry-run"]) == 0
     assert f"begin with {head}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "batch", "rate"),
+    [
+        ((), 38, 16, 0.1 * 16 / 256),
+        ((), 9, 9, 0.1 * 9 / 256),
+        ((), 300, 32, 0.1 * 32 / 256),
+        ((), 2047, 128, 0.05),
+        ((), 2048, 256, 0.1),
+        (("--rate", "0.3"), 38, 16, 0.3),
+        (("--batch", "10"), 2048, 10, 0.1 * 10 / 256),
+        (("--batch", "10", "--rate", "1"), 38, 10, 1),
+    ],
+)
+def test_a_batch_goes_with_the_images_unless_it_is_told(
+    options: tuple[str, ...], images: int, batch: int, rate: float
+) -> None:
+    """The folder is of names alone."""
+    args = _parser().parse_args(["train", "some", *options])
+    folder = Folder("some", ("a", "b"), ("a.png",) * images, (0,) * images)
+    recipe = command._with_batch(RECIPES["v1"], args, folder)
+    assert (recipe.batch, recipe.rate) == (batch, pytest.approx(rate))
+    assert recipe._replace(batch=256, rate=0.1) == RECIPES["v1"]
 
 
 def test_a_batch_that_processes_cannot_share() -> None:

@@ -36,8 +36,9 @@ def run(args: argparse.Namespace) -> str:
         )
     with joined(timeout_s=args.timeout) as processes:
         recipe = _recipe(args)
+        folders = _folders(args)
+        recipe = _with_batch(recipe, args, folders[0])
         share(recipe.batch, processes.size)
-        folders = _folders(args, recipe.batch)
         plan, params = _begun(args, recipe, len(folders[0].classes))
         params = tree.map(lambda leaf: leaf.to(processes.device), params)
         if args.dry_run:
@@ -83,6 +84,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that is named, changed as the options say."""
     if args.recipe not in RECIPES:
         raise FresnetError(f"unknown --recipe {args.recipe!r}; {suggestion(args.recipe, RECIPES)}")
+    if args.arch is not None and args.arch not in SPECS:
+        raise FresnetError(f"unknown --arch {args.arch!r}; {suggestion(args.arch, SPECS)}")
     recipe = RECIPES[args.recipe]
     positive = ("epochs", "batch", "crop", "rate", "head_rate", "micro_batches", "keep")
     for name in (*positive, "save_every"):
@@ -94,25 +97,34 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise FresnetError(f"--seed expects a number from 0 to below 2**63; got {args.seed}")
     if args.epochs is not None:
         recipe = with_epochs(recipe, args.epochs)
-    if args.batch is not None:
-        recipe = with_batch(recipe, args.batch)
     if args.crop is not None:
         recipe = with_crop(recipe, args.crop)
-    if args.rate is not None:
-        recipe = recipe._replace(rate=args.rate)
     return recipe._replace(head_rate=args.head_rate, frozen=tuple(args.freeze))
 
 
-def _folders(args: argparse.Namespace, batch: int) -> tuple[Folder, Folder]:
+def _folders(args: argparse.Namespace) -> tuple[Folder, Folder]:
     """The images to train on, and those to validate on."""
     training = scan(args.folder / "train")
-    validation = scan(args.validation or args.folder / "val", classes=training.classes)
-    if batch > len(training.files):
+    return training, scan(args.validation or args.folder / "val", classes=training.classes)
+
+
+def _with_batch(recipe: Recipe, args: argparse.Namespace, training: Folder) -> Recipe:
+    """The recipe with the batch and rate that are asked for, or that go with so many images.
+
+    The recipe's batch is halved until an epoch has 8 steps, though not below 16 images.
+    """
+    images, batch = len(training.files), args.batch or recipe.batch
+    if args.batch is None:
+        while batch > 16 and 8 * batch > images:
+            batch //= 2
+        batch = min(batch, images)
+    if batch > images:
         raise FresnetError(
-            f"a batch of {batch} images is more than the {len(training.files)} in "
-            f"{training.root}: choose a smaller --batch; the rate goes with it"
+            f"a batch of {batch} images is more than the {images} in {training.root}: choose a "
+            "smaller --batch; the rate goes with it"
         )
-    return training, validation
+    recipe = recipe if batch == recipe.batch else with_batch(recipe, batch)
+    return recipe if args.rate is None else recipe._replace(rate=args.rate)
 
 
 def _begun(args: argparse.Namespace, recipe: Recipe, classes: int) -> tuple[Run, Params]:
@@ -133,8 +145,6 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
     """The name, in words, of the network to begin with, and the network itself on the CPU."""
     if args.weights is None:
         arch = args.arch or "resnet50"
-        if arch not in SPECS:
-            raise FresnetError(f"unknown --arch {arch!r}; {suggestion(arch, SPECS)}")
         return arch, init(args.seed, SPECS[arch], num_classes=classes)
     params = cast(load(args.weights, architecture=args.arch), torch.float32)
     weights = params.weights

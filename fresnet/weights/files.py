@@ -13,6 +13,7 @@ from fresnet import tree
 from fresnet.data.presets import Preset
 from fresnet.errors import FresnetError, listed, reason
 from fresnet.network.check import check_params, check_values
+from fresnet.network.family import SPECS
 from fresnet.network.nodes import (
     HEADS,
     NODES,
@@ -34,6 +35,7 @@ from fresnet.weights.names import name_tree, names
 from fresnet.weights.notes import texts_of
 from fresnet.weights.older import Structure, with_layers
 from fresnet.weights.pickles import Skipped
+from fresnet.weights.published import published
 from fresnet.weights.state_dicts import check_architecture, from_state_dict, named_leaves, spec_of
 from fresnet.weights.storage import read_safetensors, write_safetensors
 from fresnet.weights.unwrapping import mappings_in
@@ -112,6 +114,7 @@ def load(path: str | os.PathLike[str], *, architecture: str | Spec | None = None
         configuration asks for something that no network here does.
     """
     try:
+        _check_place(path)
         if is_repository(path):
             found, told = download(str(path))
         else:
@@ -123,6 +126,29 @@ def load(path: str | os.PathLike[str], *, architecture: str | Spec | None = None
     except FresnetError as error:
         raise FresnetError(f"cannot load {spelt(path)}: {error}") from error
     return params
+
+
+def _check_place(path: object) -> None:
+    """Refuse names of networks and addresses, with what to do instead.
+
+    Raises:
+      FresnetError: if there is no such file, and it is one of those.
+    """
+    if not isinstance(path, str) or os.path.exists(path):
+        return
+    if "://" in path:
+        hint = "torch.hub.download_url_to_file(url, path) downloads a file"
+        raise FresnetError(f"it is an address, and load reads files: {hint}")
+    if path in SPECS:
+        raise FresnetError(
+            f"it is the name of a network and no file: fresnet.init(0, fresnet.SPECS[{path!r}]) "
+            f"draws one, and python -m fresnet models {path} lists published weights"
+        )
+    if "_Weights." in path and path in {weights.name for weights in published()}:
+        raise FresnetError(
+            f"torchvision has these weights: torchvision.models.get_weight({path!r}).url is the "
+            "address of their file"
+        )
 
 
 def _read(path: Path, spec: Spec | None) -> Params:
