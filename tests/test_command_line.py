@@ -354,10 +354,7 @@ def test_misspelt_commands_exit_with_2(capsys: pytest.CaptureFixture[str], argum
     [
         ("train photos --lr 0.1", "unknown option --lr; did you mean --rate?"),
         ("train photos --batch_size=8", "unknown option --batch_size; did you mean --batch?"),
-        (
-            "train photos --worker-count 8",
-            "unknown option --worker-count; did you mean '--workers'",
-        ),
+        ("train photos --keeps 3", "unknown option --keeps; did you mean '--keep'?"),
         ("summary resnet18 --lr 0.1", "unknown option --lr; "),
         ("summary resnet18 resnet50", "one argument too many: resnet50"),
     ],
@@ -369,7 +366,6 @@ def test_options_of_other_programs_get_a_hint_of_ours(
     assert (code, out) == (2, "")
     assert err.startswith(f"usage: python -m fresnet {arguments.split()[0]} ")
     assert hint in err.splitlines()[-1]
-    assert "--rate" not in err.splitlines()[-1] or "train" in arguments
 
 
 def test_it_is_installed_as_a_command() -> None:

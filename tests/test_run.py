@@ -60,6 +60,7 @@ from fresnet.training import course as running
 from fresnet.training import start as begin
 from fresnet.training.checkpoint import saved_states
 from fresnet.training.course import Course, Options, Outcome
+from fresnet.training.evaluation import Evaluation
 from fresnet.training.plan import Run
 from fresnet.training.plan import assemble as assembled
 from fresnet.training.processes import Processes
@@ -74,7 +75,7 @@ from fresnet.training.recipes import (
     with_crop,
     with_epochs,
 )
-from fresnet.training.record import read_log
+from fresnet.training.record import in_words, read_log
 from fresnet.training.run import train
 from fresnet.weights.storage import read_safetensors, write_safetensors
 
@@ -620,7 +621,8 @@ def test_a_batch_goes_with_the_images_unless_it_is_told(
     args = _parser().parse_args(["train", "some", *options])
     folder = Folder("some", ("a", "b"), ("a.png",) * images, (0,) * images)
     recipe = command._with_batch(RECIPES["v1"], args, folder)
-    assert (recipe.batch, recipe.rate) == (batch, pytest.approx(rate))
+    assert recipe.batch == batch
+    assert recipe.rate == pytest.approx(rate)
     assert recipe._replace(batch=256, rate=0.1) == RECIPES["v1"]
 
 
@@ -737,7 +739,7 @@ def test_broken_images_are_left_out_and_named_once(
         lines = capsys.readouterr().out.splitlines()
         at = lines.index("left out 3 images that cannot be read:")
         assert [line.split(": ")[0] for line in lines[at + 1 :]] == damaged
-        assert "on 17 images" in lines[at - 4]
+        assert "on 17 images" in lines[at - 3]
         log = [line["left_out"]["files"] for line in read_log(Path("out")) if "left_out" in line]
         assert sum(map(len, log)) == 3 * len(damaged)
 
@@ -962,6 +964,12 @@ def test_mixings() -> None:
         assert torch.allclose(targets.sum(1), torch.ones(4))
 
 
+@pytest.mark.parametrize(("classes", "top5"), [(5, ""), (6, ", top 5 83.33%")])
+def test_top_5_is_said_where_it_says_something(classes: int, top5: str) -> None:
+    found = Evaluation(6, 1.5, 0.5, 5 / 6, torch.zeros(classes, classes, dtype=torch.int64))
+    assert in_words(found) == f"loss 1.500, top 1 50.00%{top5}"
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_dry_run_is_a_table_and_the_first_step(
     capsys: pytest.CaptureFixture[str], folders: Path, recipe: str
@@ -1164,7 +1172,7 @@ def test_predict_takes_what_a_run_says_at_its_end(
 ) -> None:
     """These are the names of its classes, and its own way of preparing images."""
     assert main(["train", "good", *TRAIN, "--epochs", "1", "--out", "out"]) == 0
-    told = " ".join(capsys.readouterr().out.splitlines()[-2:]).replace("\\ ", "")
+    told = capsys.readouterr().out.splitlines()[-1]
     command = told.partition(" predict IMAGE ")[2].split()
     images = sorted(map(str, Path("good/val").rglob("*.png")))
     assert main(["predict", *images, "--json", *command]) == 0
@@ -1182,12 +1190,20 @@ def test_a_run_tells_its_result_again_after_its_end(
     capsys: pytest.CaptureFixture[str], folders: Path
 ) -> None:
     options = ["train", "good", *TRAIN, "--epochs", "2", "--out", "out"]
+    assert main([*options, "--dry-run"]) == 0
+    plan = capsys.readouterr().out.splitlines()[:-2]
+    assert plan[0].startswith("network     resnet20, 4 classes, ")
     assert main(options) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert [line[:12] for line in said[:2]] == ["epoch 1 of 2", "epoch 2 of 2"]
+    lines = capsys.readouterr().out.splitlines()
+    said = lines[len(plan) :]
+    assert lines[: len(plan)] == plan
+    for number, line in enumerate(said[:2], 1):
+        assert re.fullmatch(
+            rf"epoch {number} of 2: validation loss [\d.]+, top 1 [\d.]+%, [\d.,]+ images/s", line
+        )
     log = (folders / "out" / "log.jsonl").read_text()
     assert main(options) == 0
-    assert capsys.readouterr().out.splitlines() == ["going on after step 8 of 8", *said[2:]]
+    assert capsys.readouterr().out.splitlines() == [*plan, "going on after step 8 of 8", *said[2:]]
     assert (folders / "out" / "log.jsonl").read_text() == log
     for line in log.splitlines():
         assert json.loads(line)["step"] <= 2 * PER_EPOCH

@@ -20,6 +20,7 @@ from fresnet.training.dry_run import tried
 from fresnet.training.plan import Run
 from fresnet.training.processes import Processes, joined, share
 from fresnet.training.recipes import RECIPES, Recipe, with_batch, with_crop, with_epochs
+from fresnet.training.record import in_words
 from fresnet.training.resuming import CHECKPOINTS
 from fresnet.training.run import train
 from fresnet.weights.files import load
@@ -159,8 +160,7 @@ def _told(outcome: Outcome, out: Path) -> str:
     """What the command says at its end: result, files, how to classify with it, broken images."""
     found, broken = outcome.evaluation, outcome.broken
     lines = [
-        f"top 1 {found.top1:.2%}, top 5 {found.top5:.2%}, loss {found.loss:.3f} "
-        f"on {found.images:,} images",
+        f"{in_words(found)} on {found.images:,} images",
         f"wrote {NETWORK}, {LABELS}, {CURVES}, {CONFUSION} and log.jsonl to {out}",
         f"python -m fresnet predict IMAGE --weights {out / NETWORK}",
     ]
