@@ -240,10 +240,12 @@ def test_convert(
     target = f"out{suffix}"
     code, out, _ = call(capsys, "convert", "net.safetensors", target, "--layout", layout)
     told = (layout, suffix) == ("torchvision", ".safetensors")
-    lost = "" if told else "; it does not tell BottleneckV1"
-    lost += ", preset" * (suffix != ".safetensors")
-    assert (code, out) == (0, f"wrote {target}{lost}\n")
+    hugging = layout == "huggingface"
+    lost = ["BottleneckV1"] * (not told and not hugging) + ["preset"] * (suffix != ".safetensors")
+    said = f"; it does not tell {', '.join(lost)}" if lost else ""
+    assert (code, out) == (0, f"wrote {target}{' and config.json' * hugging}{said}\n")
     assert_same(fresnet.load(target, architecture=SPEC), PARAMS)
+    assert (folder / "config.json").exists() == hugging
     assert (folder / target).stat().st_mode == (folder / "labels.txt").stat().st_mode
 
 
@@ -321,6 +323,10 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
         ),
         ("convert net.safetensors no/out.onnx", "export cannot write no/out.onnx: No such file or"),
         ("convert plain.safetensors out.pth", "expects a network that torchvision has; got NoShor"),
+        (
+            "convert net.safetensors other/model.safetensors --layout huggingface",
+            "other/config.json is not of a ResNet of Hugging Face, and would be replaced",
+        ),
         ("convert net.safetensors no/out.pth", "convert cannot write no/out.pth: No such file or"),
     ],
 )
@@ -332,6 +338,8 @@ def test_refusals_are_one_line_and_leave_nothing_behind(
     fresnet.save(fresnet.init(0, SPEC, num_classes=0), folder / "encoder.safetensors")
     fresnet.save(fresnet.init(0, SPEC, num_classes=2, in_channels=4), folder / "four.safetensors")
     (folder / "empty").mkdir()
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "bert"}')
     before = {path.name for path in folder.iterdir()}
     code, out, err = call(capsys, *arguments.split())
     assert code == 1
@@ -354,7 +362,7 @@ def test_misspelt_commands_exit_with_2(capsys: pytest.CaptureFixture[str], argum
     [
         ("train photos --lr 0.1", "unknown option --lr; did you mean --rate?"),
         ("train photos --batch_size=8", "unknown option --batch_size; did you mean --batch?"),
-        ("train photos --keeps 3", "unknown option --keeps; did you mean '--keep'?"),
+        ("train photos --keeps 3", "unknown option --keeps; did you mean '--keep'"),
         ("summary resnet18 --lr 0.1", "unknown option --lr; "),
         ("summary resnet18 resnet50", "one argument too many: resnet50"),
     ],

@@ -28,7 +28,9 @@ from strategies import examples, tiny_params
 
 import fresnet
 from fresnet import FresnetError, Params, Preset, Spec, optim, training, tree
+from fresnet.__main__ import main
 from fresnet.network.nodes import (
+    BasicBlock,
     Bottleneck,
     BottleneckV1,
     DilatedStage,
@@ -380,6 +382,28 @@ def test_a_file_that_holds_no_network_is_refused_by_name_and_reason(
     make, reason = BAD[name]
     make(tmp_path / "file")
     assert reason in refusal(tmp_path / "file")
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck, BottleneckV1])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_transformers_makes_its_own_network_of_what_is_converted(
+    block: Any, classes: int, tmp_path: Path
+) -> None:
+    params = fresnet.init(0, Spec(block, (1, 1, 2, 1), width=4), num_classes=classes, in_channels=1)
+    fresnet.save(params, tmp_path / "ours", labels=["a", "b", "c"] if classes else None)
+    (tmp_path / "theirs").mkdir()
+    options = (str(tmp_path / "theirs" / "model.safetensors"), "--layout", "huggingface")
+    for _ in range(2):  # the second time it replaces its own
+        assert main(["convert", str(tmp_path / "ours"), *options]) == 0
+    kind = transformers.ResNetForImageClassification if classes else transformers.ResNetModel
+    model = kind.from_pretrained(tmp_path / "theirs").eval()
+    x = torch.rand(2, 1, 40, 40)
+    with torch.no_grad():
+        found = model(x).logits if classes else model(x).pooler_output.flatten(1)
+    assert torch.allclose(found, fresnet.forward(params, x), atol=1e-5)
+    if classes:
+        assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert_same(fresnet.load(tmp_path / "theirs"), params)
 
 
 def test_a_changed_value_is_noticed(tmp_path: Path) -> None:
