@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -114,7 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("summary", look_at, "the layers, parameters and multiply-adds of a network")
     sub.add_argument("network", help=f"such as resnet50; or {WEIGHTS}")
     sub.add_argument(
-        "--image-size", type=_size, default=224, metavar="N", help="or HxW; default 224"
+        "--image-size",
+        type=_size,
+        metavar="N",
+        help="or HxW; default: what is known of a file's images, else 224",
     )
     sub.add_argument(
         "--classes", type=int, default=1000, metavar="N", help="if no file; default 1000; 0: none"
@@ -239,7 +243,13 @@ def _train(args: argparse.Namespace) -> str:
 def script() -> int:
     """The command `fresnet`, which is a process of its own."""
     keep_pages()
+    warnings.formatwarning = _one_line
     return main()
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning without the line of the program that gives it, of which the user has no use."""
+    return f"fresnet: {message}\n"
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ def test_summary(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert (code, out) == (0, f"{fresnet.summary(params, 32)}\n")
     code, out, _ = call(capsys, "summary", "net.safetensors", "--markdown", "--image-size=9x7")
     assert (code, out) == (0, f"{fresnet.summary(PARAMS, (9, 7)).markdown()}\n")
+    fresnet.save(PARAMS, "told", preset=Preset(40, (32, 24), "bilinear"))
+    code, out, _ = call(capsys, "summary", "told")
+    assert (code, out) == (0, f"{fresnet.summary(PARAMS, (32, 24))}\n")
+    code, out, _ = call(capsys, "summary", "net.safetensors")
+    assert (code, out) == (0, f"{fresnet.summary(PARAMS, 224)}\n")
     code, out, _ = call(capsys, "summary", "resnet20", "--classes", "0")
     assert code == 0
     assert "NoHead" in out
@@ -413,13 +418,19 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder: Path) -> None:
 def test_as_a_process(folder: Path) -> None:
     """It has its exit status, and gives no traceback for what it refuses."""
     Image.fromarray(np.zeros((2, 3), np.uint8)).save("grey.png")
+    torch.save(named_leaves(fresnet.init(0, fresnet.SPECS["resnet20"])), "net.pth")  # warns
     (folder / "half.png").write_bytes((folder / "china.png").read_bytes()[:1000])
-    for image, status in (("grey.png", 0), ("half.png", 1)):
+    for image, net, status in (
+        ("grey.png", "net.safetensors", 0),
+        ("grey.png", "net.pth", 0),
+        ("half.png", "net.safetensors", 1),
+    ):
         done = subprocess.run(
-            [sys.executable, "-m", "fresnet", "predict", image, "--weights", "net.safetensors"],
+            [sys.executable, "-m", "fresnet", "predict", image, "--weights", net],
             capture_output=True,
             text=True,
         )
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
-        assert len(done.stdout.splitlines()) == (0 if status else 5)
+        assert all(line.startswith("fresnet") for line in done.stderr.splitlines())
+        assert len(done.stdout.splitlines()) == (0 if status else 5 + (net == "net.pth"))

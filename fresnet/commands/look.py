@@ -10,10 +10,15 @@ from fresnet.network.nodes import Params
 from fresnet.network.summary import summary
 from fresnet.weights import published
 from fresnet.weights.files import load
+from fresnet.weights.notes import notes
 
 
 def look_at(args: argparse.Namespace) -> str:
-    table = summary(_network(args), args.image_size)
+    params, size = _network(args), args.image_size
+    if size is None:
+        preset = None if args.network in SPECS else notes(args.network).preset
+        size = preset.crop if preset else 224
+    table = summary(params, size)
     return table.markdown() if args.markdown else str(table)
 
 

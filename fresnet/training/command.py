@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> str:
         plan, params = _begun(args, recipe, len(folders[0].classes))
         params = tree.map(lambda leaf: leaf.to(processes.device), params)
         if args.dry_run:
-            workers = min(0, args.workers or 0)  # none is needed; a negative number is refused
-            options = Options(args.recompute, workers, _on_broken(args), args.keep, args.save_every)
+            options = Options(args.recompute, 0, _on_broken(args), args.keep, args.save_every)
             said = tried(Course(plan, params, folders, args.out, processes, options))
         else:
             said = _told(_trained(args, plan, params, folders, processes), args.out)
@@ -94,6 +93,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         if value is not None and not 0 < value < math.inf:
             option = name.replace("_", "-")
             raise FresnetError(f"--{option} expects a positive number; got {value}")
+    if args.workers is not None and args.workers < 0:
+        raise FresnetError(f"--workers expects a number from 0 on; got {args.workers}")
     if not 0 <= args.seed < 2**63:
         raise FresnetError(f"--seed expects a number from 0 to below 2**63; got {args.seed}")
     if args.epochs is not None:
