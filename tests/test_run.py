@@ -76,6 +76,7 @@ from fresnet.training.recipes import (
     with_epochs,
 )
 from fresnet.training.record import in_words, read_log
+from fresnet.training.resuming import resumed
 from fresnet.training.run import train
 from fresnet.weights.storage import read_safetensors, write_safetensors
 
@@ -1209,3 +1210,13 @@ def test_a_run_tells_its_result_again_after_its_end(
         assert json.loads(line)["step"] <= 2 * PER_EPOCH
     for picture in ("curves.png", "confusion.png"):
         assert imread(folders / "out" / picture).ndim == 3
+
+
+def test_what_older_runs_did_not_note_is_no_difference_where_it_is_not_set(tmp_path: Path) -> None:
+    state = begin(fresnet.init(0, Spec(BasicBlock, (1,), 4), num_classes=2), optim.sgd(0.1))
+    save_state(state, tmp_path / "checkpoints", step=0, notes={"rate": "0.1"})
+    notes = {"rate": "0.1", "head_rate": "None", "frozen": "()", "preset channels": "RGB"}
+    assert_same(resumed(state, tmp_path, notes), state)
+    for other in ({"head_rate": "1.0"}, {"rate": "None"}, {"preset channels": "BGR"}):
+        with pytest.raises(FresnetError, match="holds a run of"):
+            resumed(state, tmp_path, {**notes, **other})

@@ -16,6 +16,9 @@ CHECKPOINTS = "checkpoints"
 
 Notes: TypeAlias = Mapping[str, int | str]
 
+UNSET = ("None", "()", "RGB")
+"""What notes say of a setting that is not made. Older runs do not note what they did not know."""
+
 
 @runtime_checkable
 class Fields(Protocol):
@@ -65,6 +68,7 @@ def resumed(state: TrainState, out: Path, notes: Notes) -> TrainState:
         f"{name} {shorten(str(there.get(name)), 40)}, not {shorten(str(notes.get(name)), 40)}"
         for name in dict.fromkeys([*notes, *there])
         if there.get(name) != notes.get(name)
+        and not (name not in there and notes.get(name) in UNSET)
     ]
     if others:
         raise FresnetError(
