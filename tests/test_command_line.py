@@ -22,6 +22,7 @@ from fresnet.__main__ import main, script
 from fresnet.network.nodes import Bottleneck, BottleneckV1, CentredZeroPad
 from fresnet.weights import published
 from fresnet.weights.state_dicts import named_leaves
+from fresnet.weights.storage import write_safetensors
 
 SPEC = Spec(BottleneckV1, (1, 1), width=8)
 PARAMS = fresnet.init(0, SPEC, num_classes=4)
@@ -212,17 +213,16 @@ def test_predict_takes_any_number_of_images_and_any_dtype(
 def test_predict_says_what_it_can_and_names_what_it_cannot(
     capsys: pytest.CaptureFixture[str], folder: Path, as_json: bool
 ) -> None:
-    images = ["china.png", "labels.txt", "flower.jpg", "no.png"]
+    (folder / "empty").mkdir()
+    images = ["china.png", "labels.txt", "flower.jpg", "empty", "no.png"]
     net = ("--weights", "net.safetensors", *["--json"] * as_json)
     _, expected, _ = call(capsys, "predict", "china.png", "flower.jpg", *net)
     code, out, err = call(capsys, "predict", *images, *net)
     assert (code, out) == (1, expected)
     first, *named = err.splitlines()
-    assert first == "fresnet predict: 2 of 4 images cannot be read:"
-    assert ["labels.txt: cannot identify" in named[0], "no.png: No such file" in named[1]] == [
-        True,
-        True,
-    ]
+    assert first == "fresnet predict: 3 of 5 cannot be read:"
+    reasons = ("empty has no file", "labels.txt: cannot identify", "no.png: No such file")
+    assert all(one in line for one, line in zip(reasons, named, strict=True))
     code, out, err = call(capsys, "predict", "no.png", *net)
     assert (code, out) == (1, "")
 
@@ -307,6 +307,7 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
             "predict china.png --weights four.safetensors",
             "takes images of 4 channels; predict has images of 1 or 3",
         ),
+        ("predict china.png --weights odd", "odd has 1 labels; the network has 4 classes"),
         ("predict empty --weights net.safetensors", "empty has no file that ends in .jpg, .jpeg"),
         ("predict china.png --weights labels.txt", "cannot load labels.txt: it is no file of safe"),
         ("predict china.png --weights net.safetensors --top 9", "--top expects 1 to 4, the number"),
@@ -342,6 +343,8 @@ def test_refusals_are_one_line_and_leave_nothing_behind(
     fresnet.save(fresnet.init(0, fresnet.SPECS["plain20"]), folder / "plain.safetensors")
     fresnet.save(fresnet.init(0, SPEC, num_classes=0), folder / "encoder.safetensors")
     fresnet.save(fresnet.init(0, SPEC, num_classes=2, in_channels=4), folder / "four.safetensors")
+    texts = {"fresnet.notes": '{"labels": ["a"]}'}
+    write_safetensors("test", dict(named_leaves(PARAMS)), folder / "odd", texts)
     (folder / "empty").mkdir()
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text('{"model_type": "bert"}')

@@ -576,6 +576,7 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --timeout 1e15", "--timeout expects a positive number of at most"),
         ("good --batch 1000", "a batch of 1000 images is more than the"),
         ("good --arch resnet20 --weights a.pth", "cannot load a.pth: No such file or directory"),
+        ("good --weights grey", "grey takes images of 1 channels; train has images of 3"),
         ("good --out file", "cannot write to file: File exists"),
         ("good --out file/out", "cannot write to file/out: Not a directory"),
         ("good --out /proc/out", "cannot write to /proc/out: No such file or directory"),
@@ -585,6 +586,8 @@ def test_bad_input_is_refused_in_a_line(
     capsys: pytest.CaptureFixture[str], folders: Path, arguments: str, reason: str
 ) -> None:
     options = () if "--micro" in arguments or "--workers" in arguments else ("--workers", "0")
+    grey = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=4, in_channels=1)
+    fresnet.save(grey, "grey")
     arch = () if "--weights" in arguments else ("--arch", "resnet20")
     said = refused(capsys, *arch, "--crop", "16", "--batch", "10", *options, *arguments.split())
     assert reason in said

@@ -38,7 +38,7 @@ def predict(args: argparse.Namespace) -> str:
         raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")
     found: list[Mapping[str, Any]] = []
     broken: list[str] = []
-    images = [image for place in args.images for image in _images(place)]
+    images = [image for place in args.images for image in _images(place, broken)]
     for image, probabilities in _probabilities(params, images, preset, broken):
         predictions = [
             {"class": index, "label": labels[index], "probability": probability}
@@ -49,19 +49,23 @@ def predict(args: argparse.Namespace) -> str:
     if broken:
         if found:
             print(said, flush=True)
-        count = f"{len(broken)} of {len(images)} images cannot be read:"
-        raise FresnetError("\n  ".join([count, *broken] if len(images) > 1 else broken))
+        count = f"{len(broken)} of {len(broken) + len(found)} cannot be read:"
+        raise FresnetError("\n  ".join([count, *broken] if found or broken[1:] else broken))
     return said
 
 
-def _images(place: str) -> list[str]:
-    """An image, or all images in a folder."""
+def _images(place: str, broken: list[str]) -> list[str]:
+    """An image, or all images in a folder; a folder of none is put to `broken`."""
     if not os.path.isdir(place):
         return [place]
-    found = images_below(place)
-    if not found:
-        raise FresnetError(f"{place} has no file that ends in {', '.join(EXTENSIONS)}")
-    return found
+    try:
+        found = images_below(place)
+        if not found:
+            raise FresnetError(f"{place} has no file that ends in {', '.join(EXTENSIONS)}")
+        return found
+    except FresnetError as error:
+        broken.append(str(error))
+        return []
 
 
 def _probabilities(
@@ -119,16 +123,18 @@ def _labels(
     args: argparse.Namespace, known: Sequence[str] | None, classes: int
 ) -> Sequence[str | None]:
     """The labels that are asked for, or else those that are known; None for each if none are."""
-    path: Path | None = args.labels
-    if path is None:
-        return known or [None] * classes
-    try:
-        labels = read_labels(path)
-    except (OSError, FresnetError) as error:
-        raise FresnetError(f"cannot read labels {path}: {reason(error)}") from error
+    place: Path = args.labels or args.weights
+    labels = known
+    if args.labels is not None:
+        try:
+            labels = read_labels(place)
+        except (OSError, FresnetError) as error:
+            raise FresnetError(f"cannot read labels {place}: {reason(error)}") from error
+    if labels is None:
+        return [None] * classes
     if len(labels) != classes:
-        raise FresnetError(f"{path} has {len(labels)} labels; the network has {classes} classes")
-    if known and list(known) != labels:
+        raise FresnetError(f"{place} has {len(labels)} labels; the network has {classes} classes")
+    if known is not None and [*known] != [*labels]:
         _tell(f"{args.weights} has other labels, such as {listed(known)}; --labels are taken")
     return labels
 

@@ -11,6 +11,7 @@ from fresnet import tree
 from fresnet.data import Folder, scan
 from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError, reason, suggestion
+from fresnet.network.check import first_conv
 from fresnet.network.family import SPECS
 from fresnet.network.init import fresh_head, init
 from fresnet.network.nodes import NoHead, Params
@@ -150,6 +151,10 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
         return arch, init(args.seed, SPECS[arch], num_classes=classes)
     params = cast(load(args.weights, architecture=args.arch), torch.float32)
     weights = params.weights
+    if (channels := first_conv(weights).shape[1]) != 3:
+        raise FresnetError(
+            f"{args.weights} takes images of {channels} channels; train has images of 3"
+        )
     name = f"{args.weights} with its head"
     if isinstance(weights.head, NoHead) or len(weights.head.bias) != classes:
         head = fresh_head(args.seed, weights, classes)
