@@ -6,7 +6,8 @@ logits, stats = fresnet.forward_train(params, x)   # training: batch statistics
 """
 
 from fresnet import data, moments, nodes, optim, training, tree
-from fresnet.data.preprocess import PRESETS, Preset, preprocess
+from fresnet.data.preprocess import preprocess
+from fresnet.data.presets import PRESETS, Preset
 from fresnet.errors import FresnetError
 from fresnet.gradients.clipping import clipped_grads, per_sample_norms
 from fresnet.gradients.per_sample import per_sample_grads
@@ -31,6 +32,7 @@ from fresnet.pytorch.allocator import keep_pages
 from fresnet.weights.export import export
 from fresnet.weights.files import load, save
 from fresnet.weights.module import as_module
+from fresnet.weights.notes import notes
 from fresnet.weights.state_dicts import from_state_dict, to_state_dict
 
 __version__ = "0.1.0"
@@ -69,6 +71,7 @@ __all__ = [
     "load",
     "moments",
     "nodes",
+    "notes",
     "optim",
     "per_sample_grads",
     "per_sample_norms",

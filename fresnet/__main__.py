@@ -2,29 +2,21 @@
 
 import argparse
 import io
-import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 import fresnet
-from fresnet.data.folder import read_labels
-from fresnet.data.preprocess import PRESETS, Preset, preset_of
+from fresnet.commands.convert import convert
+from fresnet.commands.look import family, look_at
+from fresnet.commands.predict import predict
+from fresnet.data.presets import PRESETS
 from fresnet.errors import FresnetError, reason, suggestion
-from fresnet.network.check import first_conv
-from fresnet.network.family import SPECS
-from fresnet.network.nodes import NoHead, Params
 from fresnet.pytorch.allocator import keep_pages
-from fresnet.weights import published
-from fresnet.weights.export import SUFFIXES
-from fresnet.weights.layouts import LAYOUTS, foreign_to
-from fresnet.weights.storage import write_pickle, write_safetensors
-from fresnet.weights.untold import untold
+from fresnet.weights.layouts import LAYOUTS
 
 EXAMPLES = {
     "models": """examples:
@@ -37,7 +29,7 @@ EXAMPLES = {
     "predict": """examples:
   python -m fresnet predict cat.jpg dog.png --weights resnet50.safetensors
   python -m fresnet predict cat.jpg --weights timm/resnet50.a1_in1k \\
-      --preset timm-a1 --labels imagenet_classes.txt --top 3 --json""",
+      --labels imagenet_classes.txt --top 3 --json""",
     "convert": """examples:
   python -m fresnet convert checkpoint.pth resnet50.safetensors
   python -m fresnet convert microsoft/resnet-50 resnet50.pth --layout timm
@@ -51,7 +43,27 @@ The same command again goes on from the last checkpoint in --out.""",
 }
 WEIGHTS = "a checkpoint (.safetensors, .pth), or owner/name at Hugging Face"
 OUTPUTS = "a .safetensors, .pth, .pt or .bin, or to run: an .onnx or .pt2"
-BATCH = 16
+
+OTHERS_NAMES = {
+    "--lr": "--rate",
+    "--learning-rate": "--rate",
+    "--batch-size": "--batch",
+    "-b": "--batch",
+    "--model": "--arch",
+    "-a": "--arch",
+    "--pretrained": "--weights",
+    "--checkpoint": "--weights",
+    "--val": "--validation",
+    "--amp": "--bfloat16",
+    "--bf16": "--bfloat16",
+    "--image-size": "--crop",
+    "--img-size": "--crop",
+    "--output": "--out",
+    "--output-dir": "--out",
+    "--topk": "--top",
+    "--classes": "--labels",
+}
+"""What options are called in other people's programs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # some file names cannot be encoded
-    args = _parser().parse_args(arguments)
+    args, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        args.parser.error(_hint(unknown[0], args.parser))
     try:
         said = args.run(args)
         if said:
@@ -95,13 +109,16 @@ def _parser() -> argparse.ArgumentParser:
             epilog=EXAMPLES[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
-    sub = command("summary", _summary, "the layers, parameters and multiply-adds of a network")
+    sub = command("summary", look_at, "the layers, parameters and multiply-adds of a network")
     sub.add_argument("network", help=f"such as resnet50; or {WEIGHTS}")
     sub.add_argument(
-        "--image-size", type=_size, default=224, metavar="N", help="or HxW; default 224"
+        "--image-size",
+        type=_size,
+        metavar="N",
+        help="or HxW; default: what is known of a file's images, else 224",
     )
     sub.add_argument(
         "--classes", type=int, default=1000, metavar="N", help="if no file; default 1000; 0: none"
@@ -109,28 +126,32 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
     _add_architecture(sub)
 
-    sub = command("models", _models, "the networks by name, their sizes and published weights")
+    sub = command("models", family, "the networks by name, their sizes and published weights")
     sub.add_argument(
         "pattern", nargs="?", default="*", metavar="PATTERN", help="of names, such as 'resnet50*'"
     )
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
 
-    sub = command("predict", _predict, "the most probable classes of images")
-    sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image file")
+    sub = command("predict", predict, "the most probable classes of images")
+    sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image, or a folder of images")
     sub.add_argument("--weights", required=True, metavar="FILE", help=WEIGHTS)
-    sub.add_argument("--labels", type=Path, metavar="FILE", help="a label for each class, by line")
+    sub.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="a label for each class, by line; default: those in the weights' file, if it has any",
+    )
     sub.add_argument("--top", type=int, metavar="N", help="how many; default 5, or all")
     sub.add_argument(
         "--preset",
-        default="imagenet-v1",
         help=f"how images are prepared: {', '.join(PRESETS)}, or RESIZE,CROP,INTERPOLATION; "
-        "default imagenet-v1",
+        "default: what is known of the weights, else imagenet-v1",
     )
     sub.add_argument("--json", action="store_true", help="as JSON")
     _add_architecture(sub)
 
     what = "a checkpoint under another library's names, or exported to run without fresnet"
-    sub = command("convert", _convert, what)
+    sub = command("convert", convert, what)
     sub.add_argument("source", metavar="IN", help=WEIGHTS)
     sub.add_argument("target", metavar="OUT", type=Path, help=OUTPUTS)
     sub.add_argument("--layout", choices=LAYOUTS, default="torchvision", help="default torchvision")
@@ -139,6 +160,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "a network on a folder of images by a published recipe")
     _add_training(sub)
     return parser
+
+
+def _hint(unknown: str, parser: argparse.ArgumentParser) -> str:
+    """What is said of an argument that a command has no place for."""
+    name = unknown.partition("=")[0]
+    if not name.startswith("-"):
+        return f"one argument too many: {unknown}"
+    known = re.findall(r"--[\w-]+", parser.format_usage())
+    meant = OTHERS_NAMES.get(name.replace("_", "-"))
+    hint = f"did you mean {meant}?" if meant in known else suggestion(name, known)
+    return f"unknown option {name}; {hint}"
 
 
 def _size(text: str) -> int | tuple[int, int]:
@@ -163,7 +195,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     option("--weights", metavar="FILE", help="to begin with; other classes or none: a fresh head")
     for name, kind, what in (
         ("epochs", int, "instead of the recipe's"),
-        ("batch", int, "images a step, of all processes; the rate goes with it"),
+        (
+            "batch",
+            int,
+            "images a step, of all processes; the rate goes with it",
+        ),
         ("rate", float, "the highest learning rate"),
         ("head-rate", float, "that of the head, if it is another"),
         ("crop", int, "the side of the squares, in training and evaluation"),
@@ -204,122 +240,17 @@ def _train(args: argparse.Namespace) -> str:
     return run(args)
 
 
-def _summary(args: argparse.Namespace) -> str:
-    table = fresnet.summary(_network(args), args.image_size)
-    return table.markdown() if args.markdown else str(table)
+def script() -> int:
+    """The command `fresnet`, which is a process of its own."""
+    keep_pages()
+    warnings.formatwarning = _one_line
+    return main()
 
 
-def _models(args: argparse.Namespace) -> str:
-    found = published.rows(args.pattern)
-    return published.markdown(found) if args.markdown else published.table(found)
-
-
-def _network(args: argparse.Namespace) -> Params:
-    """A member of the family without values, or the network in a checkpoint."""
-    name = args.network
-    if name in SPECS:
-        return fresnet.init(0, SPECS[name], num_classes=args.classes, device="meta")
-    if os.path.exists(name) or "/" in name or "." in name:
-        return fresnet.load(name, architecture=args.arch)
-    raise FresnetError(f"unknown network {name!r}; {suggestion(name, SPECS)}")
-
-
-def _predict(args: argparse.Namespace) -> str:
-    params = fresnet.load(args.weights, architecture=args.arch)
-    if isinstance(params.weights.head, NoHead):
-        hint = "python -m fresnet train DIR --weights FILE gives it one"
-        raise FresnetError(f"{args.weights} has no head, so it knows no classes: {hint}")
-    classes = len(params.weights.head.bias)
-    labels = _labels(args.labels, classes)
-    top = min(5, classes) if args.top is None else args.top
-    if not 1 <= top <= classes:
-        raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")
-    found: list[Mapping[str, Any]] = []
-    broken: list[str] = []
-    for image, probabilities in _probabilities(params, args.images, preset_of(args.preset), broken):
-        predictions = [
-            {"class": index, "label": labels[index], "probability": probability}
-            for probability, index in zip(*map(Tensor.tolist, probabilities.topk(top)), strict=True)
-        ]
-        found.append({"image": image, "preset": args.preset, "predictions": predictions})
-    said = json.dumps(found, indent=2) if args.json else "\n\n".join(map(_table, found))
-    if broken:
-        if found:
-            print(said, flush=True)
-        count = f"{len(broken)} of {len(args.images)} images cannot be read:"
-        raise FresnetError("\n  ".join([count, *broken] if len(args.images) > 1 else broken))
-    return said
-
-
-def _probabilities(
-    params: Params, images: Sequence[str], preset: str | Preset, broken: list[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Each image with its probabilities `[k]`; what cannot be read is put to `broken`."""
-    stem = first_conv(params.weights)
-    for start in range(0, len(images), BATCH):
-        read: list[tuple[str, Tensor]] = []
-        for image in images[start : start + BATCH]:
-            try:
-                read.append((image, fresnet.preprocess([image], preset)))
-            except FresnetError as error:
-                broken.append(str(error).replace("preprocess cannot read images[0], ", ""))
-        if not read:
-            continue
-        names, xs = zip(*read, strict=True)
-        with torch.no_grad():
-            logits = fresnet.forward(params, torch.cat(xs).to(stem.dtype)).float()
-        if not logits.isfinite().all():
-            raise FresnetError("the network's logits are not finite: these weights overflow")
-        yield from zip(names, logits.softmax(1), strict=True)
-
-
-def _table(found: Mapping[str, Any]) -> str:
-    rows = (
-        f"  {p['probability']:7.2%}  {p['label'] or 'class {class}'.format(**p)}"
-        for p in found["predictions"]
-    )
-    return "\n".join([f"{found['image']} ({found['preset']})", *rows])
-
-
-def _labels(path: Path | None, classes: int) -> Sequence[str | None]:
-    if path is None:
-        return [None] * classes
-    try:
-        labels = read_labels(path)
-    except (OSError, FresnetError) as error:
-        raise FresnetError(f"cannot read labels {path}: {reason(error)}") from error
-    if len(labels) != classes:
-        raise FresnetError(f"{path} has {len(labels)} labels; the network has {classes} classes")
-    return labels
-
-
-def _convert(args: argparse.Namespace) -> str:
-    if args.target.suffix not in (".safetensors", ".pth", ".pt", ".bin", *SUFFIXES):
-        expected = "a .safetensors, .pth, .pt, .bin, .onnx or .pt2"
-        raise FresnetError(f"OUT expects {expected}; got {args.target}")
-    exported = args.target.suffix in SUFFIXES
-    if exported and args.layout != "torchvision":
-        raise FresnetError(
-            f"{args.target} expects no --layout: it holds a program; got {args.layout}"
-        )
-    params = fresnet.load(args.source, architecture=args.arch)
-    if exported:
-        fresnet.export(params, args.target)
-        return f"wrote {args.target}"
-    if args.target.suffix != ".safetensors":
-        write_pickle("convert", fresnet.to_state_dict(params, args.layout), args.target)
-    elif args.layout != "torchvision":
-        write_safetensors("convert", fresnet.to_state_dict(params, args.layout), args.target)
-    else:
-        fresnet.save(params, args.target)
-        foreign = foreign_to("torchvision", params)
-        return f"wrote {args.target}" + (
-            f"; torchvision has no {foreign}, so it is for fresnet alone" if foreign else ""
-        )
-    lost = untold(params)
-    return f"wrote {args.target}" + (f"; its names do not tell {', '.join(lost)}" if lost else "")
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning without the line of the program that gives it, of which the user has no use."""
+    return f"fresnet: {message}\n"
 
 
 if __name__ == "__main__":
-    keep_pages()
-    sys.exit(main())
+    sys.exit(script())

@@ -1,4 +1,4 @@
-"""What is asked of files before they are read, since anyone may have written them."""
+"""What is asked of files before they are read, since anyone may have written them; and JSON."""
 
 import json
 import os
@@ -66,6 +66,11 @@ def from_json(text: str | bytes) -> Any:
         raise FresnetError("it is nested too deeply") from None
     except ValueError as error:
         raise FresnetError(f"it is no JSON: {reason(error)}") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value that JSON has, for people to read."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

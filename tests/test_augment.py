@@ -33,7 +33,7 @@ from fresnet.data import (
     trivial_augment,
 )
 from fresnet.data.augmentation import EIGENVALUES, EIGENVECTORS
-from fresnet.data.preprocess import Preset
+from fresnet.data.presets import Preset
 
 T = torchvision.transforms
 BILINEAR = T.InterpolationMode.BILINEAR

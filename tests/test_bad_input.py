@@ -270,7 +270,9 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
     ("arguments", "message"),
     [
         ({"generator": "0"}, "init expects a torch.Generator or an int; got '0'"),
-        ({"generator": 0, "spec": "resnet50"}, "init expects a Spec, such as fresnet.RESNET50"),
+        ({"generator": 0, "spec": "resnet50"}, "got 'resnet50': fresnet.SPECS['resnet50']"),
+        ({"generator": 0, "spec": "resnet5"}, "got 'resnet5'; did you mean 'resnet50', "),
+        ({"generator": 0, "spec": 50}, "init expects a Spec, such as fresnet.RESNET50; got 50"),
         ({"generator": True}, "init expects a torch.Generator or an int; got True"),
         ({"generator": 0, "num_classes": 9.0}, "got num_classes=9.0, in_channels=3"),
         ({"generator": 0, "num_classes": -1}, "got num_classes=-1, in_channels=3"),

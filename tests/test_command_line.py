@@ -1,8 +1,11 @@
 """`python -m fresnet` as scripts and people call it."""
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import fresnet
-from fresnet import Spec
-from fresnet.__main__ import main
-from fresnet.network.nodes import BottleneckV1, CentredZeroPad
+from fresnet import Preset, Spec
+from fresnet.__main__ import main, script
+from fresnet.network.nodes import Bottleneck, BottleneckV1, CentredZeroPad
 from fresnet.weights import published
 from fresnet.weights.state_dicts import named_leaves
+from fresnet.weights.storage import write_safetensors
 
 SPEC = Spec(BottleneckV1, (1, 1), width=8)
 PARAMS = fresnet.init(0, SPEC, num_classes=4)
@@ -30,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, photo in zip(("china.png", "flower.jpg"), load_sample_images().images, strict=True):
         Image.fromarray(photo).save(name)
-    fresnet.save(PARAMS, "net.safetensors")
+    fresnet.save(PARAMS, "net.safetensors", preset="imagenet-v1")
     Path("labels.txt").write_text("temple\nflower\ntench\ngoldfish\n")
     return tmp_path
 
@@ -50,6 +54,11 @@ def test_summary(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert (code, out) == (0, f"{fresnet.summary(params, 32)}\n")
     code, out, _ = call(capsys, "summary", "net.safetensors", "--markdown", "--image-size=9x7")
     assert (code, out) == (0, f"{fresnet.summary(PARAMS, (9, 7)).markdown()}\n")
+    fresnet.save(PARAMS, "told", preset=Preset(40, (32, 24), "bilinear"))
+    code, out, _ = call(capsys, "summary", "told")
+    assert (code, out) == (0, f"{fresnet.summary(PARAMS, (32, 24))}\n")
+    code, out, _ = call(capsys, "summary", "net.safetensors")
+    assert (code, out) == (0, f"{fresnet.summary(PARAMS, 224)}\n")
     code, out, _ = call(capsys, "summary", "resnet20", "--classes", "0")
     assert code == 0
     assert "NoHead" in out
@@ -88,6 +97,92 @@ def test_predict(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert len(lines) == 7
 
 
+def test_predict_takes_what_the_file_says(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    params = fresnet.init(1, Spec(Bottleneck, (1,), width=4), num_classes=3)
+    own, labels = Preset(40, 32, "bicubic", corner=floor), ["a", "b\udcff", "temple of heaven"]
+    fresnet.save(params, "told.safetensors", preset=own, labels=labels)
+    for target in ("timm.safetensors", "plain.safetensors"):
+        layout = target.partition(".")[0].replace("plain", "torchvision")
+        code, out, _ = call(capsys, "convert", "told.safetensors", target, "--layout", layout)
+        assert (code, out) == (0, f"wrote {target}\n")
+    code, out, _ = call(capsys, "convert", "told.safetensors", "told.pth")
+    assert (code, out) == (0, "wrote told.pth; it does not tell preset, labels\n")
+    expected = fresnet.forward(params, fresnet.preprocess(["china.png"], own)).softmax(1)
+    best = expected.argmax().item()
+    for file in ("told.safetensors", "timm.safetensors", "plain.safetensors"):
+        code, out, err = call(capsys, "predict", "china.png", "--json", "--weights", file)
+        assert (code, err) == (0, "")
+        (found,) = json.loads(out)
+        first = found["predictions"][0]
+        assert (found["preset"], first["label"]) == ("40,32,bicubic", labels[int(best)])
+        assert first["probability"] == pytest.approx(expected.max().item())
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "said"),
+    [
+        ("told", ("--preset", "timm"), "told was evaluated with imagenet-v2; --preset is taken"),
+        ("told", ("--preset", "imagenet-v2"), ""),
+        ("told", ("--labels", "labels.txt"), "told has other labels, such as a, b, c and 1 more; "),
+        ("untold", (), "nothing tells how images for untold are prepared: imagenet-v1 is taken"),
+        ("untold", ("--preset", "imagenet-v1"), ""),
+        ("net.safetensors", (), ""),
+        ("net.safetensors", ("--preset", "imagenet-v1"), ""),
+    ],
+)
+def test_predict_says_what_it_assumes_and_what_contradicts(
+    capsys: pytest.CaptureFixture[str], folder: Path, weights: str, options: Any, said: str
+) -> None:
+    fresnet.save(PARAMS, "untold")
+    fresnet.save(PARAMS, "told", preset="imagenet-v2", labels=[*"abcd"])
+    code, out, err = call(capsys, "predict", "china.png", "--weights", weights, *options)
+    assert code == 0
+    assert err.startswith(f"fresnet predict: {said}") if said else not err
+    assert ("temple" in out) == ("--labels" in options)
+
+
+@pytest.mark.parametrize("noted", [False, True])
+def test_predict_with_a_network_of_grey_images(
+    capsys: pytest.CaptureFixture[str], folder: Path, noted: bool
+) -> None:
+    params = fresnet.init(1, Spec(Bottleneck, (1,), width=4), num_classes=3, in_channels=1)
+    grey = Preset(40, 32, "bilinear", mean=(0.449,), std=(0.226,), channels="L")
+    fresnet.save(params, "grey", preset=grey if noted else None)
+    options = () if noted else ("--preset", "40,32,bilinear")
+    code, out, err = call(capsys, "predict", "china.png", "--json", "--weights", "grey", *options)
+    assert code == 0
+    said = "" if noted else "fresnet predict: grey takes grey images: mean 0.449, std 0.226\n"
+    assert err == said
+    (found,) = json.loads(out)
+    expected = fresnet.forward(params, fresnet.preprocess(["china.png"], grey)).softmax(1)
+    assert found["preset"] == "40,32,bilinear in grey"
+    assert found["predictions"][0]["probability"] == pytest.approx(expected.max().item())
+
+
+def test_predict_takes_folders(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    net = ("--weights", "net.safetensors", "--top", "1")
+    for name in ("a.PNG", "b/c.jpg", ".hidden/d.png"):
+        path = folder / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((folder / "china.png").read_bytes())
+    code, out, _ = call(capsys, "predict", "photos", "flower.jpg", *net)
+    assert code == 0
+    named = [line.partition(" ")[0] for line in out.splitlines()[::3]]
+    assert named == ["photos/a.PNG", "photos/b/c.jpg", "flower.jpg"]
+    code, out, _ = call(capsys, "predict", ".", *net)
+    assert (code, len(out.split("\n\n"))) == (0, 4)
+
+
+def test_predict_knows_the_presets_of_published_weights(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fresnet.commands.predict.load", lambda *_, **__: PARAMS)
+    arguments = ("predict", "china.png", "--weights", "timm/resnet50.a1_in1k")
+    code, out, err = call(capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("china.png (timm-a1-288)\n")
+
+
 def test_convert_says_what_only_fresnet_reads(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -104,7 +199,7 @@ def test_predict_takes_any_number_of_images_and_any_dtype(
     images, net = ["china.png", "flower.jpg", "china.png"], ("--weights", "half.safetensors")
     half = PARAMS._replace(weights=fresnet.tree.map(torch.Tensor.bfloat16, PARAMS.weights))
     fresnet.save(half, "half.safetensors")
-    monkeypatch.setattr("fresnet.__main__.BATCH", 2)
+    monkeypatch.setattr("fresnet.commands.predict.BATCH", 2)
     code, out, _ = call(capsys, "predict", *images, *net, "--json", "--top", "1")
     assert code == 0
     found = json.loads(out)
@@ -118,17 +213,16 @@ def test_predict_takes_any_number_of_images_and_any_dtype(
 def test_predict_says_what_it_can_and_names_what_it_cannot(
     capsys: pytest.CaptureFixture[str], folder: Path, as_json: bool
 ) -> None:
-    images = ["china.png", "labels.txt", "flower.jpg", "no.png"]
+    (folder / "empty").mkdir()
+    images = ["china.png", "labels.txt", "flower.jpg", "empty", "no.png"]
     net = ("--weights", "net.safetensors", *["--json"] * as_json)
     _, expected, _ = call(capsys, "predict", "china.png", "flower.jpg", *net)
     code, out, err = call(capsys, "predict", *images, *net)
     assert (code, out) == (1, expected)
     first, *named = err.splitlines()
-    assert first == "fresnet predict: 2 of 4 images cannot be read:"
-    assert ["labels.txt: cannot identify" in named[0], "no.png: No such file" in named[1]] == [
-        True,
-        True,
-    ]
+    assert first == "fresnet predict: 3 of 5 cannot be read:"
+    reasons = ("empty has no file", "labels.txt: cannot identify", "no.png: No such file")
+    assert all(one in line for one, line in zip(reasons, named, strict=True))
     code, out, err = call(capsys, "predict", "no.png", *net)
     assert (code, out) == (1, "")
 
@@ -151,9 +245,12 @@ def test_convert(
     target = f"out{suffix}"
     code, out, _ = call(capsys, "convert", "net.safetensors", target, "--layout", layout)
     told = (layout, suffix) == ("torchvision", ".safetensors")
-    lost = "" if told else "; its names do not tell BottleneckV1"
-    assert (code, out) == (0, f"wrote {target}{lost}\n")
+    hugging = layout == "huggingface"
+    lost = ["BottleneckV1"] * (not told and not hugging) + ["preset"] * (suffix != ".safetensors")
+    said = f"; it does not tell {', '.join(lost)}" if lost else ""
+    assert (code, out) == (0, f"wrote {target}{' and config.json' * hugging}{said}\n")
     assert_same(fresnet.load(target, architecture=SPEC), PARAMS)
+    assert (folder / "config.json").exists() == hugging
     assert (folder / target).stat().st_mode == (folder / "labels.txt").stat().st_mode
 
 
@@ -206,6 +303,12 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
             "predict china.png --weights encoder.safetensors",
             "encoder.safetensors has no head, so it knows no classes: python -m fresnet train DIR",
         ),
+        (
+            "predict china.png --weights four.safetensors",
+            "takes images of 4 channels; predict has images of 1 or 3",
+        ),
+        ("predict china.png --weights odd", "odd has 1 labels; the network has 4 classes"),
+        ("predict empty --weights net.safetensors", "empty has no file that ends in .jpg, .jpeg"),
         ("predict china.png --weights labels.txt", "cannot load labels.txt: it is no file of safe"),
         ("predict china.png --weights net.safetensors --top 9", "--top expects 1 to 4, the number"),
         ("predict china.png --weights net.safetensors --labels no", "cannot read labels no: No s"),
@@ -226,6 +329,10 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
         ),
         ("convert net.safetensors no/out.onnx", "export cannot write no/out.onnx: No such file or"),
         ("convert plain.safetensors out.pth", "expects a network that torchvision has; got NoShor"),
+        (
+            "convert net.safetensors other/model.safetensors --layout huggingface",
+            "other/config.json is not of a ResNet of Hugging Face, and would be replaced",
+        ),
         ("convert net.safetensors no/out.pth", "convert cannot write no/out.pth: No such file or"),
     ],
 )
@@ -235,6 +342,12 @@ def test_refusals_are_one_line_and_leave_nothing_behind(
     (folder / "few").write_text("one label")
     fresnet.save(fresnet.init(0, fresnet.SPECS["plain20"]), folder / "plain.safetensors")
     fresnet.save(fresnet.init(0, SPEC, num_classes=0), folder / "encoder.safetensors")
+    fresnet.save(fresnet.init(0, SPEC, num_classes=2, in_channels=4), folder / "four.safetensors")
+    texts = {"fresnet.notes": '{"labels": ["a"]}'}
+    write_safetensors("test", dict(named_leaves(PARAMS)), folder / "odd", texts)
+    (folder / "empty").mkdir()
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "bert"}')
     before = {path.name for path in folder.iterdir()}
     code, out, err = call(capsys, *arguments.split())
     assert code == 1
@@ -250,6 +363,32 @@ def test_misspelt_commands_exit_with_2(capsys: pytest.CaptureFixture[str], argum
     code, out, err = call(capsys, *arguments.split())
     assert (code, out) == (2, "")
     assert err.startswith("usage: python -m fresnet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("train photos --lr 0.1", "unknown option --lr; did you mean --rate?"),
+        ("train photos --batch_size=8", "unknown option --batch_size; did you mean --batch?"),
+        ("train photos --keeps 3", "unknown option --keeps; did you mean '--keep'"),
+        ("summary resnet18 --lr 0.1", "unknown option --lr; "),
+        ("summary resnet18 resnet50", "one argument too many: resnet50"),
+    ],
+)
+def test_options_of_other_programs_get_a_hint_of_ours(
+    capsys: pytest.CaptureFixture[str], arguments: str, hint: str
+) -> None:
+    code, out, err = call(capsys, *arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"usage: python -m fresnet {arguments.split()[0]} ")
+    assert hint in err.splitlines()[-1]
+
+
+def test_it_is_installed_as_a_command() -> None:
+    """It points to what `python -m fresnet` runs."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    module, _, name = project["project"]["scripts"]["fresnet"].partition(":")
+    assert getattr(importlib.import_module(module), name) is script
 
 
 @pytest.mark.parametrize("command", [[], ["summary"], ["models"], ["predict"], ["convert"]])
@@ -282,13 +421,19 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder: Path) -> None:
 def test_as_a_process(folder: Path) -> None:
     """It has its exit status, and gives no traceback for what it refuses."""
     Image.fromarray(np.zeros((2, 3), np.uint8)).save("grey.png")
+    torch.save(named_leaves(fresnet.init(0, fresnet.SPECS["resnet20"])), "net.pth")  # warns
     (folder / "half.png").write_bytes((folder / "china.png").read_bytes()[:1000])
-    for image, status in (("grey.png", 0), ("half.png", 1)):
+    for image, net, status in (
+        ("grey.png", "net.safetensors", 0),
+        ("grey.png", "net.pth", 0),
+        ("half.png", "net.safetensors", 1),
+    ):
         done = subprocess.run(
-            [sys.executable, "-m", "fresnet", "predict", image, "--weights", "net.safetensors"],
+            [sys.executable, "-m", "fresnet", "predict", image, "--weights", net],
             capture_output=True,
             text=True,
         )
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
-        assert len(done.stdout.splitlines()) == (0 if status else 5)
+        assert all(line.startswith("fresnet") for line in done.stderr.splitlines())
+        assert len(done.stdout.splitlines()) == (0 if status else 5 + (net == "net.pth"))

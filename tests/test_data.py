@@ -43,7 +43,7 @@ from fresnet.data import (
     scan,
 )
 from fresnet.data.folder import read_labels, write_labels
-from fresnet.data.preprocess import Preset
+from fresnet.data.presets import Preset
 
 RECIPE = Augmentation(AreaCrop(24), trivial_augment=True, lighting=0.1, erase=0.5)
 AUGMENT = partial(augment, augmentation=RECIPE)

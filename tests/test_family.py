@@ -144,6 +144,13 @@ def test_counts_of_cifar_nets(depth: int) -> None:
     assert convolutions + 1 == depth
 
 
+def test_a_name_that_no_network_has_gets_a_hint() -> None:
+    with pytest.raises(KeyError, match="unknown network 'resnet5O'; did you mean 'resnet5"):
+        fresnet.SPECS["resnet5O"]
+    assert fresnet.SPECS.get("resnet5O") is None
+    assert "resnet5O" not in fresnet.SPECS
+
+
 def test_plain_and_v1_members_are_of_the_same_sizes() -> None:
     for depth in (18, 34):
         params = fresnet.init(0, fresnet.SPECS[f"resnet{depth}"], num_classes=10, device="meta")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import pickle
 import random
@@ -26,8 +27,10 @@ from hypothesis import strategies as st
 from strategies import examples, tiny_params
 
 import fresnet
-from fresnet import FresnetError, Params, Spec, tree
+from fresnet import FresnetError, Params, Preset, Spec, optim, training, tree
+from fresnet.__main__ import main
 from fresnet.network.nodes import (
+    BasicBlock,
     Bottleneck,
     BottleneckV1,
     DilatedStage,
@@ -38,6 +41,7 @@ from fresnet.weights import files, hub, storage
 
 PARAMS = fresnet.init(0, Spec(Bottleneck, (1, 2), 4, groups=2, group_width=32), num_classes=3)
 STATE = fresnet.to_state_dict(PARAMS)
+PRESET = Preset(9, 8, "bicubic")
 
 
 def test_a_file_from_before_trees_held_layers_is_read_as_then() -> None:
@@ -293,6 +297,27 @@ class Harmful:
         return Path.touch, (self.victim,)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        (
+            "resnet50",
+            "fresnet.init(0, fresnet.SPECS['resnet50']) draws one, and python -m fresnet m",
+        ),
+        ("https://host/resnet50.pth", "torch.hub.download_url_to_file(url, path) downloads a file"),
+        ("ResNet50_Weights.IMAGENET1K_V2", "get_weight('ResNet50_Weights.IMAGENET1K_V2').url is"),
+    ],
+)
+def test_what_is_no_file_but_a_name_gets_a_hint(
+    name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hint in refusal(name)
+    monkeypatch.chdir(tmp_path)
+    if "/" not in name:
+        fresnet.save(PARAMS, name)
+        assert_same(fresnet.load(name), PARAMS)
+
+
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     path, victim = tmp_path / "a.pth", tmp_path / "victim"
     torch.save({"model": Harmful(victim)}, path)
@@ -359,6 +384,28 @@ def test_a_file_that_holds_no_network_is_refused_by_name_and_reason(
     assert reason in refusal(tmp_path / "file")
 
 
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck, BottleneckV1])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_transformers_makes_its_own_network_of_what_is_converted(
+    block: Any, classes: int, tmp_path: Path
+) -> None:
+    params = fresnet.init(0, Spec(block, (1, 1, 2, 1), width=4), num_classes=classes, in_channels=1)
+    fresnet.save(params, tmp_path / "ours", labels=["a", "b", "c"] if classes else None)
+    (tmp_path / "theirs").mkdir()
+    options = (str(tmp_path / "theirs" / "model.safetensors"), "--layout", "huggingface")
+    for _ in range(2):  # the second time it replaces its own
+        assert main(["convert", str(tmp_path / "ours"), *options]) == 0
+    kind = transformers.ResNetForImageClassification if classes else transformers.ResNetModel
+    model = kind.from_pretrained(tmp_path / "theirs").eval()
+    x = torch.rand(2, 1, 40, 40)
+    with torch.no_grad():
+        found = model(x).logits if classes else model(x).pooler_output.flatten(1)
+    assert torch.allclose(found, fresnet.forward(params, x), atol=1e-5)
+    if classes:
+        assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert_same(fresnet.load(tmp_path / "theirs"), params)
+
+
 def test_a_changed_value_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     fresnet.save(PARAMS, path)
@@ -387,6 +434,95 @@ def test_a_change_anywhere_in_the_metadata_is_noticed_or_makes_no_difference(
         tree.map(torch.equal, loaded, params)  # refuses other node types
         loads += 1
     assert loads < 15  # these bits say that PyTorch wrote the file
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        *fresnet.PRESETS,
+        Preset(9, 8, "bicubic", corner=math.floor, mean=(0, 0.1, 1), std=(1, 2, 0.1)),
+    ],
+)
+def test_notes_come_back(preset: str | Preset, tmp_path: Path) -> None:
+    labels = ["cat, great", "\udcff\x85", ""]
+    fresnet.save(PARAMS, tmp_path / "a", preset=preset, labels=labels)
+    expected = fresnet.PRESETS[preset] if isinstance(preset, str) else preset
+    assert fresnet.notes(tmp_path / "a") == (expected, tuple(labels))
+    assert_same(fresnet.load(tmp_path / "a"), PARAMS)
+    state = training.start(PARAMS, optim.sgd(0.1), seed=0)
+    path = training.save_state(state, tmp_path, step=1, preset=preset, labels=labels)
+    assert fresnet.notes(path) == (expected, tuple(labels))
+
+
+def test_notes_on_grey_are_those_of_a_grey_network(tmp_path: Path) -> None:
+    """A preset keeps its colours, and whether it squashes."""
+    grey = fresnet.init(0, Spec(Bottleneck, (1,), 4), num_classes=3, in_channels=1)
+    own = Preset((9, 7), (8, 6), "bilinear", mean=(0.5,), std=(0.2,), channels="L")
+    fresnet.save(grey, tmp_path / "a", preset=own)
+    assert fresnet.notes(tmp_path / "a").preset == own
+    for params, preset in ((grey, PRESET), (PARAMS, own)):
+        with pytest.raises(FresnetError, match="of as many channels as the network takes"):
+            fresnet.save(params, tmp_path / "b", preset=preset)
+    caffe = PRESET._replace(channels="BGR")
+    fresnet.save(PARAMS, tmp_path / "a", preset=caffe)
+    assert fresnet.notes(tmp_path / "a").preset == caffe
+
+
+def test_what_holds_no_notes(tmp_path: Path) -> None:
+    fresnet.save(PARAMS, tmp_path / "a")
+    torch.save(STATE, tmp_path / "a.pth")
+    (published,) = fresnet.notes("timm/resnet18.a3_in1k")[:1]
+    assert published == Preset(235, 224, "bicubic")
+    for path in (tmp_path / "a", tmp_path / "a.pth", "someone/resnet18"):
+        assert fresnet.notes(path) == (None, None)
+    with pytest.raises(FresnetError, match=r"cannot read the notes of \S*no: No such file"):
+        fresnet.notes(tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"labels": ["a", "b"]}, "a line of text for each of the 3 classes; got 2 labels"),
+        ({"labels": "abc"}, "for each of the 3 classes; got a str"),
+        ({"labels": ["a", "b", 3]}, "for each of the 3 classes; got a list"),
+        ({"labels": ["a", "b", "c\n"]}, "for each of the 3 classes; got a list"),
+        ({"preset": "timn"}, "unknown preset 'timn'; did you mean 'timm'"),
+        (
+            {"preset": Preset(9, 8, "bicubic", corner=math.ceil)},
+            "a corner that is round or math.floor; got",
+        ),
+        ({"preset": Preset(7, 8, "bicubic")}, "save cannot note this preset: "),
+        (
+            {"preset": Preset(9, 8, "bicubic", std=(0, 1, 1))},
+            "save cannot note this preset: ",
+        ),
+    ],
+)
+def test_notes_that_cannot_be_read_back_are_not_written(
+    asked: Any, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FresnetError, match=re.escape(reason)):
+        fresnet.save(PARAMS, tmp_path / "a", **asked)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(FresnetError, match="save_state expects preset and labels of a network"):
+        training.save_state({}, tmp_path, step=1, **asked)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"preset": 1}',
+        '{"preset": {"resize": 9}}',
+        '{"labels": "abc"}',
+        '{"labels": [1]}',
+    ],
+)
+def test_notes_that_say_nothing_are_refused(text: str, tmp_path: Path) -> None:
+    storage.write_safetensors("test", STATE, tmp_path / "a", {"fresnet.notes": text})
+    with pytest.raises(FresnetError, match="cannot read the notes of"):
+        fresnet.notes(tmp_path / "a")
 
 
 def metadata(structure: Any) -> dict[str, str]:

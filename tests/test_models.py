@@ -10,7 +10,7 @@ import torch
 
 import fresnet
 from fresnet import FresnetError
-from fresnet.data.preprocess import Preset, preset_of
+from fresnet.data.presets import Preset, preset_of
 from fresnet.weights import published
 from fresnet.weights.published import Published
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from fresnet import FresnetError
-from fresnet.data.preprocess import PRESETS, Preset, preprocess, preset_of
+from fresnet.data.preprocess import preprocess
+from fresnet.data.presets import PRESETS, Preset, preset_of
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (31, 47, 3), np.uint8)
@@ -350,6 +351,36 @@ def test_a_preset_of_ones_own() -> None:
     assert torch.allclose(preprocess([array], own)[0], expected, atol=1e-6)
 
 
+T = reference.torchvision.transforms
+CAFFE = Preset(
+    (20, 31),
+    (18, 26),
+    "bilinear",
+    mean=(103.939 / 255, 116.779 / 255, 123.68 / 255),
+    std=(1 / 255, 1 / 255, 1 / 255),
+    channels="BGR",
+)
+GREY = Preset(28, 24, "bicubic", mean=(0.25,), std=(0.5,), channels="L")
+
+
+@pytest.mark.parametrize("image", [PHOTO, PHOTO[..., 0]])
+def test_squashed_grey_and_in_the_order_of_caffe(image: np.ndarray) -> None:
+    photo = Image.fromarray(image)
+    squashed = T.CenterCrop((18, 26))(T.Resize((20, 31))(photo.convert("RGB")))
+    pixels = torch.from_numpy(np.array(squashed)).permute(2, 0, 1).float().flip(0)
+    expected = pixels - torch.tensor([103.939, 116.779, 123.68])[:, None, None]
+    assert torch.allclose(preprocess([image], CAFFE)[0], expected, atol=1e-4)
+    grey = [T.Resize(28, T.InterpolationMode.BICUBIC), T.CenterCrop(24), T.ToTensor()]
+    of_grey = T.Compose([*grey, T.Normalize((0.25,), (0.5,))])
+    assert_same(preprocess([photo], GREY)[0], of_grey(photo.convert("L")))
+
+
+@pytest.mark.parametrize("odd", [{"channels": "L"}, {"mean": (0.5,)}, {"std": (1, 1)}])
+def test_means_of_other_channels_are_refused(odd: Any) -> None:
+    with pytest.raises(FresnetError, match="expects a mean and a std for each channel of"):
+        preprocess([PHOTO], PRESETS["timm"]._replace(**odd))
+
+
 def test_a_tensor_is_told_from_an_array() -> None:
     with pytest.raises(
         FresnetError, match=re.escape("got a tensor uint8 (4, 4, 3) (image.numpy()?)")
@@ -359,6 +390,8 @@ def test_a_tensor_is_told_from_an_array() -> None:
 
 def test_a_preset_of_a_text() -> None:
     assert preset_of("256,224,bilinear") == PRESETS["imagenet-v1"]
+    assert preset_of("9x7,8x6,bilinear") == Preset((9, 7), (8, 6), "bilinear")
+    assert preset_of("9x9,8,bilinear") == Preset((9, 9), 8, "bilinear")
     half = (0.5, 0.5, 0.5)
     assert preset_of("9,8,bicubic,0.5") == Preset(9, 8, "bicubic", mean=half, std=half)
 
@@ -370,9 +403,13 @@ def test_a_preset_of_a_text() -> None:
         "256,300,bilinear",
         "256,0,bilinear",
         "256,224,bilinear,0.4",
+        "256x200,224,bilinear",
+        "256,224x300,bilinear",
+        "256,224x224x1,bilinear",
+        "256x0,1,bilinear",
         "256,224,bilinear,0.5,0.5",
     ],
 )
 def test_presets_that_no_text_makes(text: str) -> None:
-    with pytest.raises(FresnetError, match="--preset expects a name or, say, 256,224,bilinear"):
+    with pytest.raises(FresnetError, match="a preset is a name or, say, 256,224,bilinear"):
         preset_of(text)

@@ -31,10 +31,11 @@ from torch.optim import lr_scheduler
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, optim, tree
-from fresnet.__main__ import main
+from fresnet.__main__ import _parser, main
 from fresnet.data import (
     AreaCrop,
     Augmentation,
+    Folder,
     Images,
     Order,
     ScaleCrop,
@@ -43,13 +44,23 @@ from fresnet.data import (
     loader,
     scan,
 )
-from fresnet.data.preprocess import PRESETS, Preset, preprocess
+from fresnet.data.preprocess import preprocess
+from fresnet.data.presets import PRESETS, Preset
 from fresnet.network.nodes import BasicBlock, FrozenNorm, Stem3x3
+from fresnet.training import (
+    command,
+    cross_entropy,
+    evaluate,
+    make_train_step,
+    plots,
+    save_state,
+    share,
+)
 from fresnet.training import course as running
-from fresnet.training import cross_entropy, evaluate, make_train_step, plots, save_state, share
 from fresnet.training import start as begin
 from fresnet.training.checkpoint import saved_states
 from fresnet.training.course import Course, Options, Outcome
+from fresnet.training.evaluation import Evaluation
 from fresnet.training.plan import Run
 from fresnet.training.plan import assemble as assembled
 from fresnet.training.processes import Processes
@@ -64,7 +75,7 @@ from fresnet.training.recipes import (
     with_crop,
     with_epochs,
 )
-from fresnet.training.record import read_log
+from fresnet.training.record import in_words, read_log
 from fresnet.training.resuming import resumed
 from fresnet.training.run import train
 from fresnet.weights.storage import read_safetensors, write_safetensors
@@ -541,6 +552,7 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --validation no", "a folder of class folders; no: No such file or directory"),
         ("fewer", "scan expects the 4 classes given; fewer/val lacks 1: '3'"),
         ("good --recipe v3", "unknown --recipe 'v3'; there are paper, v1 and v2"),
+        ("good --arch resnet21 --batch 1000", "unknown --arch 'resnet21'; did you mean 'resnet"),
         ("good --arch resnet21", "unknown --arch 'resnet21'; did you mean 'resnet"),
         ("good --weights no.pth", "cannot load no.pth: No such file or directory"),
         ("good --epochs 0", "--epochs expects a positive number; got 0"),
@@ -558,12 +570,13 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --micro-batches 0", "--micro-batches expects a positive number; got 0"),
         ("good --micro-batches 11 --batch 10", "of 11 micro-batches expects as many images; got"),
         ("good --seed 99999999999999999999", "--seed expects"),
-        ("good --workers -1", "loader expects workers of at least 0; got -1"),
-        ("good --workers -1 --dry-run", "loader expects workers of at least 0; got -1"),
+        ("good --workers -1", "--workers expects a number from 0 on; got -1"),
+        ("good --workers -1 --dry-run", "--workers expects a number from 0 on; got -1"),
         ("good --timeout nan", "--timeout expects a positive number of at most 10000000; got nan"),
         ("good --timeout 1e15", "--timeout expects a positive number of at most"),
         ("good --batch 1000", "a batch of 1000 images is more than the"),
         ("good --arch resnet20 --weights a.pth", "cannot load a.pth: No such file or directory"),
+        ("good --weights grey", "grey takes images of 1 channels; train has images of 3"),
         ("good --out file", "cannot write to file: File exists"),
         ("good --out file/out", "cannot write to file/out: Not a directory"),
         ("good --out /proc/out", "cannot write to /proc/out: No such file or directory"),
@@ -573,6 +586,8 @@ def test_bad_input_is_refused_in_a_line(
     capsys: pytest.CaptureFixture[str], folders: Path, arguments: str, reason: str
 ) -> None:
     options = () if "--micro" in arguments or "--workers" in arguments else ("--workers", "0")
+    grey = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=4, in_channels=1)
+    fresnet.save(grey, "grey")
     arch = () if "--weights" in arguments else ("--arch", "resnet20")
     said = refused(capsys, *arch, "--crop", "16", "--batch", "10", *options, *arguments.split())
     assert reason in said
@@ -588,6 +603,31 @@ def test_weights_without_a_head_for_these_classes_get_a_fresh_one(
     fresnet.save(fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=classes), "begin")
     assert main(["train", "good", *TRAIN[2:], "--weights", "begin", "--dry-run"]) == 0
     assert f"begin with {head}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "batch", "rate"),
+    [
+        ((), 38, 16, 0.1 * 16 / 256),
+        ((), 9, 9, 0.1 * 9 / 256),
+        ((), 300, 32, 0.1 * 32 / 256),
+        ((), 2047, 128, 0.05),
+        ((), 2048, 256, 0.1),
+        (("--rate", "0.3"), 38, 16, 0.3),
+        (("--batch", "10"), 2048, 10, 0.1 * 10 / 256),
+        (("--batch", "10", "--rate", "1"), 38, 10, 1),
+    ],
+)
+def test_a_batch_goes_with_the_images_unless_it_is_told(
+    options: tuple[str, ...], images: int, batch: int, rate: float
+) -> None:
+    """The folder is of names alone."""
+    args = _parser().parse_args(["train", "some", *options])
+    folder = Folder("some", ("a", "b"), ("a.png",) * images, (0,) * images)
+    recipe = command._with_batch(RECIPES["v1"], args, folder)
+    assert recipe.batch == batch
+    assert recipe.rate == pytest.approx(rate)
+    assert recipe._replace(batch=256, rate=0.1) == RECIPES["v1"]
 
 
 def test_a_batch_that_processes_cannot_share() -> None:
@@ -703,7 +743,7 @@ def test_broken_images_are_left_out_and_named_once(
         lines = capsys.readouterr().out.splitlines()
         at = lines.index("left out 3 images that cannot be read:")
         assert [line.split(": ")[0] for line in lines[at + 1 :]] == damaged
-        assert "on 17 images" in lines[at - 4]
+        assert "on 17 images" in lines[at - 3]
         log = [line["left_out"]["files"] for line in read_log(Path("out")) if "left_out" in line]
         assert sum(map(len, log)) == 3 * len(damaged)
 
@@ -928,6 +968,12 @@ def test_mixings() -> None:
         assert torch.allclose(targets.sum(1), torch.ones(4))
 
 
+@pytest.mark.parametrize(("classes", "top5"), [(5, ""), (6, ", top 5 83.33%")])
+def test_top_5_is_said_where_it_says_something(classes: int, top5: str) -> None:
+    found = Evaluation(6, 1.5, 0.5, 5 / 6, torch.zeros(classes, classes, dtype=torch.int64))
+    assert in_words(found) == f"loss 1.500, top 1 50.00%{top5}"
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_dry_run_is_a_table_and_the_first_step(
     capsys: pytest.CaptureFixture[str], folders: Path, recipe: str
@@ -1130,7 +1176,7 @@ def test_predict_takes_what_a_run_says_at_its_end(
 ) -> None:
     """These are the names of its classes, and its own way of preparing images."""
     assert main(["train", "good", *TRAIN, "--epochs", "1", "--out", "out"]) == 0
-    told = " ".join(capsys.readouterr().out.splitlines()[-2:]).replace("\\ ", "")
+    told = capsys.readouterr().out.splitlines()[-1]
     command = told.partition(" predict IMAGE ")[2].split()
     images = sorted(map(str, Path("good/val").rglob("*.png")))
     assert main(["predict", *images, "--json", *command]) == 0
@@ -1148,12 +1194,20 @@ def test_a_run_tells_its_result_again_after_its_end(
     capsys: pytest.CaptureFixture[str], folders: Path
 ) -> None:
     options = ["train", "good", *TRAIN, "--epochs", "2", "--out", "out"]
+    assert main([*options, "--dry-run"]) == 0
+    plan = capsys.readouterr().out.splitlines()[:-2]
+    assert plan[0].startswith("network     resnet20, 4 classes, ")
     assert main(options) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert [line[:12] for line in said[:2]] == ["epoch 1 of 2", "epoch 2 of 2"]
+    lines = capsys.readouterr().out.splitlines()
+    said = lines[len(plan) :]
+    assert lines[: len(plan)] == plan
+    for number, line in enumerate(said[:2], 1):
+        assert re.fullmatch(
+            rf"epoch {number} of 2: validation loss [\d.]+, top 1 [\d.]+%, [\d.,]+ images/s", line
+        )
     log = (folders / "out" / "log.jsonl").read_text()
     assert main(options) == 0
-    assert capsys.readouterr().out.splitlines() == ["going on after step 8 of 8", *said[2:]]
+    assert capsys.readouterr().out.splitlines() == [*plan, "going on after step 8 of 8", *said[2:]]
     assert (folders / "out" / "log.jsonl").read_text() == log
     for line in log.splitlines():
         assert json.loads(line)["step"] <= 2 * PER_EPOCH
@@ -1164,8 +1218,8 @@ def test_a_run_tells_its_result_again_after_its_end(
 def test_what_older_runs_did_not_note_is_no_difference_where_it_is_not_set(tmp_path: Path) -> None:
     state = begin(fresnet.init(0, Spec(BasicBlock, (1,), 4), num_classes=2), optim.sgd(0.1))
     save_state(state, tmp_path / "checkpoints", step=0, notes={"rate": "0.1"})
-    notes = {"rate": "0.1", "head_rate": "None", "frozen": "()"}
+    notes = {"rate": "0.1", "head_rate": "None", "frozen": "()", "preset channels": "RGB"}
     assert_same(resumed(state, tmp_path, notes), state)
-    for other in ({"head_rate": "1.0"}, {"rate": "None"}):
+    for other in ({"head_rate": "1.0"}, {"rate": "None"}, {"preset channels": "BGR"}):
         with pytest.raises(FresnetError, match="holds a run of"):
             resumed(state, tmp_path, {**notes, **other})

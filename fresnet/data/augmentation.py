@@ -15,7 +15,8 @@ from PIL.Image import Image, Resampling, Transpose
 from torch import Generator, Tensor
 
 from fresnet.data.draws import chance, integer, log_uniform, uniform
-from fresnet.data.preprocess import Preset, normalise, pixel_values, preprocess, refuse_huge
+from fresnet.data.preprocess import normalise, pixel_values, preprocess, refuse_huge
+from fresnet.data.presets import Preset
 from fresnet.data.trivial import trivial_augment
 from fresnet.errors import FresnetError, describe
 

@@ -3,7 +3,7 @@
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,18 +79,31 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
 def _images(root: str, name: str, passed_over: list[str]) -> list[str]:
     """The images in a class's folder and in all folders below it, folder by folder."""
     folder = os.path.join(root, name)
-    named = sorted(
-        (below, name)
-        for below, names in _walk(root, folder, passed_over)
-        for name in names
-        if name.lower().endswith(EXTENSIONS)
-    )
+    named = _named(_walk(root, folder, passed_over))
     if not named:
         raise FresnetError(
             f"scan expects images in every class; {folder} has none that ends in "
             f"{', '.join(EXTENSIONS)}"
         )
-    return [os.path.join(*parts) for parts in named]
+    return named
+
+
+def images_below(root: str) -> list[str]:
+    """The images in a folder and in all folders below it that are not hidden, folder by folder.
+
+    Raises:
+      FresnetError: if a folder cannot be read.
+    """
+    try:
+        return _named(_walk(os.path.join(root, os.pardir), root, []))
+    except OSError as error:
+        raise FresnetError(f"cannot read {error.filename or root}: {reason(error)}") from error
+
+
+def _named(folders: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """The files whose names end as those of images do."""
+    found = sorted((folder, name) for folder, names in folders for name in names)
+    return [os.path.join(*file) for file in found if file[1].lower().endswith(EXTENSIONS)]
 
 
 def _walk(root: str, folder: str, passed_over: list[str]) -> Iterator[tuple[str, list[str]]]:

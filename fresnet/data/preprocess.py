@@ -1,60 +1,30 @@
 """Images prepared as for the evaluation of a network: resized, cropped and normalised."""
 
-from collections.abc import Callable, Mapping, Sequence
-from math import floor
+from collections.abc import Sequence
 from os import PathLike
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, reason, shown, suggestion
+from fresnet.data.presets import Preset, as_preset, pair
+from fresnet.errors import FresnetError, describe, reason
 from fresnet.reading import check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 
-class Preset(NamedTuple):
-    """What an evaluation does to an image, in the order of the fields."""
-
-    resize: int  # the new length of the shorter side
-    crop: int  # the side of the square that remains, from the middle
-    interpolation: Literal["bilinear", "bicubic"]
-    corner: Callable[[float], int] = round  # rounds the square's corner to a pixel
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # for values from 0 to 1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "imagenet-v1": Preset(256, 224, "bilinear"),
-        "imagenet-v2": Preset(232, 224, "bilinear"),
-        "timm": Preset(floor(224 / 0.875), 224, "bicubic"),
-        "timm-a1": Preset(floor(224 / 0.95), 224, "bicubic"),
-        "timm-a1-288": Preset(288, 288, "bicubic"),
-        "huggingface": Preset(floor(224 / 0.875), 224, "bicubic", corner=floor),
-    }
-)
-"""How the evaluations of well-known weights prepare images.
-
-"imagenet-v1" and "imagenet-v2" go with torchvision's weights V1 and V2, also where timm ports them.
-"timm" goes with the older recipes of timm, "timm-a1" with its recipe A1, which it takes for most
-networks, and "timm-a1-288" with A1 at the larger test size. "huggingface" goes with
-microsoft/resnet-50.
-"""
-
-
 def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -> Tensor:
-    """These images as a batch x `[b 3 h w]` for a network.
+    """These images as a batch x `[b c h w]` for a network.
 
     Each image is turned upright as its EXIF orientation says, and converted as by Pillow's
     `convert("RGB")`: grey becomes three equal channels, and alpha is dropped, whatever colour it
     hid. Only 16-bit grey is different, because Pillow would clip it: 0 to 65535 is scaled to 0 to
-    255. Images of floats or 32-bit integers are refused, since nothing tells their range.
+    255. A preset of grey goes on with Pillow's `convert("L")`. Images of floats or 32-bit integers
+    are refused, since nothing tells their range.
 
     >>> import numpy
     >>> from fresnet import preprocess
@@ -70,16 +40,16 @@ def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -
     Returns:
       x, float32 in channels_last memory format. A convolution of it follows its weight's layout.
     Raises:
-      FresnetError: if Pillow is missing, if there is no such preset, or if an image cannot be read,
-        is empty, or has more pixels, before or after it is resized, than
-        `PIL.Image.MAX_IMAGE_PIXELS`.
+      FresnetError: if Pillow is missing, if there is no such preset, if it has not a mean and a std
+        for each of its channels, or if an image cannot be read, is empty, or has more pixels,
+        before or after it is resized, than `PIL.Image.MAX_IMAGE_PIXELS`.
     Source: torchvision 0.28, timm 1.0 and the PIL processor of transformers 5, equal to the bit.
     """
     try:
         import PIL  # noqa: F401
     except ImportError as error:
         raise FresnetError("preprocess needs Pillow: pip install 'fresnet[io]'") from error
-    chosen = preset if isinstance(preset, Preset) else _named(preset)
+    chosen = as_preset(preset)
     if not isinstance(images, Sequence) or isinstance(images, str | bytes):
         raise FresnetError(
             f"preprocess expects a sequence of images; got {_describe(images)} (one image? [image])"
@@ -91,47 +61,21 @@ def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -
     return normalise(pixel_values(pixels), chosen.mean, chosen.std)
 
 
-def preset_of(text: str) -> Preset:
-    """The preset of a name, or one made from a text such as "256,224,bilinear".
-
-    A last part of 0.5 is the mean and the deviation of every channel, as some of timm's weights
-    have it: "288,288,bicubic,0.5".
-
-    Raises:
-      FresnetError: if it is neither.
-    """
-    if "," not in text:
-        return _named(text)
-    match text.split(","):
-        case [resize, crop, "bilinear" | "bicubic" as interpolation, *half] if (
-            resize.isdecimal()
-            and crop.isdecimal()
-            and max(len(resize), len(crop)) < 7
-            and 0 < int(crop) <= int(resize)
-            and half in ([], ["0.5"])
-        ):
-            preset = Preset(int(resize), int(crop), interpolation)
-            return preset._replace(mean=(0.5,) * 3, std=(0.5,) * 3) if half else preset
-    raise FresnetError(f"--preset expects a name or, say, 256,224,bilinear; got {text}")
-
-
-def _named(preset: str) -> Preset:
-    if (chosen := PRESETS.get(str(preset))) is None:
-        raise FresnetError(f"unknown preset {shown(preset)}; {suggestion(str(preset), PRESETS)}")
-    return chosen
-
-
 def _pixels(index: int, image: object, preset: Preset) -> np.ndarray:
-    """One image as uint8 `[crop crop 3]`; an error names the image."""
+    """One image as uint8 `[h w c]`; an error names the image."""
     try:
-        return np.asarray(_crop(upright_rgb(image), preset))
+        upright = upright_rgb(image)
+        if preset.channels == "L":
+            return np.asarray(_crop(upright.convert("L"), preset))[..., None]
+        pixels = np.asarray(_crop(upright, preset))
+        return pixels[..., ::-1] if preset.channels == "BGR" else pixels
     except Exception as error:  # Pillow's decoders raise exceptions of any type
         name = f"images[{index}]" + (f", {image}" if isinstance(image, str | PathLike) else "")
         raise FresnetError(f"preprocess cannot read {name}: {reason(error)}") from error
 
 
 def pixel_values(pixels: np.ndarray) -> Tensor:
-    """uint8 `[... h w 3]` as values from 0 to 1, float32 `[... 3 h w]`, still channels last."""
+    """uint8 `[... h w c]` as values from 0 to 1, float32 `[... c h w]`, still channels last."""
     return rearrange(torch.from_numpy(pixels / np.float32(255)), "... h w c -> ... c h w")
 
 
@@ -201,11 +145,17 @@ def _crop(image: "PILImage", preset: Preset) -> "PILImage":
     """The middle of the resized image."""
     from PIL.Image import Resampling
 
-    width, height = (int(preset.resize * side / min(image.size)) for side in image.size)
+    width, height = image.size
+    if isinstance(preset.resize, int):
+        short = min(image.size)
+        height, width = (int(preset.resize * side / short) for side in (height, width))
+    else:
+        height, width = preset.resize
     refuse_huge("it would be resized to", (width, height))
-    left, top = (preset.corner((side - preset.crop) / 2) for side in (width, height))
+    crop_height, crop_width = pair(preset.crop)
+    left, top = preset.corner((width - crop_width) / 2), preset.corner((height - crop_height) / 2)
     resized = image.resize((width, height), Resampling[preset.interpolation.upper()])
-    return resized.crop((left, top, left + preset.crop, top + preset.crop))
+    return resized.crop((left, top, left + crop_width, top + crop_height))
 
 
 def refuse_huge(which: str, size: tuple[int, int]) -> None:

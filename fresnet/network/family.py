@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from fresnet.errors import suggestion
 from fresnet.network.nodes import (
     AveragedStage,
     AveragedStem,
@@ -101,7 +102,15 @@ BIT: Part = {**V2, **GN, "stem": FramedStem7x7, "layer": StandardisedLayer}
 """Norms in groups (Wu & He 2018, arXiv:1803.08494), and BiT (Kolesnikov et al. 2019,
 arXiv:1912.11370)."""
 
-SPECS: Mapping[str, Spec] = MappingProxyType(
+
+class _ByName(dict[str, Spec]):
+    """A mapping whose KeyError says which names may have been meant."""
+
+    def __missing__(self, name: object) -> Spec:
+        raise KeyError(f"unknown network {name!r}; {suggestion(str(name), self)}")
+
+
+_SPECS = _ByName(
     {
         **_family("resnet{}", 18, 26, 34, 50, 101, 152, 200),
         **_family("resnet{}_v1", 50, 101, 152, block=BottleneckV1),
@@ -156,6 +165,7 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
         **{f"plain{6 * n + 2}": _cifar(n, NoShortcut) for n in (3, 5, 7, 9, 18)},
     }
 )
+SPECS: Mapping[str, Spec] = MappingProxyType(_SPECS)
 """Every member by name. Where torchvision or timm has the member, the name is theirs.
 
 Members with `_v1` in the name stride in the first 1x1 convolution. resnet20 to resnet1202 are the

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, reason, shown
+from fresnet.errors import FresnetError, describe, reason, shown, suggestion
 from fresnet.network.check import DTYPES, stats_dtype
-from fresnet.network.family import RESNET50
+from fresnet.network.family import RESNET50, SPECS
 from fresnet.network.nodes import (
     Bias,
     FrozenNorm,
@@ -80,7 +80,12 @@ def init(
     if not isinstance(generator, torch.Generator):
         raise FresnetError(f"init expects a torch.Generator or an int; got {shown(generator)}")
     if not isinstance(spec, Spec):
-        raise FresnetError(f"init expects a Spec, such as fresnet.RESNET50; got {shown(spec)}")
+        hint = ""
+        if isinstance(spec, str):
+            hint = f": fresnet.SPECS[{spec!r}]" if spec in SPECS else f"; {suggestion(spec, SPECS)}"
+        raise FresnetError(
+            f"init expects a Spec, such as fresnet.RESNET50; got {shown(spec)}{hint}"
+        )
     classes, channels = as_integer(num_classes), as_integer(in_channels)
     if classes is None or not channels or not (0 <= classes < 2**31 and 0 < channels < 2**31):
         raise FresnetError(

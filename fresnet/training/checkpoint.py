@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
+from fresnet.data.presets import Preset
 from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
@@ -20,6 +21,7 @@ from fresnet.reading import as_path, from_json, spelt
 from fresnet.tree.walks import children_of, steps_of
 from fresnet.weights.files import BESIDES, NETWORK, structure_of
 from fresnet.weights.names import names
+from fresnet.weights.notes import texts_of
 from fresnet.weights.storage import read_safetensors, remove_leftovers, write_safetensors
 
 STATE = "fresnet.state"
@@ -54,6 +56,8 @@ def save_state(
     step: int,
     keep: int = 3,
     notes: Mapping[str, Any] | None = None,
+    preset: str | Preset | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Path:
     """Write a state to `folder/step-000000001200.safetensors`, and remove older files.
 
@@ -67,6 +71,8 @@ def save_state(
       step: the number in the file's name. The newest file has the highest number.
       keep: how many files remain, this one and those of lower steps.
       notes: anything else to remember, as JSON can hold it.
+      preset: how images are prepared for the network in the state, as in `save`.
+      labels: what its classes are called, as in `save`.
     Returns:
       The path of the file.
     Raises:
@@ -93,8 +99,13 @@ def save_state(
         texts = {STATE: json.dumps(about)}
     except (TypeError, ValueError, RecursionError) as error:
         raise FresnetError(f"save_state expects notes as JSON has them; {reason(error)}") from error
-    if network := _network(state):
-        texts[NETWORK] = structure_of(getattr(state, network))
+    network = _network(state)
+    if network is None and (preset is not None or labels is not None):
+        raise FresnetError("save_state expects preset and labels of a network; got a state of none")
+    if network:
+        params = getattr(state, network)
+        texts[NETWORK] = structure_of(params)
+        texts |= texts_of("save_state", params, preset, labels)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from fresnet import tree
 from fresnet.data import Folder, scan
 from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError, reason, suggestion
+from fresnet.network.check import first_conv
 from fresnet.network.family import SPECS
 from fresnet.network.init import fresh_head, init
 from fresnet.network.nodes import NoHead, Params
@@ -20,6 +21,7 @@ from fresnet.training.dry_run import tried
 from fresnet.training.plan import Run
 from fresnet.training.processes import Processes, joined, share
 from fresnet.training.recipes import RECIPES, Recipe, with_batch, with_crop, with_epochs
+from fresnet.training.record import in_words
 from fresnet.training.resuming import CHECKPOINTS
 from fresnet.training.run import train
 from fresnet.weights.files import load
@@ -36,16 +38,16 @@ def run(args: argparse.Namespace) -> str:
         )
     with joined(timeout_s=args.timeout) as processes:
         recipe = _recipe(args)
+        folders = _folders(args)
+        recipe = _with_batch(recipe, args, folders[0])
         share(recipe.batch, processes.size)
-        folders = _folders(args, recipe.batch)
         plan, params = _begun(args, recipe, len(folders[0].classes))
         params = tree.map(lambda leaf: leaf.to(processes.device), params)
         if args.dry_run:
-            workers = min(0, args.workers or 0)  # none is needed; a negative number is refused
-            options = Options(args.recompute, workers, _on_broken(args), args.keep, args.save_every)
+            options = Options(args.recompute, 0, _on_broken(args), args.keep, args.save_every)
             said = tried(Course(plan, params, folders, args.out, processes, options))
         else:
-            said = _told(_trained(args, plan, params, folders, processes), recipe, args.out)
+            said = _told(_trained(args, plan, params, folders, processes), args.out)
         return said if processes.rank == 0 else ""
 
 
@@ -83,6 +85,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that is named, changed as the options say."""
     if args.recipe not in RECIPES:
         raise FresnetError(f"unknown --recipe {args.recipe!r}; {suggestion(args.recipe, RECIPES)}")
+    if args.arch is not None and args.arch not in SPECS:
+        raise FresnetError(f"unknown --arch {args.arch!r}; {suggestion(args.arch, SPECS)}")
     recipe = RECIPES[args.recipe]
     positive = ("epochs", "batch", "crop", "rate", "head_rate", "micro_batches", "keep")
     for name in (*positive, "save_every"):
@@ -90,29 +94,40 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         if value is not None and not 0 < value < math.inf:
             option = name.replace("_", "-")
             raise FresnetError(f"--{option} expects a positive number; got {value}")
+    if args.workers is not None and args.workers < 0:
+        raise FresnetError(f"--workers expects a number from 0 on; got {args.workers}")
     if not 0 <= args.seed < 2**63:
         raise FresnetError(f"--seed expects a number from 0 to below 2**63; got {args.seed}")
     if args.epochs is not None:
         recipe = with_epochs(recipe, args.epochs)
-    if args.batch is not None:
-        recipe = with_batch(recipe, args.batch)
     if args.crop is not None:
         recipe = with_crop(recipe, args.crop)
-    if args.rate is not None:
-        recipe = recipe._replace(rate=args.rate)
     return recipe._replace(head_rate=args.head_rate, frozen=tuple(args.freeze))
 
 
-def _folders(args: argparse.Namespace, batch: int) -> tuple[Folder, Folder]:
+def _folders(args: argparse.Namespace) -> tuple[Folder, Folder]:
     """The images to train on, and those to validate on."""
     training = scan(args.folder / "train")
-    validation = scan(args.validation or args.folder / "val", classes=training.classes)
-    if batch > len(training.files):
+    return training, scan(args.validation or args.folder / "val", classes=training.classes)
+
+
+def _with_batch(recipe: Recipe, args: argparse.Namespace, training: Folder) -> Recipe:
+    """The recipe with the batch and rate that are asked for, or that go with so many images.
+
+    The recipe's batch is halved until an epoch has 8 steps, though not below 16 images.
+    """
+    images, batch = len(training.files), args.batch or recipe.batch
+    if args.batch is None:
+        while batch > 16 and 8 * batch > images:
+            batch //= 2
+        batch = min(batch, images)
+    if batch > images:
         raise FresnetError(
-            f"a batch of {batch} images is more than the {len(training.files)} in "
-            f"{training.root}: choose a smaller --batch; the rate goes with it"
+            f"a batch of {batch} images is more than the {images} in {training.root}: choose a "
+            "smaller --batch; the rate goes with it"
         )
-    return training, validation
+    recipe = recipe if batch == recipe.batch else with_batch(recipe, batch)
+    return recipe if args.rate is None else recipe._replace(rate=args.rate)
 
 
 def _begun(args: argparse.Namespace, recipe: Recipe, classes: int) -> tuple[Run, Params]:
@@ -133,11 +148,13 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
     """The name, in words, of the network to begin with, and the network itself on the CPU."""
     if args.weights is None:
         arch = args.arch or "resnet50"
-        if arch not in SPECS:
-            raise FresnetError(f"unknown --arch {arch!r}; {suggestion(arch, SPECS)}")
         return arch, init(args.seed, SPECS[arch], num_classes=classes)
     params = cast(load(args.weights, architecture=args.arch), torch.float32)
     weights = params.weights
+    if (channels := first_conv(weights).shape[1]) != 3:
+        raise FresnetError(
+            f"{args.weights} takes images of {channels} channels; train has images of 3"
+        )
     name = f"{args.weights} with its head"
     if isinstance(weights.head, NoHead) or len(weights.head.bias) != classes:
         head = fresh_head(args.seed, weights, classes)
@@ -145,16 +162,13 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
     return name, params._replace(weights=weights)
 
 
-def _told(outcome: Outcome, recipe: Recipe, out: Path) -> str:
+def _told(outcome: Outcome, out: Path) -> str:
     """What the command says at its end: result, files, how to classify with it, broken images."""
-    found, broken, preset = outcome.evaluation, outcome.broken, recipe.preset
+    found, broken = outcome.evaluation, outcome.broken
     lines = [
-        f"top 1 {found.top1:.2%}, top 5 {found.top5:.2%}, loss {found.loss:.3f} "
-        f"on {found.images:,} images",
+        f"{in_words(found)} on {found.images:,} images",
         f"wrote {NETWORK}, {LABELS}, {CURVES}, {CONFUSION} and log.jsonl to {out}",
-        f"python -m fresnet predict IMAGE --weights {out / NETWORK} \\",
-        f"    --labels {out / LABELS} --preset {preset.resize},{preset.crop},"
-        f"{preset.interpolation}",
+        f"python -m fresnet predict IMAGE --weights {out / NETWORK}",
     ]
     if broken:
         shown = broken[:10]

@@ -1,7 +1,7 @@
 """A run under way: where it stands, and what it does besides steps."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from fresnet.training.record import (
 from fresnet.training.resuming import CHECKPOINTS, last_good, notes_of, resumed
 from fresnet.training.step import Metrics
 from fresnet.training.stopping import LOCK, alone, stop_signals
+from fresnet.training.words import rows, table
 from fresnet.weights.files import save
 from fresnet.weights.storage import remove_leftovers, write_file
 
@@ -100,10 +101,20 @@ class Course:
                 stack.enter_context(alone(self.out))
                 remove_leftovers(self.out)
                 self.record = stack.enter_context(
-                    recording(self.out, steps=self.steps, after=self.step)
+                    recording(self.out, steps=self.steps, after=self.step, plan=table(self.plan()))
                 )
             self.stopped = stack.enter_context(stop_signals())
             yield
+
+    def plan(self) -> Mapping[str, str]:
+        """What the run is, as the rows of a table."""
+        parameters = sum(leaf.numel() for leaf in tree.leaves(self.state.params.weights))
+        images, validation = len(self.training.files), len(self.validation.files)
+        return {
+            "network": f"{self.run.network}, {parameters:,} parameters",
+            "images": f"{images:,} to train on, {validation:,} to validate",
+            **rows(self.run, self.per_epoch, self.processes.size),
+        }
 
     def places(self) -> Iterator[list[Place]]:
         """This process's share of the images of each step that is still to come."""
@@ -203,6 +214,8 @@ class Course:
                 step=self.step,
                 keep=self.options.keep,
                 notes=self.notes,
+                preset=self.run.recipe.preset,
+                labels=self.training.classes,
             )
 
     def log_left_out(self, *, together: bool) -> None:
@@ -256,7 +269,8 @@ class Course:
         )
         if self.processes.rank == 0:
             classes = self.training.classes
-            save(outcome.params, self.out / NETWORK)
+            preset = self.run.recipe.preset
+            save(outcome.params, self.out / NETWORK, preset=preset, labels=classes)
             lines, confusion = read_log(self.out), found.confusion
             for name, write in (
                 (LABELS, partial(write_labels, classes=classes)),

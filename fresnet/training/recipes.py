@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fresnet import optim, tree
 from fresnet.data import AreaCrop, Augmentation, ScaleCrop
-from fresnet.data.preprocess import PRESETS, Preset
+from fresnet.data.presets import PRESETS, Preset
 from fresnet.errors import FresnetError
 from fresnet.training.mixing import Mixing, cutmix, mixup, one_of
 
@@ -180,6 +180,8 @@ def with_crop(recipe: Recipe, side: int) -> Recipe:
     (32, 32, 37)
     """
     crop, preset = recipe.augmentation.crop, recipe.preset
+    if not isinstance(preset.resize, int) or not isinstance(preset.crop, int):
+        raise FresnetError(f"expected an evaluation of squares that squashes none; got {preset}")
     if isinstance(crop, ScaleCrop):
         low, high = (round(length * side / crop.side) for length in crop.shorter)
         crop = crop._replace(shorter=(low, high))

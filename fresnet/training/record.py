@@ -34,19 +34,24 @@ class Record:
 
     def __init__(self, log: TextIO, board: "_Board", bar: "tqdm[Any]") -> None:
         self._log, self._board, self._bar = log, board, bar
+        self._images, self._since = 0, time.perf_counter()  # of the epoch, without evaluations
 
     def step(self, step: int, *, loss: float, accuracy: float, rate: float, images: int) -> None:
         self._write(step, "train", loss=loss, accuracy=accuracy, rate=rate, images=images)
-        self._bar.set_postfix_str(f"loss {loss:.3f}, top 1 {accuracy:.0%}", refresh=False)
+        self._images, self._until = self._images + images, time.perf_counter()
+        told = f"loss {loss:.3f}, top 1 {accuracy:.0%}, {self._speed()}"
+        self._bar.set_postfix_str(told, refresh=False)
         self._bar.update(1)
+
+    def _speed(self) -> str:
+        return f"{self._images / (self._until - self._since):,.1f} images/s"
 
     def evaluation(self, step: int, epoch: int, epochs: int, found: Evaluation) -> None:
         images, loss, top1, top5, _ = found
         self._write(step, "evaluation", loss=loss, top1=top1, top5=top5, images=images)
-        self._bar.write(
-            f"epoch {epoch} of {epochs}: validation loss {loss:.3f}, "
-            f"top 1 {top1:.2%}, top 5 {top5:.2%}"
-        )
+        speed = f", {self._speed()}" if self._images else ""
+        self._bar.write(f"epoch {epoch} of {epochs}: validation {in_words(found)}{speed}")
+        self._images, self._since = 0, time.perf_counter()
 
     def left_out(self, step: int, files: Sequence[str]) -> None:
         if files:
@@ -63,6 +68,12 @@ class Record:
     def _line(self, step: int, kind: str, **values: float | Sequence[str]) -> None:
         self._log.write(json.dumps({"step": step, kind: values}) + "\n")
         self._log.flush()
+
+
+def in_words(found: Evaluation) -> str:
+    """An evaluation in words. Of five classes or fewer, each would be among the first five."""
+    top5 = f", top 5 {found.top5:.2%}" if len(found.confusion) > 5 else ""
+    return f"loss {found.loss:.3f}, top 1 {found.top1:.2%}{top5}"
 
 
 class _Board:
@@ -87,11 +98,11 @@ class _Board:
 
 
 @contextmanager
-def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
+def recording(folder: Path, *, steps: int, after: int, plan: str) -> Iterator[Record]:
     """The record of a run of `steps` steps that goes on after step `after`.
 
-    A run that was killed may have logged steps after its last checkpoint. They are cut off. Lines
-    that are damaged are left out, and a warning says how many.
+    The plan is what it says first. A run that was killed may have logged steps after its last
+    checkpoint. They are cut off. Lines that are damaged are left out, and a warning says how many.
     """
     damaged = 0
 
@@ -115,6 +126,7 @@ def recording(folder: Path, *, steps: int, after: int) -> Iterator[Record]:
         (events / name).open("wb") as board,
         tqdm(total=steps, initial=after, disable=None, bar_format=BAR) as bar,
     ):
+        bar.write(plan)
         if after:
             bar.write(f"going on after step {after:,} of {steps:,}")
         yield Record(log, _Board(board, after + 1), bar)

@@ -3,14 +3,17 @@
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fresnet import tree
+from fresnet.data.presets import Preset
 from fresnet.errors import FresnetError, listed, reason
 from fresnet.network.check import check_params, check_values
+from fresnet.network.family import SPECS
 from fresnet.network.nodes import (
     HEADS,
     NODES,
@@ -29,8 +32,10 @@ from fresnet.weights.blanks import BLANK, blank_stats
 from fresnet.weights.formats import refusal
 from fresnet.weights.hub import INDEX, download, is_repository, local, shards
 from fresnet.weights.names import name_tree, names
+from fresnet.weights.notes import texts_of
 from fresnet.weights.older import Structure, with_layers
 from fresnet.weights.pickles import Skipped
+from fresnet.weights.published import published
 from fresnet.weights.state_dicts import check_architecture, from_state_dict, named_leaves, spec_of
 from fresnet.weights.storage import read_safetensors, write_safetensors
 from fresnet.weights.unwrapping import mappings_in
@@ -48,7 +53,13 @@ BESIDES = "state."
 """The prefix of the entries of a training state that stand beside its network in a file."""
 
 
-def save(params: Params, path: str | os.PathLike[str]) -> None:
+def save(
+    params: Params,
+    path: str | os.PathLike[str],
+    *,
+    preset: str | Preset | None = None,
+    labels: Sequence[str] | None = None,
+) -> None:
     """Write a network to a safetensors file under torchvision's names.
 
     torchvision and timm read the file, if the network is one of theirs. The file's metadata hold
@@ -59,10 +70,12 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
     Args:
       params: the network.
       path: the file to write. An existing file is replaced.
+      preset: how images are prepared for the network. `notes` and the command `predict` read it.
+      labels: what its classes are called, k texts, for the same.
     Raises:
       FresnetError: if params is not a network, if two leaves would have one name, if `load` would
-        refuse its values, if the path ends like those of `torch.save`, or if the file cannot be
-        written.
+        refuse its values, if preset or labels are not as above, if the path ends like those of
+        `torch.save`, or if the file cannot be written.
     """
     check_params("save", params)
     if str(path).endswith((".pth", ".pt", ".bin")):
@@ -75,7 +88,8 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
         check_fit(params, name_tree(params))
     except FresnetError as error:
         raise FresnetError(f"save expects a network that load takes; {error}") from error
-    write_safetensors("save", named_leaves(params), path, {NETWORK: structure_of(params)})
+    texts = {NETWORK: structure_of(params), **texts_of("save", params, preset, labels)}
+    write_safetensors("save", named_leaves(params), path, texts)
 
 
 def load(path: str | os.PathLike[str], *, architecture: str | Spec | None = None) -> Params:
@@ -100,6 +114,7 @@ def load(path: str | os.PathLike[str], *, architecture: str | Spec | None = None
         configuration asks for something that no network here does.
     """
     try:
+        _check_place(path)
         if is_repository(path):
             found, told = download(str(path))
         else:
@@ -111,6 +126,29 @@ def load(path: str | os.PathLike[str], *, architecture: str | Spec | None = None
     except FresnetError as error:
         raise FresnetError(f"cannot load {spelt(path)}: {error}") from error
     return params
+
+
+def _check_place(path: object) -> None:
+    """Refuse names of networks and addresses, with what to do instead.
+
+    Raises:
+      FresnetError: if there is no such file, and it is one of those.
+    """
+    if not isinstance(path, str) or os.path.exists(path):
+        return
+    if "://" in path:
+        hint = "torch.hub.download_url_to_file(url, path) downloads a file"
+        raise FresnetError(f"it is an address, and load reads files: {hint}")
+    if path in SPECS:
+        raise FresnetError(
+            f"it is the name of a network and no file: fresnet.init(0, fresnet.SPECS[{path!r}]) "
+            f"draws one, and python -m fresnet models {path} lists published weights"
+        )
+    if "_Weights." in path and path in {weights.name for weights in published()}:
+        raise FresnetError(
+            f"torchvision has these weights: torchvision.models.get_weight({path!r}).url is the "
+            "address of their file"
+        )
 
 
 def _read(path: Path, spec: Spec | None) -> Params:

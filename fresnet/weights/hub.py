@@ -2,13 +2,15 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from fresnet.errors import FresnetError, describe, reason
+from fresnet.network.check import first_conv
 from fresnet.network.family import RESNET50, SPECS
-from fresnet.network.nodes import BottleneckV1
+from fresnet.network.nodes import BasicBlock, BottleneckV1, NoHead, Params, blocks_of, last_layer
 from fresnet.network.specs import Spec
 from fresnet.reading import read_json
 from fresnet.weights.formats import FORMATS, refusal
@@ -93,6 +95,34 @@ def local(path: Path) -> tuple[Path, Spec | None]:
     except (OSError, ValueError) as error:
         raise FresnetError(reason(error)) from error
     return path, None
+
+
+def config_of(params: Params, labels: Sequence[str] | None) -> dict[str, Any]:
+    """The configuration by which Hugging Face's library makes this network of its own."""
+    weights = params.weights
+    stages = [blocks_of(stage) for stage in weights.stages]
+    first = stages[0][0]
+    bare = isinstance(weights.head, NoHead)
+    classes = [] if bare else labels or [f"LABEL_{i}" for i in range(len(weights.head.bias))]
+    return {
+        "model_type": "resnet",
+        "architectures": ["ResNetModel" if bare else "ResNetForImageClassification"],
+        "num_channels": first_conv(weights).shape[1],
+        "embedding_size": weights.stem.layer.conv.shape[0],
+        "hidden_sizes": [_width(blocks[0]) for blocks in stages],
+        "depths": [len(blocks) for blocks in stages],
+        "layer_type": "basic" if isinstance(first, BasicBlock) else "bottleneck",
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": isinstance(first, BottleneckV1),
+        "id2label": {str(i): label for i, label in enumerate(classes)},
+        "label2id": {label: i for i, label in enumerate(classes)},
+    }
+
+
+def _width(block: Any) -> int:
+    """How many channels a block puts out."""
+    return int(getattr(block, last_layer(block)).conv.shape[0])
 
 
 def shards(index: Path) -> list[str]:

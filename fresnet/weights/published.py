@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fresnet.data.preprocess import preset_of
+from fresnet.data.presets import Sides, preset_of
 from fresnet.errors import FresnetError, suggestion
 from fresnet.network.family import SPECS
 from fresnet.network.init import init
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     weights: Published | None
     parameters: int
     multiply_adds: int
-    size: int
+    size: Sides
 
 
 @cache

@@ -122,6 +122,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, texts
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as those of safetensors do."""
+    check_regular(path)
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def _safetensors(function: str) -> Callable[..., Any]:
     try:
         import safetensors.torch
