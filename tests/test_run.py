@@ -1182,6 +1182,8 @@ def test_predict_takes_what_a_run_says_at_its_end(
     assert main(["predict", *images, "--json", *command]) == 0
     found = json.loads(capsys.readouterr().out)
     params, preset = fresnet.load("out/network.safetensors"), Preset(18, 16, "bilinear")
+    (checkpoint,) = saved_states("out/checkpoints")
+    assert fresnet.notes("out/network.safetensors") == fresnet.notes(checkpoint)
     expected = fresnet.forward(params, preprocess(images, preset)).softmax(1).max(1)
     classes = scan("good/train").classes
     for one, best, probability in zip(found, expected.indices, expected.values, strict=True):

@@ -31,8 +31,8 @@ def predict(args: argparse.Namespace) -> str:
         raise FresnetError(f"{args.weights} has no head, so it knows no classes: {hint}")
     classes = len(params.weights.head.bias)
     known = notes(args.weights)
-    preset = _preset(args, known.preset, first_conv(params.weights).shape[1])
     labels = _labels(args, known.labels, classes)
+    preset = _preset(args, known.preset, first_conv(params.weights).shape[1])
     top = min(5, classes) if args.top is None else args.top
     if not 1 <= top <= classes:
         raise FresnetError(f"--top expects 1 to {classes}, the number of classes; got {top}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from fresnet.data.presets import Preset, as_preset, preset_of, sizes_of
-from fresnet.errors import FresnetError, describe, reason
+from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.check import first_conv
 from fresnet.network.nodes import NoHead, Params
 from fresnet.reading import as_path, from_json, spelt
@@ -141,5 +141,5 @@ def _preset(fields: object) -> Preset:
             return as_preset(preset._replace(mean=tuple(mean), std=tuple(std)))
     raise FresnetError(
         "expected a preset of finite means, positive deviations, and a corner that is round or "
-        f"math.floor; got {fields}"
+        f"math.floor; got {shown(str(fields))}"
     )
