@@ -473,10 +473,30 @@ def test_what_holds_no_notes(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "a.pth")
     (published,) = fresnet.notes("timm/resnet18.a3_in1k")[:1]
     assert published == Preset(235, 224, "bicubic")
-    for path in (tmp_path / "a", tmp_path / "a.pth", "someone/resnet18"):
+    for path in (tmp_path / "a", tmp_path / "a.pth"):
         assert fresnet.notes(path) == (None, None)
     with pytest.raises(FresnetError, match=r"cannot read the notes of \S*no: No such file"):
         fresnet.notes(tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("config", "labels"),
+    [
+        ({"id2label": {"1": "b", "0": "a", "2": "c"}}, ("a", "b", "c")),
+        ({"label_names": ["a", "b", "c"]}, ("a", "b", "c")),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}}, None),
+        ({"id2label": {"0": "a", "2": "b"}}, None),
+        ({"id2label": {"0": 3}}, None),
+        ({}, None),
+    ],
+)
+def test_labels_of_a_folder_of_hugging_face(config: Any, labels: Any, tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert fresnet.notes(tmp_path) == (None, labels)
+    assert fresnet.notes(tmp_path / "pytorch_model.bin") == (None, labels)
+    fresnet.save(PARAMS, tmp_path / "model.safetensors", preset=PRESET)
+    assert fresnet.notes(tmp_path) == (PRESET, None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.check import first_conv
 from fresnet.network.nodes import NoHead, Params
 from fresnet.reading import as_path, from_json, spelt
-from fresnet.weights.hub import is_repository, local
+from fresnet.weights.hub import configuration, is_repository, local
 from fresnet.weights.published import published
 from fresnet.weights.storage import is_safetensors, read_safetensors
 
@@ -32,9 +32,9 @@ def notes(path: str | os.PathLike[str]) -> Notes:
     """How images are prepared for the network in a file, and what its classes are called.
 
     Files of `save` and of `save_state` hold what was passed to them, and those of
-    `python -m fresnet train` hold both. Of repositories that `python -m fresnet models` lists, such
-    as "timm/resnet50.a1_in1k", the preset is known without a look at them. Of every other file
-    nothing is known.
+    `python -m fresnet train` hold both. The presets of repositories that `python -m fresnet models`
+    lists are known. The configuration of a repository, or of a folder of `save_pretrained`, may
+    tell labels (`id2label`, timm's `label_names`). Of every other file nothing is known.
 
     >>> import fresnet
     >>> fresnet.notes("timm/resnet50.a1_in1k").preset.crop
@@ -49,14 +49,17 @@ def notes(path: str | os.PathLike[str]) -> Notes:
     """
     try:
         if is_repository(path):
-            found = [weights.preset for weights in published() if weights.name == path]
-            return Notes(preset_of(found[0]) if found else None)
+            found = [preset_of(weights.preset) for weights in published() if weights.name == path]
+            preset = found[0] if found else None
+            of_timm = preset is not None and str(path).startswith("timm/")  # it tells no labels
+            return Notes(preset, None if of_timm else _labels(configuration(path)))
         file, _ = local(as_path(path))
-        if not is_safetensors(file):
-            return Notes()
-        _, texts = read_safetensors(file)
-        return _read(texts[NOTES]) if NOTES in texts else Notes()
-    except (OSError, ValueError) as error:
+        if is_safetensors(file):
+            _, texts = read_safetensors(file)
+            if NOTES in texts:
+                return _read(texts[NOTES])
+        return Notes(None, _labels(configuration(path)))
+    except Exception as error:  # a connection may fail in any way
         raise FresnetError(f"cannot read the notes of {spelt(path)}: {reason(error)}") from error
 
 
@@ -99,6 +102,19 @@ def texts_of(
             )
         said["labels"] = list(labels)
     return {NOTES: json.dumps(said)} if said else {}
+
+
+def _labels(config: object) -> tuple[str, ...] | None:
+    """The labels in a configuration, but for those that Hugging Face's library makes up."""
+    match config:
+        case {"label_names": list(names)}:
+            labels = names
+        case {"id2label": dict(by_id)} if set(by_id) == {str(i) for i in range(len(by_id))}:
+            labels = [by_id[str(i)] for i in range(len(by_id))]
+        case _:
+            return None
+    made_up = labels == [f"LABEL_{i}" for i in range(len(labels))]
+    return tuple(labels) if _are_labels(labels) and not made_up else None
 
 
 def _are_labels(labels: object) -> bool:
