@@ -29,6 +29,7 @@ from strategies import examples, tiny_params
 import fresnet
 from fresnet import FresnetError, Params, Preset, Spec, optim, training, tree
 from fresnet.__main__ import main
+from fresnet.data.presets import preset_of
 from fresnet.network.nodes import (
     BasicBlock,
     Bottleneck,
@@ -497,6 +498,35 @@ def test_labels_of_a_folder_of_hugging_face(config: Any, labels: Any, tmp_path: 
     assert fresnet.notes(tmp_path / "pytorch_model.bin") == (None, labels)
     fresnet.save(PARAMS, tmp_path / "model.safetensors", preset=PRESET)
     assert fresnet.notes(tmp_path) == (PRESET, None)
+
+
+TIMM = {
+    "input_size": [3, 224, 224],
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "preset"),
+    [
+        ({}, "256,224,bicubic,0.5"),
+        ({"crop_mode": "center", "test_input_size": [3, 288, 288]}, "329,288,bicubic,0.5"),
+        ({"test_input_size": [3, 288, 288], "test_crop_pct": 0.95}, "303,288,bicubic,0.5"),
+        ({"crop_mode": "squash"}, None),
+        ({"interpolation": "nearest"}, None),
+        ({"crop_pct": 0}, None),
+        ({"crop_pct": 2}, None),
+        ({"input_size": None}, None),
+        ({"mean": "half"}, None),
+    ],
+)
+def test_the_preset_in_a_configuration_of_timm(changed: Any, preset: Any, tmp_path: Path) -> None:
+    fresnet.save(PARAMS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**TIMM, **changed}}))
+    assert fresnet.notes(tmp_path).preset == (preset and preset_of(preset))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fresnet.data.presets import Preset, as_preset, preset_of, sizes_of
 from fresnet.errors import FresnetError, describe, reason, shown
@@ -34,7 +34,8 @@ def notes(path: str | os.PathLike[str]) -> Notes:
     Files of `save` and of `save_state` hold what was passed to them, and those of
     `python -m fresnet train` hold both. The presets of repositories that `python -m fresnet models`
     lists are known. The configuration of a repository, or of a folder of `save_pretrained`, may
-    tell labels (`id2label`, timm's `label_names`). Of every other file nothing is known.
+    tell labels (`id2label`, timm's `label_names`) and timm's preset (`pretrained_cfg`). Of every
+    other file nothing is known.
 
     >>> import fresnet
     >>> fresnet.notes("timm/resnet50.a1_in1k").preset.crop
@@ -51,14 +52,17 @@ def notes(path: str | os.PathLike[str]) -> Notes:
         if is_repository(path):
             found = [preset_of(weights.preset) for weights in published() if weights.name == path]
             preset = found[0] if found else None
-            of_timm = preset is not None and str(path).startswith("timm/")  # it tells no labels
-            return Notes(preset, None if of_timm else _labels(configuration(path)))
+            if found and str(path).startswith("timm/"):
+                return Notes(preset)  # its configuration would tell no labels
+            config = configuration(path)
+            return Notes(preset or _preset_of_timm(config), _labels(config))
         file, _ = local(as_path(path))
         if is_safetensors(file):
             _, texts = read_safetensors(file)
             if NOTES in texts:
                 return _read(texts[NOTES])
-        return Notes(None, _labels(configuration(path)))
+        config = configuration(path)
+        return Notes(_preset_of_timm(config), _labels(config))
     except Exception as error:  # a connection may fail in any way
         raise FresnetError(f"cannot read the notes of {spelt(path)}: {reason(error)}") from error
 
@@ -104,7 +108,24 @@ def texts_of(
     return {NOTES: json.dumps(said)} if said else {}
 
 
-def _labels(config: object) -> tuple[str, ...] | None:
+def _preset_of_timm(config: Any) -> Preset | None:
+    """The preset in a configuration of timm, at the test size as `published.txt` has it."""
+    match config:
+        case {"pretrained_cfg": {"crop_mode": mode}} if mode != "center":
+            return None
+        case {"pretrained_cfg": {"input_size": size, "crop_pct": share, **others}}:
+            try:
+                side = (others.get("test_input_size") or size)[-1]
+                resize = math.floor(side / (others.get("test_crop_pct") or share))
+                colours = {name: [*map(float, others[name])] for name in ("mean", "std")}
+                sizes = f"{resize},{side},{others['interpolation']}"
+                return _preset({"sizes": sizes, "corner": "round", "channels": "RGB", **colours})
+            except (ArithmeticError, LookupError, TypeError, ValueError):
+                return None  # it is no evaluation that a preset can describe
+    return None
+
+
+def _labels(config: Any) -> tuple[str, ...] | None:
     """The labels in a configuration, but for those that Hugging Face's library makes up."""
     match config:
         case {"label_names": list(names)}:
