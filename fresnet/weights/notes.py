@@ -110,19 +110,17 @@ def texts_of(
 
 def _preset_of_timm(config: Any) -> Preset | None:
     """The preset in a configuration of timm, at the test size as `published.txt` has it."""
-    match config:
-        case {"pretrained_cfg": {"crop_mode": mode}} if mode != "center":
+    try:
+        told: Mapping[str, Any] = config["pretrained_cfg"]
+        if told.get("crop_mode", "center") != "center":
             return None
-        case {"pretrained_cfg": {"input_size": size, "crop_pct": share, **others}}:
-            try:
-                side = (others.get("test_input_size") or size)[-1]
-                resize = math.floor(side / (others.get("test_crop_pct") or share))
-                colours = {name: [*map(float, others[name])] for name in ("mean", "std")}
-                sizes = f"{resize},{side},{others['interpolation']}"
-                return _preset({"sizes": sizes, "corner": "round", "channels": "RGB", **colours})
-            except (ArithmeticError, LookupError, TypeError, ValueError):
-                return None  # it is no evaluation that a preset can describe
-    return None
+        side = (told.get("test_input_size") or told["input_size"])[-1]
+        resize = math.floor(side / (told.get("test_crop_pct") or told["crop_pct"]))
+        colours = {name: [*map(float, told[name])] for name in ("mean", "std")}
+        sizes = f"{resize},{side},{told['interpolation']}"
+        return _preset({"sizes": sizes, "corner": "round", "channels": "RGB", **colours})
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return None  # there is none, or it is no evaluation that a preset can describe
 
 
 def _labels(config: Any) -> tuple[str, ...] | None:
