@@ -29,6 +29,7 @@ from strategies import examples, tiny_params
 import fresnet
 from fresnet import FresnetError, Params, Preset, Spec, optim, training, tree
 from fresnet.__main__ import main
+from fresnet.data.presets import preset_of
 from fresnet.network.nodes import (
     BasicBlock,
     Bottleneck,
@@ -473,10 +474,59 @@ def test_what_holds_no_notes(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "a.pth")
     (published,) = fresnet.notes("timm/resnet18.a3_in1k")[:1]
     assert published == Preset(235, 224, "bicubic")
-    for path in (tmp_path / "a", tmp_path / "a.pth", "someone/resnet18"):
+    for path in (tmp_path / "a", tmp_path / "a.pth"):
         assert fresnet.notes(path) == (None, None)
     with pytest.raises(FresnetError, match=r"cannot read the notes of \S*no: No such file"):
         fresnet.notes(tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("config", "labels"),
+    [
+        ({"id2label": {"1": "b", "0": "a", "2": "c"}}, ("a", "b", "c")),
+        ({"label_names": ["a", "b", "c"]}, ("a", "b", "c")),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}}, None),
+        ({"id2label": {"0": "a", "2": "b"}}, None),
+        ({"id2label": {"0": 3}}, None),
+        ({}, None),
+    ],
+)
+def test_labels_of_a_folder_of_hugging_face(config: Any, labels: Any, tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert fresnet.notes(tmp_path) == (None, labels)
+    assert fresnet.notes(tmp_path / "pytorch_model.bin") == (None, labels)
+    fresnet.save(PARAMS, tmp_path / "model.safetensors", preset=PRESET)
+    assert fresnet.notes(tmp_path) == (PRESET, None)
+
+
+TIMM = {
+    "input_size": [3, 224, 224],
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "preset"),
+    [
+        ({}, "256,224,bicubic,0.5"),
+        ({"crop_mode": "center", "test_input_size": [3, 288, 288]}, "329,288,bicubic,0.5"),
+        ({"test_input_size": [3, 288, 288], "test_crop_pct": 0.95}, "303,288,bicubic,0.5"),
+        ({"crop_mode": "squash"}, None),
+        ({"interpolation": "nearest"}, None),
+        ({"crop_pct": 0}, None),
+        ({"crop_pct": 2}, None),
+        ({"input_size": None}, None),
+        ({"mean": "half"}, None),
+    ],
+)
+def test_the_preset_in_a_configuration_of_timm(changed: Any, preset: Any, tmp_path: Path) -> None:
+    fresnet.save(PARAMS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**TIMM, **changed}}))
+    assert fresnet.notes(tmp_path).preset == (preset and preset_of(preset))
 
 
 @pytest.mark.parametrize(

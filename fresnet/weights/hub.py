@@ -20,6 +20,8 @@ INDEX = ".safetensors.index.json"
 
 WEIGHTS = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin")
 
+CONFIG = "config.json"
+
 PRUNED = ("ecaresnet50d_pruned", "ecaresnet101d_pruned")
 """timm's names that no spec can have, because the widths differ in every block."""
 
@@ -62,7 +64,7 @@ def download(repository: str) -> tuple[Path, Spec | None]:
         return Path(hf_hub_download(repository, last))
 
     try:
-        config = read_json(fetch("config.json"))
+        config = read_json(fetch(CONFIG))
         weights = fetch(*WEIGHTS)
         if weights.name.endswith(INDEX):
             for shard in shards(weights):
@@ -89,12 +91,27 @@ def local(path: Path) -> tuple[Path, Spec | None]:
             if not found:
                 raise refusal(path, f"the folder has none of {', '.join(WEIGHTS)}")
             path = found[0]
-        config = path.parent / "config.json"
+        config = path.parent / CONFIG
         if path.name in WEIGHTS and os.path.lexists(config):
             return path, _architecture(read_json(config))
     except (OSError, ValueError) as error:
         raise FresnetError(reason(error)) from error
     return path, None
+
+
+def configuration(path: str | os.PathLike[str]) -> Any:
+    """What the configuration of a repository says, or that beside a file; None if there is none.
+
+    Raises:
+      FresnetError: if it cannot be read.
+    """
+    if is_repository(path):
+        from huggingface_hub import hf_hub_download
+
+        return read_json(Path(hf_hub_download(str(path), CONFIG)))
+    file, _ = local(Path(path))
+    config = file.parent / CONFIG
+    return read_json(config) if file.name in WEIGHTS and os.path.lexists(config) else None
 
 
 def config_of(params: Params, labels: Sequence[str] | None) -> dict[str, Any]:

@@ -4,14 +4,14 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fresnet.data.presets import Preset, as_preset, preset_of, sizes_of
 from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.check import first_conv
 from fresnet.network.nodes import NoHead, Params
 from fresnet.reading import as_path, from_json, spelt
-from fresnet.weights.hub import is_repository, local
+from fresnet.weights.hub import configuration, is_repository, local
 from fresnet.weights.published import published
 from fresnet.weights.storage import is_safetensors, read_safetensors
 
@@ -32,9 +32,10 @@ def notes(path: str | os.PathLike[str]) -> Notes:
     """How images are prepared for the network in a file, and what its classes are called.
 
     Files of `save` and of `save_state` hold what was passed to them, and those of
-    `python -m fresnet train` hold both. Of repositories that `python -m fresnet models` lists, such
-    as "timm/resnet50.a1_in1k", the preset is known without a look at them. Of every other file
-    nothing is known.
+    `python -m fresnet train` hold both. The presets of repositories that `python -m fresnet models`
+    lists are known. The configuration of a repository, or of a folder of `save_pretrained`, may
+    tell labels (`id2label`, timm's `label_names`) and timm's preset (`pretrained_cfg`). Of every
+    other file nothing is known.
 
     >>> import fresnet
     >>> fresnet.notes("timm/resnet50.a1_in1k").preset.crop
@@ -49,14 +50,20 @@ def notes(path: str | os.PathLike[str]) -> Notes:
     """
     try:
         if is_repository(path):
-            found = [weights.preset for weights in published() if weights.name == path]
-            return Notes(preset_of(found[0]) if found else None)
+            found = [preset_of(weights.preset) for weights in published() if weights.name == path]
+            preset = found[0] if found else None
+            if found and str(path).startswith("timm/"):
+                return Notes(preset)  # its configuration would tell no labels
+            config = configuration(path)
+            return Notes(preset or _preset_of_timm(config), _labels(config))
         file, _ = local(as_path(path))
-        if not is_safetensors(file):
-            return Notes()
-        _, texts = read_safetensors(file)
-        return _read(texts[NOTES]) if NOTES in texts else Notes()
-    except (OSError, ValueError) as error:
+        if is_safetensors(file):
+            _, texts = read_safetensors(file)
+            if NOTES in texts:
+                return _read(texts[NOTES])
+        config = configuration(path)
+        return Notes(_preset_of_timm(config), _labels(config))
+    except Exception as error:  # a connection may fail in any way
         raise FresnetError(f"cannot read the notes of {spelt(path)}: {reason(error)}") from error
 
 
@@ -99,6 +106,34 @@ def texts_of(
             )
         said["labels"] = list(labels)
     return {NOTES: json.dumps(said)} if said else {}
+
+
+def _preset_of_timm(config: Any) -> Preset | None:
+    """The preset in a configuration of timm, at the test size as `published.txt` has it."""
+    try:
+        told: Mapping[str, Any] = config["pretrained_cfg"]
+        if told.get("crop_mode", "center") != "center":
+            return None
+        side = (told.get("test_input_size") or told["input_size"])[-1]
+        resize = math.floor(side / (told.get("test_crop_pct") or told["crop_pct"]))
+        colours = {name: [*map(float, told[name])] for name in ("mean", "std")}
+        sizes = f"{resize},{side},{told['interpolation']}"
+        return _preset({"sizes": sizes, "corner": "round", "channels": "RGB", **colours})
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return None  # there is none, or it is no evaluation that a preset can describe
+
+
+def _labels(config: Any) -> tuple[str, ...] | None:
+    """The labels in a configuration, but for those that Hugging Face's library makes up."""
+    match config:
+        case {"label_names": list(names)}:
+            labels = names
+        case {"id2label": dict(by_id)} if set(by_id) == {str(i) for i in range(len(by_id))}:
+            labels = [by_id[str(i)] for i in range(len(by_id))]
+        case _:
+            return None
+    made_up = labels == [f"LABEL_{i}" for i in range(len(labels))]
+    return tuple(labels) if _are_labels(labels) and not made_up else None
 
 
 def _are_labels(labels: object) -> bool:
