@@ -208,7 +208,9 @@ def test_dilated_stages_equal_torchvisions(
 
 
 @examples(25)
-@given(params=tiny_params(dilated=False, attention=False), x=images(), data=st.data())
+@given(
+    params=tiny_params(dilated=False, attention=False, grouped=False), x=images(), data=st.data()
+)
 def test_dilated_activations_at_every_second_place_are_those_of_the_strided_network(
     params: Params, x: Tensor, data: st.DataObject
 ) -> None:

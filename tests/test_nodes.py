@@ -187,6 +187,23 @@ def test_norms_with_another_eps(name: str, x: Tensor, seed: int, eps: float) -> 
     assert_trees_close(stats, after.stats, 1e-11)
 
 
+def test_eps_of_a_folded_network_of_v2_in_groups() -> None:
+    spec = fresnet.Spec(PreActivation, (1, 1), 6, stem=BareStem7x7, last=LastNorm, norm=GroupNorm)
+    params = fresnet.init(0, spec, num_classes=5, dtype=torch.float64)
+    expected = fresnet.forward(fresnet.with_eps(params, 0.1), X)
+    assert_close(fresnet.forward(fresnet.with_eps(fresnet.fold(params), 0.1), X), expected, 1e-12)
+
+
+@pytest.mark.parametrize("bad", [Tensor.int, Tensor.bfloat16, lambda leaf: leaf.to("meta")])
+def test_a_standardised_weight_is_looked_at_as_others_are(bad: Callable[[Tensor], Tensor]) -> None:
+    spec = fresnet.Spec(BasicBlock, (1,), 6, layer=StandardisedLayer)
+    params = fresnet.init(0, spec, num_classes=5)
+    path = "weights.stages.0.0.layer2.conv"
+    wrong = tree.at(params, path, bad(params.weights.stages[0][0].layer2.conv))
+    with pytest.raises(FresnetError, match=r"layer2.conv to be torch.float32 on cpu"):
+        fresnet.forward(wrong, X.float())
+
+
 def test_where_norms_do_not_see_convolutions_alone_eps_is_refused() -> None:
     bit = fresnet.init(0, fresnet.SPECS["resnetv2_50x1_bit"], device="meta")
     half = fresnet.init(0, fresnet.Spec(BasicBlock, (1,), 4, last=LastNorm))
@@ -195,8 +212,8 @@ def test_where_norms_do_not_see_convolutions_alone_eps_is_refused() -> None:
         (bit, 1e-3, "norms after convolutions with a scale; got StandardisedLayer"),
         (fresnet.fold(plain), 1e-3, "norms after convolutions with a scale; got no norms"),
         (half, 1e-3, "all of ResNet V2 or all of V1"),
-        (plain, 0.0, "eps to be a number above 0"),
-        (plain, float("inf"), "eps to be a number above 0"),
+        (plain, 0.0, "eps to be a number from 1e-12 on"),
+        (plain, float("inf"), "eps to be a number from 1e-12 on"),
     ):
         with pytest.raises(FresnetError, match=message):
             fresnet.with_eps(params, eps)
@@ -295,8 +312,9 @@ def test_what_pools_against_aliasing_is_asked_for_where_names_do_not_tell(tmp_pa
         lambda **told: fresnet.from_state_dict(state, **told),
         lambda **told: fresnet.load(tmp_path / "blurs.pth", **told),
     ):
-        with pytest.raises(FresnetError, match=r"blur.*pass architecture='resnetblur18'"):
-            read()
+        for told in ({}, {"architecture": "resnet18"}):
+            with pytest.raises(FresnetError, match=r"blur.*pass architecture='resnetblur18'"):
+                read(**told)
         assert BlurredStage in kinds(read(architecture="resnetblur18").weights)
     fresnet.from_state_dict(timm.create_model("resnext50_32x4d").state_dict())  # there is no other
 

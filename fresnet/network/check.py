@@ -16,11 +16,11 @@ from fresnet.network.nodes import (
     BLOCKS,
     HEADS,
     LASTS,
+    LAYERS,
     PLACES,
     STEMS,
     UNITS,
     FrozenNorm,
-    Layer,
     NoHead,
     Norm,
     NormStats,
@@ -246,7 +246,7 @@ class _Walk(NamedTuple):
     def unit(self, where: str, unit: Any, stats: Any, kinds: tuple[type, ...]) -> None:
         if type(unit) not in kinds:
             self.fail(f"weights.{where}", kinds[0].__name__, describe(unit))
-        if type(unit) is Layer:
+        if type(unit) in LAYERS:
             self.leaf("weights", where, "conv", unit.conv, self.dtype)
         norm, norms = unit.norm, PLACES[type(unit)]["norm"]
         if type(norm) not in norms:

@@ -3,12 +3,13 @@
 from math import inf, sqrt
 from typing import Any
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, shown
 from fresnet.network.check import check_params
 from fresnet.network.nodes import (
     BARE_STEMS,
     EPS,
     PREACTIVATIONS,
+    Bias,
     FrozenNorm,
     GroupNorm,
     LastNorm,
@@ -24,6 +25,9 @@ from fresnet.network.nodes import (
     replaced,
 )
 from fresnet.numbers import as_number
+
+LEAST = 1e-12
+"""The least eps: of a smaller one statistics would overflow."""
 
 NORMALISING = (Norm, FrozenNorm, GroupNorm)
 """The norms that divide by a standard deviation."""
@@ -47,7 +51,8 @@ def with_eps(params: Params, eps: float) -> Params:
 
     Args:
       params: the network, such as a checkpoint of a model whose norms had this eps.
-      eps: a number above 0.
+      eps: a number from 1e-12 on. A small one makes activations before norms large: fold the
+        network before it is cast to float16.
     Returns:
       The network. A gradient by its convolutions is 1 / k times the one of the network before.
     Raises:
@@ -57,8 +62,8 @@ def with_eps(params: Params, eps: float) -> Params:
     """
     check_params("with_eps", params)
     number = as_number(eps)
-    if number is None or not 0 < number < inf:
-        raise FresnetError(f"with_eps expects eps to be a number above 0; got {eps!r}")
+    if number is None or not LEAST <= number < inf:
+        raise FresnetError(f"with_eps expects eps to be a number from {LEAST} on; got {shown(eps)}")
     found = kinds(params.weights)
     if found.isdisjoint(NORMALISING) or StandardisedLayer in found:
         got = "StandardisedLayer" if StandardisedLayer in found else "no norms"
@@ -73,6 +78,8 @@ def with_eps(params: Params, eps: float) -> Params:
     def scaled(unit: Unit) -> Unit:
         if isinstance(unit, Layer) and isinstance(unit.norm, scales):
             return unit._replace(conv=unit.conv * factor)
+        if isinstance(unit, Layer) and isinstance(unit.norm, Bias) and all(parts):
+            return Layer(unit.conv * factor, Bias(unit.norm.bias * factor))  # once folded
         return unit
 
     def seen(_: Unit, stats: Any) -> Any:

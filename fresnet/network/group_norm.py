@@ -45,8 +45,13 @@ def group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
         or transform_stack.active()
         or transform_stack.forward_mode(*inputs)
     )
-    y: Tensor = _composed(*inputs) if composed else _Fused.apply(*inputs)
-    return y.to(x.dtype)
+    if composed:
+        return _composed(*inputs).to(x.dtype)
+    # Of maps in channels last the kernel takes variances as differences of large numbers.
+    y: Tensor = _Fused.apply(*(v.contiguous() for v in inputs))
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return y.to(x.dtype, memory_format=layout)
 
 
 def _composed(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -60,19 +65,17 @@ def _composed(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 class _Fused(torch.autograd.Function):
     """PyTorch's kernel for `torch.autograd`, several times as fast as what is composed.
 
-    Neither it nor its derivative has a rule for a vmap of maps in channels last.
+    It refuses a strided x, and reads a strided scale as if it were not. So what it is given is
+    contiguous, and not only what it computes with: else a second derivative would end there.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         sizes = batch, channels, height * width, len(scale)
-        # The kernel reads a strided scale as if it were not, and refuses a strided x.
-        x = x.contiguous(memory_format=_layout(x))
-        flat = (leaf.contiguous().flatten() for leaf in (scale, bias))
         kernel: Any = torch.native_group_norm
         y: Tensor
-        y, *moments = kernel(x, *flat, *sizes, EPS)
+        y, *moments = kernel(x, scale.flatten(), bias.flatten(), *sizes, EPS)
         ctx.sizes = sizes
         ctx.save_for_backward(x, scale, *moments)
         return y
@@ -84,15 +87,8 @@ class _Fused(torch.autograd.Function):
             return _derivative(cotangent, x, scale)
         kernel = torch.ops.aten.native_group_norm_backward
         wanted = ctx.needs_input_grad
-        cotangent = cotangent.contiguous(memory_format=_layout(x))
-        found = kernel(cotangent, x, *moments, scale.contiguous().flatten(), *ctx.sizes, wanted)
-        return tuple(v if i == 0 or v is None else v.view_as(scale) for i, v in enumerate(found))
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """A layout that the kernel takes: on other devices than a CPU no channels last."""
-    last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+        found = kernel(cotangent.contiguous(), x, *moments, scale.flatten(), *ctx.sizes, wanted)
+        return tuple(v if i == 0 or v is None else v.view(scale.shape) for i, v in enumerate(found))
 
 
 def _derivative(cotangent: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:

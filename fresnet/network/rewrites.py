@@ -160,7 +160,7 @@ def dilate(params: Params, *, output_stride: int) -> Params:
     """The network with finer activations, for segmentation: later stages dilate, not stride.
 
     Their activations at every second (fourth) place are those of the network as it was, but for
-    blocks with attention, which take means over more places.
+    blocks with attention and norms in groups, which take means over more places.
 
     >>> import torch, fresnet
     >>> params = fresnet.dilate(fresnet.init(0, fresnet.RESNET18), output_stride=8)

@@ -30,6 +30,7 @@ from fresnet.network.nodes import (
     beside,
     blocks_of,
     kinds,
+    units_of,
     with_blocks,
 )
 from fresnet.weights.blanks import Blanks, as_drawn
@@ -50,6 +51,8 @@ def foreign_to(layout: str, params: Params) -> str:
     }
     beside(lambda unit, drawn: foreign.update(_foreign_norm(unit, drawn)), *_and_as_drawn(params))
     found = kinds(params.weights)
+    if GroupNorm in found and not all(map(_is_grouped_as_usual, units_of(params.weights))):
+        return "norms of another number of groups than 32"
     if layout == "huggingface":
         foreign |= found & {GroupNorm}
     if not is_v2(params):
@@ -83,6 +86,13 @@ def _foreign_norm(unit: Unit, drawn: Unit) -> set[type]:
     same = type(unit.norm) is type(drawn.norm)
     other = isinstance(unit.norm, FrozenNorm | GroupNorm) and isinstance(drawn.norm, Norm)
     return set() if same or other else {type(unit.norm)}
+
+
+def _is_grouped_as_usual(unit: Unit) -> bool:
+    """Whether a norm has as many groups as what reads `[c]` makes of it."""
+    return not isinstance(unit.norm, GroupNorm) or all(
+        leaf.shape == GroupNorm.shape(leaf.numel()) for leaf in unit.norm
+    )
 
 
 def is_v2(params: Params) -> bool:

@@ -88,7 +88,8 @@ def recognised(given: Mapping[str, Any], spec: Spec | None) -> Params:
       FresnetError: if they are of none, or of another than the spec's.
     """
     stages = _stages(given)
-    norm = Norm if any(name.endswith(".running_mean") for name in given) else GroupNorm
+    counted = (".running_mean", ".num_batches_tracked")  # which batch normalisation alone has
+    norm = Norm if any(name.endswith(counted) for name in given) else GroupNorm
     types = [_block_types(list(stage.values()), norm) for stage in stages]
     is_v2 = any(block in PREACTIVATIONS for block, _ in types)
     stem_type = _stem_type(given, norm) if not is_v2 else _bare_stem(given, norm)

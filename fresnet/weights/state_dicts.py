@@ -33,8 +33,8 @@ from fresnet.weights.families import explained
 from fresnet.weights.layouts import LAYOUTS, canonical, foreign_to, layout_of, name_in
 from fresnet.weights.names import check_distinct, name_tree, names
 from fresnet.weights.recognition import recognised
-from fresnet.weights.untold import like, tell_what_is_assumed
-from fresnet.weights.unwrapping import network_entries
+from fresnet.weights.untold import check_modules, like, tell_what_is_assumed
+from fresnet.weights.unwrapping import network_in
 
 SAME_NAMES: set[type] = {Norm, FrozenNorm, DilatedStage}
 """What a network has by itself or by `freeze` and `dilate`, and no architecture says."""
@@ -89,13 +89,15 @@ def from_state_dict(
         the architecture's.
     """
     spec = spec_of("from_state_dict", architecture)
-    layout, given = canonical(network_entries(mapping))
+    network = network_in(mapping)
+    layout, given = canonical(network.entries)
     given = {name: _widened(value) for name, value in given.items()}
     with explained(given, layout):
         nodes = recognised(given, spec)
         params = assemble("from_state_dict", nodes, _in_groups(nodes, given), layout)
+    check_modules(params, network.modules)
     if spec is None:
-        tell_what_is_assumed(params, mapping)
+        tell_what_is_assumed(params, network.modules)
     check_architecture("from_state_dict", params, architecture, spec)
     return params
 

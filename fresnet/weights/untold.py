@@ -1,7 +1,7 @@
 """What names and shapes do not tell of a network, and how a user is told so."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from fresnet.network.family import SPECS
 from fresnet.network.init import init
 from fresnet.network.nodes import (
     STAGES,
+    AveragedStage,
     AveragedStem,
     BlurredStage,
     BlurredStem,
@@ -43,15 +44,26 @@ def untold(params: Params) -> list[str]:
     return [kind.__name__ for kind in UNTOLD if kind in found]
 
 
-def tell_what_is_assumed(params: Params, mapping: Mapping[str, Any]) -> None:
+def check_modules(params: Params, modules: Set[str]) -> None:
+    """Refuse a network that its modules contradict, if a state dict of timm's module lists them.
+
+    Raises:
+      FresnetError: if the modules blur against aliasing and the network does not.
+    """
+    blurs = "maxpool.0" in modules and _is_of_timm(modules)
+    if blurs and kinds(params.weights).isdisjoint((BlurredStem, StridedStem)):
+        raise FresnetError(
+            "the modules of this state dict blur, against aliasing, which names do not tell: pass "
+            f"architecture={' or '.join(map(repr, _twins(params, BlurredStage))) or 'a Spec'}"
+        )
+
+
+def tell_what_is_assumed(params: Params, modules: Set[str]) -> None:
     """Warn where several published networks share the names that were found.
 
     Args:
       params: the network that fresnet takes them for.
-      mapping: what `from_state_dict` was given. PyTorch's state dicts list the modules of their
-        network, and so they sometimes say more than the names of entries.
-    Raises:
-      FresnetError: if the modules say that the network is another one.
+      modules: those of the network, where a state dict lists them.
     """
     found = kinds(params.weights)
     if ZeroPad in found:
@@ -67,24 +79,14 @@ def tell_what_is_assumed(params: Params, mapping: Mapping[str, Any]) -> None:
             "encoder of so many stages; published ones of this width have four"
         )
     if GroupNorm in found:
+        bit = " and weights for standardised, as in BiT" if StandardisedLayer in found else ""
+        named = [name for name, spec in SPECS.items() if _is_like(spec, params)]
         _tell(
-            "there are no running statistics, so norms are taken for GroupNorm of 32 groups, as "
-            "architecture='resnet50_gn' says; if they are BatchNorm, its statistics are missing"
+            f"there are no running statistics, so norms are taken for GroupNorm of 32 groups{bit}. "
+            f"An architecture says so, such as {', '.join(map(repr, named)) or 'a Spec'}; if they "
+            "are BatchNorm, its statistics are missing"
         )
-    modules = set(_modules(mapping))
-    if not any(name.endswith(".aa") for name in modules):
-        return  # timm alone has a module there, whether it pools or not
-    blurs = any(name.endswith("maxpool.0") for name in modules)
-    twins = [
-        name for name, spec in SPECS.items() if spec.stage is not tuple and _is_like(spec, params)
-    ]
-    twins = [name for name in twins if (SPECS[name].stage is BlurredStage) == blurs]
-    if blurs and StridedStem not in found:
-        raise FresnetError(
-            "the modules of this state dict blur, against aliasing, which names do not tell: pass "
-            f"architecture={' or '.join(map(repr, twins)) or 'a Spec'}"
-        )
-    if twins:
+    if _is_of_timm(modules) and (twins := _twins(params, AveragedStage)):
         _tell(
             f"names do not tell whether this network pools against aliasing, as {listed(twins)} "
             "does. fresnet takes it for one that does not; an architecture says so, such as "
@@ -92,19 +94,15 @@ def tell_what_is_assumed(params: Params, mapping: Mapping[str, Any]) -> None:
         )
 
 
-def _modules(mapping: Any) -> Iterator[str]:
-    """The modules of which PyTorch's state dicts tell, in a mapping and in those within it."""
-    waiting, seen = [mapping], set()
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, Mapping) and id(one) not in seen:
-            seen.add(id(one))
-            yield from filter(_is_text, getattr(one, "_metadata", ()))
-            waiting += one.values()
+def _is_of_timm(modules: Set[str]) -> bool:
+    """timm alone has such a module, whether it pools or not."""
+    return any(name.endswith(".aa") for name in modules)
 
 
-def _is_text(name: object) -> bool:
-    return isinstance(name, str)
+def _twins(params: Params, stage: type[Any]) -> list[str]:
+    """The members of the family that are this network but for pooling in such stages."""
+    pooling = {name: spec for name, spec in SPECS.items() if spec.stage is stage}
+    return [name for name, spec in pooling.items() if _is_like(spec, params)]
 
 
 def _plain_ones(spec: Spec) -> list[str]:

@@ -8,7 +8,7 @@ and in docs/checkpoints.md.
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -58,16 +58,26 @@ PROJECTION = re.compile(
 """What self-supervised training puts behind an encoder, in place of a last layer."""
 
 
-def network_entries(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of the one network in a checkpoint, without prefix; those of its head are `fc.`.
+class Found(NamedTuple):
+    """The one network in a checkpoint.
 
-    What is left out is told in a warning.
+    entries: by names without prefix; those of its head are `fc.`.
+    modules: the names of its modules, without prefix, where a state dict of PyTorch lists them.
+    """
+
+    entries: dict[str, Any]
+    modules: set[str]
+
+
+def network_in(mapping: Mapping[str, Any]) -> Found:
+    """The one network in a checkpoint. What is left out is told in a warning.
 
     Raises:
       FresnetError: if it is no mapping of names, or if it holds several networks or heads.
     """
-    entries = _unwrapped(mapping)
-    entries = {n: entries[n] for n in entries if n.rpartition(".")[2] != "n_averaged"}
+    mapping = _unwrapped(mapping)
+    modules = getattr(mapping, "_metadata", None) or ()
+    entries = {n: mapping[n] for n in mapping if n.rpartition(".")[2] != "n_averaged"}
     prefixes = _prefixes(entries)
     behind = _behind(entries, prefixes)
     sizes = [_sizes(entries[name] for name in behind[prefix]) for prefix in prefixes]
@@ -92,7 +102,8 @@ def network_entries(mapping: Mapping[str, Any]) -> dict[str, Any]:
             else "it has no head: if one of them is, call that fc.weight and fc.bias"
         )
         _tell(f"entries beside the network are left out: {listed(left_out)}; {doubt}")
-    return found
+    listed_there = {name for name in modules if isinstance(name, str) and name.startswith(prefix)}
+    return Found(found, {name.removeprefix(prefix) for name in listed_there})
 
 
 def _unwrapped(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
