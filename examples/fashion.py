@@ -199,7 +199,8 @@ def draw_curves(found: dict[str, list[Row]], path: Path) -> None:
             epochs, _, training_errors, test_errors, _ = zip(*found[name], strict=True)
             axes.plot(epochs, [100 * e for e in training_errors], color=color, linewidth=0.8)
             errors = [100 * e for e in test_errors]
-            axes.plot(epochs, errors, color=color, linewidth=2, label=name)
+            marker = "o" if len(errors) == 1 else None  # a line of one point is not seen
+            axes.plot(epochs, errors, color=color, linewidth=2, marker=marker, label=name)
         axes.set(title=f"{kind} networks", xlabel="epoch", xlim=(0, None), ylim=(0, min(top, 100)))
         axes.grid(alpha=0.3)
         if ours:

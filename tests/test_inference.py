@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from assertions import assert_close, logit_terms, unmutated
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import examples, images, seeds, tiny_params
 from torch import Tensor
@@ -21,7 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fresnet
 from fresnet import FresnetError, Params, tree
 from fresnet.inference import fused, onednn, side_by_side, winograd
-from fresnet.network.nodes import PLAIN, POOLED, Bottleneck, Geometry, PooledProjection, Projection
+from fresnet.network.nodes import (
+    PLAIN,
+    POOLED,
+    Bottleneck,
+    Geometry,
+    GroupNorm,
+    PooledProjection,
+    Projection,
+    StandardisedLayer,
+    kinds,
+)
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """The largest errors, relative to the terms of the logits, because logits may cancel."""
@@ -33,7 +43,16 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 def test_every_network_runs_as_it_does_uncompiled(
     dtype: torch.dtype, params: Params, x: Tensor
 ) -> None:
-    """oneDNN takes every convolution; it may refuse images of a few pixels."""
+    """oneDNN takes every convolution; it may refuse images of a few pixels.
+
+    Of norms in groups of few values little but rounding remains. So networks with them are given
+    larger images here, and are compiled in bfloat16 in test_nodes.py, in their published sizes.
+    Beside statistics drawn at random, standardised weights make activations so large that bfloat16
+    has no digit of the logits: these networks are held against what bfloat16 makes of them anyway.
+    """
+    if GroupNorm in kinds(params.weights):
+        assume(dtype is torch.float32)
+        assume(min(x.shape[2:]) >= 16)
     network = tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(params))
 
     def watched_fuse(function: Any, x: Tensor) -> Any:
@@ -52,10 +71,13 @@ def test_every_network_runs_as_it_does_uncompiled(
         infer = fresnet.compile_inference(network, x.to(dtype))
         logits = infer(x.to(dtype))
     assert logits.dtype == dtype
-    # Norms in groups of few values double what is rounded, in `forward` too.
-    rounding = (fresnet.forward(network, x.to(dtype)) - fresnet.forward(params, x)).norm()
-    error = (logits - fresnet.forward(params, x)).norm()
-    assert error <= max(BOUNDS[dtype] * logit_terms(params, x).norm(), 2 * rounding)
+    if StandardisedLayer in kinds(params.weights):
+        uncompiled = fresnet.forward(network, x.to(dtype)) - fresnet.forward(params, x)
+        error = logits - fresnet.forward(params, x)
+        bound = BOUNDS[dtype] * logit_terms(params, x).norm()
+        assert error.norm() <= max(bound, 2 * uncompiled.norm())
+        return
+    assert_logits_close(params, x, logits, BOUNDS[dtype])
 
 
 class Watch(TorchDispatchMode):

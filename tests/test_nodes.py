@@ -394,9 +394,12 @@ def test_they_are_compiled(name: str, dtype: torch.dtype) -> None:
     x = X.float()
     folded = tree.map(lambda leaf: leaf.to(dtype), fresnet.fold(params))
     exact, narrow = fresnet.forward(params, x), x.to(dtype)
-    rounding = (fresnet.forward(folded, narrow) - exact).norm() / exact.norm()
+    bound = 1e-5 if dtype is torch.float32 else 3e-2
+    if name.endswith("_bit"):  # its norms in groups make more of rounding, uncompiled too
+        rounding = (fresnet.forward(folded, narrow) - exact).norm() / exact.norm()
+        bound = max(bound, 2 * float(rounding))
     logits = fresnet.compile_inference(folded, narrow)(narrow).float()
-    assert_close(logits, exact, 1e-5 + 2 * float(rounding))
+    assert_close(logits, exact, bound)
 
 
 def test_v2_runs_in_int8_and_attention_is_refused_there() -> None:

@@ -69,11 +69,15 @@ def from_state_dict(
       and not on both sides ("resnet20_centred"), nor has no shortcuts ("plain20"). A warning says
       so;
     - that maps are made smaller by the strides of convolutions ("resnet50d"), and not by pooling
-      against aliasing ("resnetaa50d", "resnetblur50d");
+      against aliasing ("resnetaa50d", "resnetblur50d"). Where a state dict lists timm's modules, a
+      warning says so, and a blur is refused;
+    - that norms without running statistics are norms in groups ("resnet50_gn"), and in ResNet V2
+      with a 7x7 stem BiT's, with standardised weights ("resnetv2_50x1_bit"). A warning says so;
+    - that projections in ResNet V2 pool after a deep stem ("resnetv2_50d") and else stride;
     - strides of 2 in each stage but the first, pooling after a 7x7 stem and none after a 3x3 one,
-      projections without pooling and convolutions without standardised weights in ResNet V2, ReLU,
-      and an eps of 1e-5. A network that was trained otherwise, such as one with dilation, loads but
-      is another one; `dilate`, and other nodes in the tree, make of it what they can express.
+      ReLU, and an eps of 1e-5, for which see `with_eps`. A network that was trained otherwise, such
+      as one with dilation, loads but is another one; `dilate`, and other nodes in the tree, make of
+      it what they can express.
 
     Args:
       mapping: names to tensors, as `model.state_dict()` gives them.
@@ -109,8 +113,8 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
     `fc = torch.nn.Identity()`, timm's with `num_classes=0`, Hugging Face's `ResNetModel`.
 
     Tensors are contiguous copies. Each norm gets a counter `num_batches_tracked` of 0. Names cannot
-    say which norms are frozen, which stages dilate, and whether bottlenecks stride in their first
-    convolution.
+    say which norms are frozen, which stages dilate or pool, which weights are standardised, and
+    whether bottlenecks stride in their first convolution.
 
     >>> import fresnet
     >>> params = fresnet.init(0, fresnet.RESNET50, device="meta")
@@ -126,7 +130,8 @@ def to_state_dict(params: Params, layout: str = "torchvision") -> dict[str, Tens
       Names to tensors, for `load_state_dict(strict=True)`.
     Raises:
       FresnetError: if params is not a network, or has nodes or norms that the layout's library does
-        not have. Sizes are not held against what that library can build.
+        not have, or norms of another number of groups than 32. Sizes are not held against what that
+        library can build.
     """
     check_params("to_state_dict", params)
     if layout not in LAYOUTS:
