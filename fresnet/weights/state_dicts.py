@@ -18,13 +18,13 @@ from fresnet.network.family import SPECS
 from fresnet.network.nodes import (
     DilatedStage,
     FrozenNorm,
-    GroupNorm,
     NoHead,
     Norm,
     Params,
     Unit,
     beside,
     kinds,
+    norm_shape,
     replaced,
 )
 from fresnet.network.specs import Spec
@@ -231,10 +231,10 @@ def _in_groups(nodes: Params, given: Mapping[str, Any]) -> dict[str, Any]:
     shaped = dict(given)
 
     def look(unit: Unit) -> None:
-        for name in map(str, unit.norm) if isinstance(unit.norm, GroupNorm) else ():
+        for name in map(str, unit.norm):
             value = given.get(name)
             if isinstance(value, Tensor) and value.ndim == 1:
-                shaped[name] = value.reshape(GroupNorm.shape(len(value)))
+                shaped[name] = value.reshape(norm_shape(type(unit.norm), len(value)))
 
     beside(look, name_tree(nodes).weights)
     return shaped
