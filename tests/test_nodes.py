@@ -305,14 +305,27 @@ def test_a_convolution_that_pools_equals_timm(x: Tensor, seed: int, block: Any) 
 
 
 def test_what_pools_against_aliasing_is_asked_for_where_names_do_not_tell(tmp_path: Path) -> None:
-    """timm's state dicts list modules, of which only a blur shows; torchvision has none there."""
+    """timm's state dicts list modules, of which only a blur shows; torchvision has no such network.
+
+    Without modules a network may be any of those that share its names.
+    """
     for name, expected in (("resnet50d", "resnetaa50d"), ("resnetaa50", "resnetaa50")):
         with torch.device("meta"):
             state = timm.create_model(name).state_dict()
-        with pytest.warns(UserWarning, match=rf"pools against aliasing, as {expected} does"):
+        with pytest.warns(UserWarning, match=rf"do not tell this network from {expected}\. "):
             params = fresnet.from_state_dict(state)
         assert kinds(params.weights).isdisjoint(POOLED)
         fresnet.from_state_dict(state, architecture=name)
+    for name, expected in (
+        ("resnet50d", "resnetaa50d and resnetblur50d"),
+        ("resnetaa50", "resnet50_v1, resnetaa50 and resnetblur50"),
+    ):
+        with torch.device("meta"):
+            entries = dict(timm.create_model(name).state_dict())
+        usual = name.replace("aa", "")
+        with pytest.warns(UserWarning, match=f"from {expected}.*architecture='{usual}' says so"):
+            fresnet.from_state_dict(entries)
+        fresnet.from_state_dict(entries, architecture=name)
     state = timm.create_model("resnetblur18").state_dict()
     torch.save({"model": state}, tmp_path / "blurs.pth")
     for read in (

@@ -64,13 +64,13 @@ def from_state_dict(
     granted:
 
     - that bottlenecks stride in their 3x3 convolution ("resnet50"), not in the first 1x1
-      ("resnet50_v1");
+      ("resnet50_v1"). Where the mapping lists no modules, as safetensors do not, a warning says so;
     - that a network with a 3x3 stem and no projections pads new channels at the end ("resnet20"),
       and not on both sides ("resnet20_centred"), nor has no shortcuts ("plain20"). A warning says
       so;
     - that maps are made smaller by the strides of convolutions ("resnet50d"), and not by pooling
-      against aliasing ("resnetaa50d", "resnetblur50d"). Where a state dict lists timm's modules, a
-      warning says so, and a blur is refused;
+      against aliasing ("resnetaa50d", "resnetblur50d"). Where the mapping lists no modules or
+      timm's, a warning says so, and a blur among timm's is refused;
     - that norms without running statistics are norms in groups ("resnet50_gn"), and in ResNet V2
       with a 7x7 stem BiT's, with standardised weights ("resnetv2_50x1_bit"). A warning says so;
     - that projections in ResNet V2 pool after a deep stem ("resnetv2_50d") and else stride;
@@ -101,7 +101,7 @@ def from_state_dict(
         params = assemble("from_state_dict", nodes, _in_groups(nodes, given), layout)
     check_modules(params, network.modules)
     if spec is None:
-        tell_what_is_assumed(params, network.modules)
+        tell_what_is_assumed(params, layout, network.modules)
     check_architecture("from_state_dict", params, architecture, spec)
     return params
 
