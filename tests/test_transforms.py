@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from assertions import assert_close, assert_same
-from hypothesis import given
+from hypothesis import assume, given
 from strategies import examples, targets, tiny_params, training_images
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
@@ -153,6 +153,7 @@ def test_a_gradient_over_tasks_by_vmap_is_one_over_a_loop(
     mapped = outer(lambda w: vmap(after_a_step, (None, 0))(w, tasks).sum(), params.weights)
     looped = outer(lambda w: torch.stack([after_a_step(w, x) for x in tasks]).sum(), params.weights)
     scale = tree.ravel(looped).norm()
+    assume(scale.isfinite())  # a step of standardised weights beside random statistics may be huge
     assert (tree.ravel(mapped) - tree.ravel(looped)).norm() <= 1e-9 * scale + 1e-12
 
 
