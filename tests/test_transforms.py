@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
+from fresnet.network import ops
 from fresnet.network.nodes import Weights
 from fresnet.network.norm import _batch_norm, _FusedNorm
 
@@ -155,6 +156,26 @@ def test_a_gradient_over_tasks_by_vmap_is_one_over_a_loop(
     scale = tree.ravel(looped).norm()
     assume(scale.isfinite())  # a step of standardised weights beside random statistics may be huge
     assert (tree.ravel(mapped) - tree.ravel(looped)).norm() <= 1e-9 * scale + 1e-12
+
+
+def test_sums_are_written_over_where_pytorch_takes_it() -> None:
+    """It refuses to write over a tensor that is a constant to the derivative of what is added."""
+    written: list[bool] = []
+
+    def total(v: Tensor, w: Tensor) -> Tensor:
+        y = 2 * v
+        written.append(ops.add(y, w) is y)
+        return y.sum()
+
+    v = torch.ones(2, 3)
+    total(v, v)
+    grad(total)(v, v)
+    grad(lambda w: grad(total)(v, w).sum())(v)
+    jvp(total, (v, v), (v, v))
+    vmap(total)(v, v)
+    assert written == [True, True, True, True, False]
+    grad(lambda w: ops.add(v, w).sum())(v)
+    assert torch.equal(v, torch.ones(2, 3))
 
 
 @examples(8)
