@@ -547,7 +547,7 @@ OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, grou
             lambda: vmap(make_train_step(SGD, mixing=MIXINGS["one"]), (0, None))(
                 tree.stack([STATE, STATE]), (X, Y)
             ),
-            "a train step that mixes does not map",
+            "a train step that mixes or drops does not map",
         ),
         (
             lambda: SGD.update(PARAMS.weights, optim.sgd(0.1).init(PARAMS.weights), PARAMS.weights),

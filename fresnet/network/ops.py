@@ -170,6 +170,25 @@ def add_over(y: Tensor, term: Tensor) -> Tensor:
     return y.add_(term)
 
 
+def drop(x: Tensor, keep: Tensor) -> Tensor:
+    """Maps `[b c h w]` times keep `[b]`, or means `[b c]` times keep `[b c]`, written over x.
+
+    Raises:
+      FresnetError: if the sizes differ.
+    """
+    images = x.ndim == 4
+    if keep.shape != (x.shape[:1] if images else x.shape):
+        raise FresnetError(
+            f"a mask of activations {tuple(x.shape)} is "
+            f"{tuple(x.shape[:1] if images else x.shape)}; got {tuple(keep.shape)}: draw one for "
+            "these images"
+        )
+    factors = keep.to(x.dtype)[(..., None, None, None) if images else ...]
+    if torch.compiler.is_compiling() or transform_stack.active() or keep.requires_grad:
+        return x * factors
+    return x.mul_(factors)
+
+
 def gate(x: Tensor, gates: Tensor) -> Tensor:
     """x `[b c h w]` times the sigmoid of gates `[b c 1 1]`.
 

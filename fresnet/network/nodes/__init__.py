@@ -49,6 +49,7 @@ from fresnet.network.nodes.layers import (
     over,
     units_of,
 )
+from fresnet.network.nodes.masks import MASKS, Dropout, DropPath
 from fresnet.network.nodes.params import (
     Head,
     NoHead,
@@ -123,7 +124,7 @@ NORMS = (Norm, FrozenNorm, GroupNorm, Bias, Rescale, NoNorm)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
 
 register(*NODES, *STAGES, *UNITS, *NORMS, NormStats, Moments, Pair, *HEADS)
-register(Weights, Stats, Params, Quantized)
+register(Weights, Stats, Params, Quantized, *MASKS)
 
 
 def _places(kind: type) -> dict[str, tuple[type, ...]]:
@@ -152,6 +153,7 @@ __all__ = [
     "HEADS",
     "LASTS",
     "LAYERS",
+    "MASKS",
     "NODES",
     "NORMS",
     "PLACES",
@@ -180,6 +182,8 @@ __all__ = [
     "DeepStem",
     "DilatedStage",
     "Drawer",
+    "DropPath",
+    "Dropout",
     "EfficientAttention",
     "FramedStem7x7",
     "FrozenNorm",
