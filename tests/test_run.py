@@ -566,6 +566,9 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --freeze head --head-rate 1", "chooses; got 'head.*'"),
         ("good --freeze *", "expects an optimizer that changes a weight; got frozen"),
         ("good --freeze * --dry-run", "expects an optimizer that changes a weight; got frozen"),
+        ("good --drop-path 1", "--drop-path expects a number from 0 to below 1; got 1.0"),
+        ("good --dropout nan", "--dropout expects a number from 0 to below 1; got nan"),
+        ("good --arch plain20 --drop-path 0.1", "draw_masks expects shortcuts where paths are"),
         ("good --crop 0", "--crop expects a positive number; got 0"),
         ("good --keep 0", "--keep expects a positive number; got 0"),
         ("good --save-every 0", "--save-every expects a positive number; got 0"),
@@ -982,12 +985,14 @@ def test_a_dry_run_is_a_table_and_the_first_step(
 ) -> None:
     before = sorted(Path().rglob("*"))
     options = ["train", "good", *TRAIN, "--epochs", "6", "--recipe", recipe, "--out", "out"]
+    options += ["--drop-path", "0.2", "--dropout", "0.1"]
     assert main([*options, "--dry-run"]) == 0
     table = capsys.readouterr().out
     assert sorted(Path().rglob("*")) == before
     assert max(map(len, table.splitlines())) <= 80
     assert f"{IMAGES} to train on, 18 to validate" in table
     assert "6 epochs of 4 steps, 24 in all" in table
+    assert "dropped     paths 0.2, features 0.1" in table
     with interrupted("step", 1, WAYS["SIGINT"], late=True):
         assert main(options) == 1
     [first] = read_log(Path("out"))
