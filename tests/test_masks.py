@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, optim, training, tree
+from fresnet.network import ops
 from fresnet.network.nodes import (
     BasicBlock,
     Dropout,
@@ -186,6 +187,7 @@ def test_draws_repeat_and_have_their_rates() -> None:
         assert isinstance(mask, Tensor)
         assert mask.unique().tolist() == [0, 1 / (1 - rate)]
         assert abs((mask == 0).double().mean() - rate) < 0.015
+    assert ((many.features[:, 1] == 0) & (many.paths[1][0] > 0)).any()  # other draws for each
     assert_same(draw(PARAMS, X), MASKS)
     assert not tree.equal(draw(PARAMS, X, seed=2), MASKS)
     for count in (1, 3, 17, 40):
@@ -195,6 +197,13 @@ def test_draws_repeat_and_have_their_rates() -> None:
     assert_same(tree.map(torch.Tensor.bool, narrow), tree.map(torch.Tensor.bool, MASKS))
     assert second.dtype == third.dtype == torch.float64
     assert {leaf.dtype for leaf in tree.leaves(narrow)} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_masks_on_a_gpu_are_those_on_a_cpu() -> None:
+    there = draw(tree.map(lambda leaf: leaf.cuda(), PARAMS), X)
+    assert {leaf.device.type for leaf in tree.leaves(there)} == {"cuda"}
+    assert_same(tree.map(torch.Tensor.cpu, there), MASKS)
 
 
 def test_vmap_over_masks_is_a_loop_over_masks() -> None:
@@ -218,6 +227,13 @@ def test_per_sample_gradients_take_masks_as_data(block: type[Any]) -> None:
     for i, one in enumerate(tree.unstack(grads)):
         mask = tree.map(lambda leaf, i=i: leaf[i], masks)
         assert_trees_close(one, grad(loss)(params.weights, X[i], Y[i], mask), 1e-9)
+
+
+def test_masks_widen_nothing() -> None:
+    """In a step in bfloat16 they are as wide as the weights."""
+    maps, keep = X.bfloat16(), MASKS.paths[1][0].bool().float()
+    for dropped in (ops.drop(maps.clone(), keep), vmap(ops.drop)(maps[None], keep[None])[0]):
+        assert_same(dropped, maps * keep.bfloat16()[:, None, None, None])
 
 
 def test_masks_have_derivatives() -> None:
