@@ -356,6 +356,8 @@ def test_a_step_drops_what_it_draws() -> None:
     state = start(params, optimizer, seed=3)
     _, _, masks, rng = drawn(None, rates, 0, state, X, Y)
     assert isinstance(masks, Masks)
+    for keep, rate in zip((masks.paths[1][1], masks.features), rates, strict=True):
+        assert_rate(keep, rate)
 
     def loss(weights: Weights) -> Tensor:
         logits, _ = fresnet.forward_train(params._replace(weights=masked(weights, masks)), X)

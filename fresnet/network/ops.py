@@ -176,15 +176,14 @@ def drop(x: Tensor, keep: Tensor) -> Tensor:
     Raises:
       FresnetError: if the sizes differ.
     """
-    images = x.ndim == 4
-    if keep.shape != (x.shape[:1] if images else x.shape):
+    expected = x.shape[:1] if x.ndim == 4 else x.shape
+    if keep.shape != expected:
         raise FresnetError(
-            f"a mask of activations {tuple(x.shape)} is "
-            f"{tuple(x.shape[:1] if images else x.shape)}; got {tuple(keep.shape)}: draw one for "
-            "these images"
+            f"a mask of activations {tuple(x.shape)} is {tuple(expected)}; got "
+            f"{tuple(keep.shape)}: draw one for these images"
         )
-    factors = keep.to(x.dtype)[(..., None, None, None) if images else ...]
-    if torch.compiler.is_compiling() or transform_stack.active() or keep.requires_grad:
+    factors = keep.to(x.dtype)[(..., *[None] * (x.ndim - keep.ndim))]
+    if torch.compiler.is_compiling() or transform_stack.active():
         return x * factors
     return x.mul_(factors)
 
