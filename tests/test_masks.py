@@ -188,7 +188,8 @@ def test_draws_repeat_and_have_their_rates() -> None:
         assert mask.unique().tolist() == [0, 1 / (1 - rate)]
         assert abs((mask == 0).double().mean() - rate) < 0.015
     assert ((many.features[:, 1] == 0) & (many.paths[1][0] > 0)).any()  # other draws for each
-    assert_same(draw(PARAMS, X), MASKS)
+    for params in (PARAMS, tree.stack([PARAMS, PARAMS])):
+        assert_same(draw(params, X), MASKS)
     assert not tree.equal(draw(PARAMS, X, seed=2), MASKS)
     for count in (1, 3, 17, 40):
         drawn = draw(PARAMS, torch.empty(count))

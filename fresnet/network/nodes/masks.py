@@ -16,7 +16,7 @@ class DropPath(NamedTuple):
 
         y = keep * branch(x) + shortcut(x)
 
-    Source: Huang et al. 2016, arXiv:1603.09382, Eq. 2, scaled in training as timm has it.
+    Source: Huang et al. 2016, arXiv:1603.09382, Eq. 2.
     """
 
     block: Block | Any
@@ -31,7 +31,7 @@ class DropPath(NamedTuple):
 class Dropout(NamedTuple):
     """A head that sees each feature `keep` times, `[b c]`.
 
-    Source: Srivastava et al. 2014, JMLR 15, Sec. 4, scaled in training as everyone has it.
+    Source: Srivastava et al. 2014, JMLR 15, Sec. 4.
     """
 
     head: Any  # a `Head`
