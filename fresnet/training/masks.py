@@ -58,7 +58,10 @@ def draw_masks(
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
     >>> generator = torch.Generator().manual_seed(0)
     >>> draw_masks(generator, params.weights, 4, drop_path=0.5, dropout=0.5)
-    Masks(paths=(((), f32[4]), 3 (f32[4], f32[4])...), features=f32[4,512])
+    Masks(
+      paths=(((), f32[4]), (f32[4], f32[4]), (f32[4], f32[4]), (f32[4], f32[4])),
+      features=f32[4,512]
+    )
 
     Args:
       generator: the source of randomness, which the call advances.
