@@ -15,7 +15,7 @@ from fresnet.inference.compiled import compile_inference
 from fresnet.inference.quantization import quantize
 from fresnet.network.eps import with_eps
 from fresnet.network.family import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS
-from fresnet.network.init import init
+from fresnet.network.init import init, with_head
 from fresnet.network.net import (
     embed,
     features,
@@ -84,4 +84,5 @@ __all__ = [
     "training",
     "tree",
     "with_eps",
+    "with_head",
 ]

@@ -298,6 +298,21 @@ def test_init(arguments: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("params", "arguments", "message"),
+    [
+        (w, {}, "with_head expects Params(weights, stats); got a Weights"),
+        (PARAMS, {"num_classes": 0}, "num_classes to be an integer from 1 on, below 2**31; got 0"),
+        (PARAMS, {"num_classes": 2**31}, "below 2**31; got 2147483648"),
+        (PARAMS, {"num_classes": "ten"}, "below 2**31; got 'ten'"),
+        (PARAMS, {"generator": None}, "with_head expects a torch.Generator or an int; got None"),
+    ],
+)
+def test_with_head(params: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        fresnet.with_head(params, **{"num_classes": 2, "generator": 0, **arguments})
+
+
+@pytest.mark.parametrize(
     ("momentum", "got"),
     [
         (-0.1, "-0.1"),

@@ -197,7 +197,7 @@ def test_what_counts_classes_refuses_an_encoder() -> None:
             FresnetError, match="a train step expects a network with a head; got No"
         ):
             step(state, (X, Y))
-    with pytest.raises(FresnetError, match=r"evaluate expects .*: put a fresnet.nodes.Head\(weigh"):
+    with pytest.raises(FresnetError, match=r"evaluate expects .*: fresnet.with_head\(params"):
         training.evaluate(ENCODER, [(X, Y)])
 
 

@@ -130,8 +130,8 @@ def classes_of(caller: str, weights: Weights) -> int:
     """
     if isinstance(weights.head, NoHead):
         raise FresnetError(
-            f"{caller} expects a network with a head; got NoHead: put a "
-            "fresnet.nodes.Head(weight [k c], bias [k]) in its place"
+            f"{caller} expects a network with a head; got NoHead: "
+            "fresnet.with_head(params, num_classes=k, generator=0) draws one"
         )
     return len(weights.head.bias)
 
