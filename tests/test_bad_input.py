@@ -56,9 +56,9 @@ def check(call: Callable[..., Any], params: Any, x: Any, message: str) -> None:
     [
         (X[0], "[b 3 h w]; got (3, 16, 16) (one image? x[None])"),
         (X[None], "[b 3 h w]; got (1, 2, 3, 16, 16)"),
-        (X[:, :1], "[b 3 h w]; got (2, 1, 16, 16)"),
+        (X[:, :1], "[b 3 h w]; got (2, 1, 16, 16) (grey images? x.expand(-1, 3, -1, -1))"),
         (X.repeat(1, 2, 1, 1), "[b 3 h w]; got (2, 6, 16, 16)"),
-        (X.permute(0, 2, 3, 1), "[b 3 h w]; got (2, 16, 16, 3)"),
+        (X.permute(0, 2, 3, 1), "[b 3 h w]; got (2, 16, 16, 3) (channels last? x.movedim(3, 1))"),
         (X.to(torch.uint8), "[b 3 h w] in the weights' torch.float32; got torch.uint8"),
         (X.double(), "[b 3 h w] in the weights' torch.float32; got torch.float64"),
         (X.to("meta"), "[b 3 h w] on the weights' device cpu; got meta"),
@@ -75,6 +75,22 @@ def check(call: Callable[..., Any], params: Any, x: Any, message: str) -> None:
 )
 def test_images(call: Callable[..., Any], x: Any, message: str) -> None:
     check(call, PARAMS, x, f"{call.__name__} expects x {message}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [
+        ((6, 8, 8), " (grey images? x[:, None])"),
+        ((1, 8, 8), " (one image? x[None])"),
+        ((8, 8), ""),
+        ((6, 3, 8, 8), ""),
+    ],
+)
+def test_images_for_a_network_of_grey_ones(shape: tuple[int, ...], hint: str) -> None:
+    params = fresnet.init(0, Spec(Bottleneck, (1,), width=4), num_classes=5, in_channels=1)
+    message = f"forward expects x [b 1 h w]; got {shape}{hint}"
+    with pytest.raises(FresnetError, match=f"^{re.escape(message)}$"):
+        fresnet.forward(params, torch.zeros(shape))
 
 
 def with_stages(weights: Any = None, stats: Any = None) -> Params:
@@ -115,6 +131,23 @@ class Unknown(NamedTuple):
 
 TREES: dict[str, tuple[Any, str]] = {
     "not params": ({"weights": w, "stats": s}, "expects Params(weights, stats); got a dict"),
+    "weights alone": (w, "got a Weights: params._replace(weights=weights)?"),
+    "a state of training": (
+        training.start(PARAMS, fresnet.optim.sgd(0.1)),
+        "expects Params(weights, stats); got a TrainState: its .params?",
+    ),
+    "a module of a network": (
+        fresnet.as_module(PARAMS),
+        "expects Params(weights, stats); got a Network: its .params()?",
+    ),
+    "another module": (
+        torch.nn.Identity(),
+        "got a Identity: fresnet.from_state_dict(module.state_dict())?",
+    ),
+    "a part of a tree": (
+        PARAMS._replace(weights=tree.partition(w, tree.matching("head"))[0]),
+        "got a tuple (a part of a tree? tree.combine(part, rest))",
+    ),
     "an empty head": (
         PARAMS._replace(weights=w._replace(head=())),
         "expects weights.head to be Head or NoHead; got a tuple",

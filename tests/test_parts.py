@@ -257,7 +257,7 @@ def test_an_update_of_parts_compiles_whole() -> None:
         (["head"], "a key for each leaf; got none for stem.layer.conv, stem.layer.norm.scale, "),
         (["head", "*"], None),
         (["stem", "stages", "head", "*"], None),
-        (["haed", "*"], "to choose a leaf that none before it chooses; got 'haed'"),
+        (["haed", "*"], "a leaf that none before it chooses; got 'haed'; did you mean 'head'"),
         (["*", "head"], "to choose a leaf that none before it chooses; got 'head'"),
         (["head", lambda path: path[0] == "head", "*"], "chooses; got a function"),
     ],
