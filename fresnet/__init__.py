@@ -21,6 +21,7 @@ from fresnet.network.net import (
     features,
     features_train,
     forward,
+    forward_head,
     forward_moments,
     forward_train,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "features_train",
     "fold",
     "forward",
+    "forward_head",
     "forward_moments",
     "forward_train",
     "freeze",
