@@ -78,17 +78,18 @@ def test_images(call: Callable[..., Any], x: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "hint"),
+    ("channels", "shape", "hint"),
     [
-        ((6, 8, 8), " (grey images? x[:, None])"),
-        ((1, 8, 8), " (one image? x[None])"),
-        ((8, 8), ""),
-        ((6, 3, 8, 8), ""),
+        (1, (6, 8, 8), " (grey images? x[:, None])"),
+        (1, (1, 8, 8), " (one image? x[None])"),
+        (1, (8, 8), ""),
+        (1, (6, 3, 8, 8), ""),
+        (3, (6, 8, 8), ""),
     ],
 )
-def test_images_for_a_network_of_grey_ones(shape: tuple[int, ...], hint: str) -> None:
-    params = fresnet.init(0, Spec(Bottleneck, (1,), width=4), num_classes=5, in_channels=1)
-    message = f"forward expects x [b 1 h w]; got {shape}{hint}"
+def test_what_was_perhaps_meant_by_images(channels: int, shape: tuple[int, ...], hint: str) -> None:
+    params = fresnet.init(0, Spec(Bottleneck, (1,), width=4), num_classes=5, in_channels=channels)
+    message = f"forward expects x [b {channels} h w]; got {shape}{hint}"
     with pytest.raises(FresnetError, match=f"^{re.escape(message)}$"):
         fresnet.forward(params, torch.zeros(shape))
 

@@ -272,8 +272,9 @@ def test_every_leaf_has_an_optimizer_and_every_key_a_leaf(keys: Any, message: st
         lambda: optimizer.init(SMALL.weights),
         lambda: optimizer.update(SMALL.weights, optim.sgd(0.1).init(SMALL.weights), SMALL.weights),
     ):
-        with pytest.raises(FresnetError, match=re.escape(message)):
+        with pytest.raises(FresnetError, match=re.escape(message)) as caught:
             call()
+        assert ("did you mean" in str(caught.value)) is ("haed" in keys)
 
 
 @pytest.mark.parametrize(
