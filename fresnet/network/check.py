@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe, shown
+from fresnet.network import hints
 from fresnet.network.nodes import (
     BATCH_NORMS,
     BLOCKS,
@@ -72,8 +73,7 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor, *, least: i
     like = stem if isinstance(params, Params) else params.images  # int8 convolutions do not say
     expected = f"{caller} expects x [b {stem.shape[1]} h w]"
     if x.ndim != 4 or x.shape[1] != stem.shape[1]:
-        one = x.ndim == 3 and x.shape[0] == stem.shape[1]
-        hint = " (one image? x[None])" if one else ""
+        hint = hints.of_images(x, stem.shape[1])
         raise FresnetError(f"{expected}; got {tuple(x.shape)}{hint}")
     if x.shape[0] < least or 0 in x.shape[1:]:
         raise FresnetError(f"{expected} with at least one image and pixel; got {tuple(x.shape)}")
@@ -134,8 +134,8 @@ def classes_of(caller: str, weights: Weights) -> int:
     """
     if isinstance(weights.head, NoHead):
         raise FresnetError(
-            f"{caller} expects a network with a head; got NoHead: put a "
-            "fresnet.nodes.Head(weight [k c], bias [k]) in its place"
+            f"{caller} expects a network with a head; got NoHead: "
+            "fresnet.with_head(params, num_classes=k, generator=0) draws one"
         )
     return len(weights.head.bias)
 
@@ -197,7 +197,10 @@ def check_params(caller: str, params: Params) -> None:
 
 def _check_params(caller: str, params: Params, *, masks: bool) -> None:
     if type(params) is not Params:
-        raise FresnetError(f"{caller} expects Params(weights, stats); got {describe(params)}")
+        raise FresnetError(
+            f"{caller} expects Params(weights, stats); "
+            f"got {describe(params)}{hints.of_network(params)}"
+        )
     weights, stats = params
     if type(weights) is not Weights or type(stats) is not Stats:
         raise FresnetError(
@@ -208,6 +211,8 @@ def _check_params(caller: str, params: Params, *, masks: bool) -> None:
     if not isinstance(stem, Tensor) or stem.ndim != 4 or not stem.is_floating_point():
         stacked = isinstance(stem, Tensor) and stem.ndim == 5
         hint = " (a stack of networks? use vmap)" if stacked else ""
+        if type(stem) is tuple and not stem:
+            hint = " (a part of a tree? tree.combine(part, rest))"
         raise FresnetError(
             f"{caller} expects the stem's first convolution to be a float tensor [o c k k]; "
             f"got {describe(stem)}{hint}"

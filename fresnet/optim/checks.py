@@ -1,12 +1,22 @@
 """What optimizers take for a rate, for another number, and for gradients and moments."""
 
-from collections.abc import Sized
 from typing import Any
 
 from torch import Tensor
 
 from fresnet.errors import FresnetError, describe, shown
 from fresnet.numbers import as_scalar
+from fresnet.optim.interface import Optimizer, State
+from fresnet.tree import leaves
+from fresnet.tree.walks import check_structures
+
+
+def check_optimizer(caller: str, optimizer: object) -> None:
+    """Refuse what is not an optimizer, such as a learning rate."""
+    if not isinstance(optimizer, Optimizer):
+        raise FresnetError(
+            f"{caller} expects an optimizer, such as fresnet.optim.sgd(0.1); got {shown(optimizer)}"
+        )
 
 
 def checked_rates(caller: str, **values: Any) -> list[Any]:
@@ -36,20 +46,30 @@ def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
     )
 
 
-def check_moments(moments: Sized, count: int) -> None:
-    """Refuse the state of another optimizer, which keeps more or fewer moments."""
-    if len(moments) != count:
+def check_state(state: State, count: int) -> None:
+    """Refuse what is no state, and that of an optimizer that keeps more or fewer moments."""
+    if not isinstance(state, State):
+        raise FresnetError(
+            "update expects grads, a state as init makes it, and weights, in this order; "
+            f"got {describe(state)} for the state"
+        )
+    if len(state.moments) != count:
         raise FresnetError(
             f"update expects a state with {count} moments, as its own init makes it; "
-            f"got one with {len(moments)}"
+            f"got one with {len(state.moments)}"
         )
 
 
-def check_shapes(w: Tensor, *others: Tensor) -> None:
-    """Refuse what would be broadcast: a gradient or a moment of another shape than its weight's."""
-    for other in others:
-        if other.shape != w.shape:
-            raise FresnetError(
-                "update expects gradients and moments of the weights' shapes; "
-                f"got {describe(other)} for {describe(w)}"
-            )
+def check_like(weights: object, *others: object) -> None:
+    """Refuse gradients and moments of another structure than the weights', or of other shapes.
+
+    Those would be broadcast.
+    """
+    check_structures("update, of weights, grads and moments,", weights, *others)
+    for w, *beside in zip(*map(leaves, (weights, *others)), strict=True):
+        for other in beside:
+            if other.shape != w.shape:
+                raise FresnetError(
+                    "update expects gradients and moments of the weights' shapes; "
+                    f"got {describe(other)} for {describe(w)}"
+                )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.optim.checks import check_moments, check_shapes
+from fresnet.optim.checks import check_like, check_state
 from fresnet.optim.interface import Optimizer, Rate, State, first_step
 from fresnet.pytorch import transform_stack
 from fresnet.tree import Tree, Where
@@ -24,8 +24,8 @@ def leafwise(at: Callable[[Tensor], Move], *, moments: int, where: Where) -> Opt
         return State(first_step(weights), zeros)
 
     def update(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
-        check_moments(state.moments, moments)
-        tree.map(check_shapes, weights, grads, *state.moments)
+        check_state(state, moments)
+        check_like(weights, grads, *state.moments)
         chosen, move = map(where, tree.paths(weights)), at(state.step)
         taken = tree.leaves(grads)[::-1]
         del grads  # so gradients that only this call holds are freed one by one

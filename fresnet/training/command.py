@@ -13,7 +13,7 @@ from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.check import first_conv
 from fresnet.network.family import SPECS
-from fresnet.network.init import fresh_head, init
+from fresnet.network.init import init, with_head
 from fresnet.network.nodes import NoHead, Params
 from fresnet.network.rewrites import cast
 from fresnet.training.course import CONFUSION, CURVES, LABELS, NETWORK, Course, Options, Outcome
@@ -164,9 +164,9 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
         )
     name = f"{args.weights} with its head"
     if isinstance(weights.head, NoHead) or len(weights.head.bias) != classes:
-        head = fresh_head(args.seed, weights, classes)
-        weights, name = weights._replace(head=head), f"{args.weights} with a fresh head"
-    return name, params._replace(weights=weights)
+        params = with_head(params, num_classes=classes, generator=args.seed)
+        name = f"{args.weights} with a fresh head"
+    return name, params
 
 
 def _told(outcome: Outcome, out: Path) -> str:

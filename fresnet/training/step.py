@@ -23,13 +23,14 @@ from fresnet.network.nodes import Params, Regime, Stats, Weights
 from fresnet.network.regimes import training_once
 from fresnet.numbers import as_integer, as_number
 from fresnet.optim import Optimizer, clip_by_norm, everywhere
+from fresnet.optim.checks import check_optimizer
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.backward import gradients
 from fresnet.training.draws import drawn
 from fresnet.training.masks import Masks, NoMasks, check_rates, masked
 from fresnet.training.mixing import Mixing
 from fresnet.training.state import NoAverage, TrainState
-from fresnet.training.targets import check_classes, cross_entropy
+from fresnet.training.targets import check_classes, checked_batch, cross_entropy
 
 Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, object, object]
 LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -119,6 +120,7 @@ def make_train_step(
         the classes are not what the network takes, or if a share has fewer images than
         micro_batches.
     """
+    check_optimizer("make_train_step", optimizer)
     _check_options(precision, group, norms_across)
     weight = check_momentum("make_train_step", momentum)
     average_decay, micro_batches = _share(average_decay), _parts(micro_batches)
@@ -128,7 +130,7 @@ def make_train_step(
     loss_of = partial(_loss_of, loss_fn, do, precision, recompute)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        x, y, *_ = batch
+        x, y, *_ = checked_batch("a train step expects a batch (x, y)", batch)
         _check(state, x, y, micro_batches)
         weights, stats = state.params
         x, targets, masks, rng = draw(state, x, y)
@@ -164,10 +166,9 @@ def _trained(weights: Weights, optimizer: Optimizer) -> tuple[Weights, Any]:
     """The weights that the optimizer changes, and the rest."""
     if optimizer.trains is everywhere:
         return weights, ()  # nothing to combine
-    trained, rest = tree.partition(weights, optimizer.trains)
-    if not tree.leaves(trained):
+    if not any(map(optimizer.trains, tree.paths(weights))):
         raise FresnetError("a train step expects an optimizer that changes a weight; got frozen")
-    return trained, rest
+    return tree.partition(weights, optimizer.trains)
 
 
 def _cut(batch: Any, count: int) -> list[Any]:
@@ -260,7 +261,9 @@ def _check_options(precision: torch.dtype | None, group: Group | None, norms_acr
 def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
     """Refuse a state, images or targets that do not fit, and parts without an image."""
     if type(state) is not TrainState:
-        raise FresnetError(f"a train step expects a TrainState; got {describe(state)}")
+        raise FresnetError(
+            f"a train step expects a TrainState, as training.start makes it; got {describe(state)}"
+        )
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise FresnetError("a train step expects to be outside of torch.inference_mode; got it on")
     check_params("a train step", state.params)
@@ -268,7 +271,7 @@ def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
     check_differentiable("a train step", state.params, state.optimizer, x)
     classes = classes_of("a train step", state.params.weights)
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.shape != (len(x), classes):
-        check_classes("a train step", x, y, classes)
+        check_classes("a train step", x, y, classes, or_probabilities=True)
     if len(x) < micro_batches:
         raise FresnetError(
             f"a train step of {micro_batches} micro-batches expects as many images; got {len(x)}"

@@ -88,11 +88,11 @@ def unravel(like: Tree, vector: Tensor) -> Tree:
             [1]]), tensor(2))
 
     Raises:
-      FresnetError: if the vector does not have as many values as all leaves together.
+      FresnetError: if vector is no vector of as many values as all leaves have together.
     """
     shapes = [leaf.shape for leaf in leaves(like)]
     sizes = [shape.numel() for shape in shapes]
-    if vector.shape != (sum(sizes),):
+    if not isinstance(vector, Tensor) or vector.shape != (sum(sizes),):
         raise FresnetError(
             f"tree.unravel expects a vector of {sum(sizes)} values; got {describe(vector)}"
         )

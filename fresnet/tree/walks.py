@@ -149,8 +149,10 @@ def _map(function: Callable[..., Any], tree: Tree, *rest: object) -> Tree:
 
 def _difference(first: object, other: object) -> str:
     for a, b in zip_longest(paths(first), paths(other)):
+        if a is None or b is None:
+            return f"at {a or b}, which {'the first' if a is None else 'it'} lacks"
         if a != b:
-            return f"at {a or b}"
+            return f"at {a}, where it has {b}"
     for path in paths(first):
         for depth in range(len(path)):
             kinds = [type(_node_at(tree, path[:depth])) for tree in (first, other)]
