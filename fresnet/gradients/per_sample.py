@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, shown
+from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.network.check import check_differentiable, check_params
 from fresnet.network.check import check_images as check_images_of
 from fresnet.network.moments import statistics
@@ -106,6 +106,7 @@ def check_images(
     check_params(caller, params)
     check_images_of(caller, params, x, least=0)
     check_differentiable(caller, params, x)
+    check_type(caller, Callable, "a function of logits [k] and a target", loss_fn=loss_fn)
     if randomness not in RANDOMNESS:
         raise FresnetError(
             f"{caller} expects randomness to be one of {', '.join(map(repr, RANDOMNESS))}; "
@@ -116,10 +117,11 @@ def check_images(
             f"{caller} expects norms to say what BatchNorm is to one image, "
             f"one of {', '.join(map(repr, meanings))}; got {shown(norms)}"
         )
-    if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
+    if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1] or y.device != x.device:
+        where = f" on {y.device}" if isinstance(y, Tensor) else ""
         raise FresnetError(
-            f"{caller} expects y to be a tensor of {len(x)} targets, one for each image; "
-            f"got {describe(y)}"
+            f"{caller} expects y to be a tensor of {len(x)} targets, one for each image, "
+            f"on {x.device}; got {describe(y)}{where}"
         )
 
     def scalar_loss(logits: Tensor, target: Tensor) -> Tensor:

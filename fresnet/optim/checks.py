@@ -1,11 +1,11 @@
 """What optimizers take for a rate, for another number, and for gradients and moments."""
 
-from collections.abc import Sized
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, shown
+from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.numbers import as_scalar
 
 
@@ -36,13 +36,9 @@ def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
     )
 
 
-def check_moments(moments: Sized, count: int) -> None:
-    """Refuse the state of another optimizer, which keeps more or fewer moments."""
-    if len(moments) != count:
-        raise FresnetError(
-            f"update expects a state with {count} moments, as its own init makes it; "
-            f"got one with {len(moments)}"
-        )
+def check_where(caller: str, **choices: object) -> None:
+    """Refuse choices of leaves that are no functions."""
+    check_type(caller, Callable, "a function of the path to a leaf, such as kernels", **choices)
 
 
 def check_shapes(w: Tensor, *others: Tensor) -> None:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe, listed, shown
-from fresnet.optim.checks import check_moments
-from fresnet.optim.interface import Optimizer, State, first_step
+from fresnet.optim.interface import Optimizer, State, check_state, first_step
 from fresnet.tree import Path, Tree, Where
 
 
@@ -18,7 +17,7 @@ def nowhere(path: Path) -> bool:
 
 
 def _untouched(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
-    check_moments(state.moments, 0)
+    check_state(state, 0)
     return weights, State(state.step + 1, ())
 
 
@@ -84,7 +83,7 @@ def by_path(optimizers: Mapping[str | Where, Optimizer]) -> Optimizer:
 
     def update(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
         found = shares(weights)
-        check_moments(state.moments, len(found))
+        check_state(state, len(found))
         parts = [*map(partial(_part, grads), (own for _, own in found))][::-1]
         del grads  # so each optimizer has the only reference to its gradients, and frees them
         updated = [

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, check_type
 from fresnet.network.check import (
     check_call,
     check_group,
@@ -19,7 +19,7 @@ from fresnet.network.net import forward
 from fresnet.network.nodes import Params
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
-from fresnet.training.step import Batch
+from fresnet.training.step import Batch, images_and_targets
 from fresnet.training.targets import check_classes, cross_entropy
 
 
@@ -67,11 +67,13 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
     check_params("evaluate", params)
     check_values("evaluate", params)
     check_group("evaluate", group)
+    check_type("evaluate", Iterable, "an iterable of (x, y), such as a loader", batches=batches)
     classes, device = classes_of("evaluate", params.weights), first_conv(params.weights).device
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, hits among five
     with torch.no_grad():
-        for x, y, *_ in batches:
+        for batch in batches:
+            x, y = images_and_targets("evaluate", batch)
             check_call("evaluate", params, x)
             check_classes("evaluate", x, y, classes)
             logits = forward(params, x).double()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, shown
+from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.network.check import (
     check_call,
     check_differentiable,
@@ -23,12 +23,13 @@ from fresnet.network.nodes import Params, Regime, Stats, Weights
 from fresnet.network.regimes import training_once
 from fresnet.numbers import as_integer, as_number
 from fresnet.optim import Optimizer, clip_by_norm, everywhere
+from fresnet.optim.checks import checked_numbers
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.backward import gradients
 from fresnet.training.mixing import Mixing
 from fresnet.training.state import NoAverage, TrainState
-from fresnet.training.targets import check_classes, cross_entropy
+from fresnet.training.targets import check_classes, check_device, cross_entropy
 
 Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, object, object]
 LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -113,6 +114,11 @@ def make_train_step(
         the classes are not what the network takes, or if a share has fewer images than
         micro_batches.
     """
+    check_type("make_train_step", Optimizer, "one of fresnet.optim", optimizer=optimizer)
+    check_type("make_train_step", Callable, "a function", loss_fn=loss_fn)
+    check_type("make_train_step", Callable | None, "a function, such as mixup(0.2)", mixing=mixing)
+    if max_norm is not None:
+        checked_numbers("make_train_step", max_norm=max_norm)
     _check_options(precision, group, norms_across)
     weight = check_momentum("make_train_step", momentum)
     average_decay, micro_batches = _share(average_decay), _parts(micro_batches)
@@ -120,7 +126,7 @@ def make_train_step(
     loss_of = partial(_loss_of, loss_fn, do, precision, recompute)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        x, y, *_ = batch
+        x, y = images_and_targets("a train step", batch)
         _check(state, x, y, micro_batches)
         weights, stats = state.params
         x, targets, rng = _mixed(mixing, state, x, y)
@@ -150,6 +156,17 @@ def make_train_step(
         return new, Metrics(sums[0], sums[1], images)
 
     return train_step
+
+
+def images_and_targets(caller: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What a batch begins with; one of `fresnet.data` holds more.
+
+    Raises:
+      FresnetError: if it is no sequence of two at least.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise FresnetError(f"{caller} expects each batch to be (x, y); got {describe(batch)}")
+    return batch[0], batch[1]
 
 
 def _trained(weights: Weights, optimizer: Optimizer) -> tuple[Weights, Any]:
@@ -268,6 +285,7 @@ def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
     classes = classes_of("a train step", state.params.weights)
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.shape != (len(x), classes):
         check_classes("a train step", x, y, classes)
+    check_device("a train step", x, y)
     if len(x) < micro_batches:
         raise FresnetError(
             f"a train step of {micro_batches} micro-batches expects as many images; got {len(x)}"
