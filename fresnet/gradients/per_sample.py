@@ -8,7 +8,7 @@ from torch.func import grad, vjp, vmap
 
 from fresnet import tree
 from fresnet.errors import FresnetError, check_type, describe, shown
-from fresnet.network.check import check_differentiable, check_params
+from fresnet.network.check import check_device, check_differentiable, check_params
 from fresnet.network.check import check_images as check_images_of
 from fresnet.network.moments import statistics
 from fresnet.network.net import forward, forward_moments
@@ -117,12 +117,12 @@ def check_images(
             f"{caller} expects norms to say what BatchNorm is to one image, "
             f"one of {', '.join(map(repr, meanings))}; got {shown(norms)}"
         )
-    if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1] or y.device != x.device:
-        where = f" on {y.device}" if isinstance(y, Tensor) else ""
+    if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
         raise FresnetError(
-            f"{caller} expects y to be a tensor of {len(x)} targets, one for each image, "
-            f"on {x.device}; got {describe(y)}{where}"
+            f"{caller} expects y to be a tensor of {len(x)} targets, one for each image; "
+            f"got {describe(y)}"
         )
+    check_device(caller, x, y)
 
     def scalar_loss(logits: Tensor, target: Tensor) -> Tensor:
         try:

@@ -82,6 +82,16 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor, *, least: i
         raise FresnetError(f"{expected} on the weights' device {like.device}; got {x.device}")
 
 
+def check_device(caller: str, x: Tensor, y: Tensor) -> None:
+    """Refuse targets on another device than the images.
+
+    Raises:
+      FresnetError: naming both devices.
+    """
+    if y.device != x.device:
+        raise FresnetError(f"{caller} expects y on the images' device {x.device}; got {y.device}")
+
+
 def check_differentiable(caller: str, *trees: object) -> None:
     """Refuse tensors of `torch.inference_mode`, of which PyTorch takes no derivative.
 

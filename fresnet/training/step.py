@@ -12,6 +12,7 @@ from fresnet import tree
 from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.network.check import (
     check_call,
+    check_device,
     check_differentiable,
     check_group,
     check_momentum,
@@ -29,7 +30,7 @@ from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.backward import gradients
 from fresnet.training.mixing import Mixing
 from fresnet.training.state import NoAverage, TrainState
-from fresnet.training.targets import check_classes, check_device, cross_entropy
+from fresnet.training.targets import check_classes, cross_entropy
 
 Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, object, object]
 LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]

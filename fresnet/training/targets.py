@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fresnet.errors import FresnetError, describe, shown
+from fresnet.network.check import check_device
 from fresnet.numbers import as_number
 from fresnet.pytorch import transform_stack
 from fresnet.tree.tensors import has_values
@@ -44,12 +45,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
             f"{describe(targets)}"
         )
     return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-
-
-def check_device(caller: str, x: Tensor, y: Tensor) -> None:
-    """Refuse targets that lie on another device than the images."""
-    if y.device != x.device:
-        raise FresnetError(f"{caller} expects y on the images' device {x.device}; got {y.device}")
 
 
 def check_classes(caller: str, x: Tensor, y: Tensor, classes: int) -> None:

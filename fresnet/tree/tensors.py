@@ -32,8 +32,8 @@ def stack(trees: Sequence[Tree]) -> Tree:
     (tensor([1, 3]), tensor([2, 4]))
 
     Raises:
-      FresnetError: if there is no tree, or if they differ in structure, in a leaf's shape or dtype,
-        or in device.
+      FresnetError: if there is no tree, or if they differ in structure or in a leaf's shape, dtype
+        or device.
     """
     if type(trees) not in (list, tuple):
         raise FresnetError(f"tree.stack expects a list or tuple of trees; got {describe(trees)}")
@@ -41,13 +41,12 @@ def stack(trees: Sequence[Tree]) -> Tree:
         raise FresnetError("tree.stack expects at least one tree; got none")
     check_structures("tree.stack", *trees)
     check_tensors("tree.stack", trees)
-    devices = {str(leaf.device): None for leaf in leaves(trees)}
-    if len(devices) > 1:
-        raise FresnetError(f"tree.stack expects leaves on one device; got {listed([*devices])}")
     for path, *places in zip(paths(trees[0]), *(leaves(tree) for tree in trees), strict=True):
-        if len({(leaf.shape, leaf.dtype) for leaf in places}) > 1:
-            got = ", ".join(describe(leaf) for leaf in places)
-            raise FresnetError(f"tree.stack expects equal shapes and dtypes at {path}; got {got}")
+        if len({(leaf.shape, leaf.dtype, leaf.device) for leaf in places}) > 1:
+            got = ", ".join(f"{describe(leaf)} on {leaf.device}" for leaf in places)
+            raise FresnetError(
+                f"tree.stack expects equal shapes, dtypes and devices at {path}; got {got}"
+            )
     return map(lambda *places: torch.stack(places), *trees)
 
 
