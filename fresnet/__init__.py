@@ -11,6 +11,7 @@ from fresnet.data.presets import PRESETS, Preset
 from fresnet.errors import FresnetError
 from fresnet.gradients.clipping import clipped_grads, per_sample_norms
 from fresnet.gradients.per_sample import per_sample_grads
+from fresnet.gradients.reverse import grad_and_value
 from fresnet.inference.compiled import compile_inference
 from fresnet.inference.quantization import quantize
 from fresnet.network.eps import with_eps
@@ -66,6 +67,7 @@ __all__ = [
     "forward_train",
     "freeze",
     "from_state_dict",
+    "grad_and_value",
     "init",
     "keep_pages",
     "load",

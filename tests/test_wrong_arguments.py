@@ -60,6 +60,7 @@ RIGHT: Mapping[str, Any] = {
     "adapt_where": optim.kernels,
     "alpha": 1.0,
     "architecture": SPEC,
+    "argnums": 0,
     "at": (1, 2),
     "atol": 1e-8,
     "augmentation": data.Augmentation(data.AreaCrop(8)),

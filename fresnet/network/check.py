@@ -13,6 +13,7 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.errors import FresnetError, describe, shown
 from fresnet.network.nodes import (
+    BATCH_NORMS,
     BLOCKS,
     HEADS,
     LASTS,
@@ -20,9 +21,7 @@ from fresnet.network.nodes import (
     PLACES,
     STEMS,
     UNITS,
-    FrozenNorm,
     NoHead,
-    Norm,
     NormStats,
     Params,
     Quantized,
@@ -260,7 +259,7 @@ class _Walk(NamedTuple):
             self.fail(f"weights.{where}.norm", expected, describe(norm))
         for field, leaf in zip(norm._fields, norm, strict=True):
             self.leaf("weights", f"{where}.norm", field, leaf, self.dtype)
-        if type(norm) in (Norm, FrozenNorm):
+        if isinstance(norm, BATCH_NORMS):
             if type(stats) is not NormStats:
                 expected = f"NormStats beside {type(norm).__name__}"
                 self.fail(f"stats.{where}", expected, describe(stats))

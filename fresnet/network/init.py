@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, reason, shown, suggestion
+from fresnet.errors import FresnetError, reason, shown, suggestion
 from fresnet.network.check import DTYPES, stats_dtype
 from fresnet.network.family import RESNET50, SPECS
 from fresnet.network.nodes import (
+    BATCH_NORMS,
     Bias,
-    FrozenNorm,
-    GroupNorm,
     Head,
     Layer,
     NoHead,
@@ -23,13 +22,13 @@ from fresnet.network.nodes import (
     Normed,
     NormStats,
     Params,
-    Rescale,
     Stats,
     Unit,
     Weights,
     beside,
     blocks_of,
     last_layer,
+    norm_shape,
 )
 from fresnet.network.specs import Spec
 from fresnet.numbers import as_integer
@@ -122,16 +121,11 @@ def fresh_stats(weights: Weights) -> Stats:
 
 
 def _fresh(unit: Unit) -> NormStats | tuple[()]:
-    match unit.norm:
-        case Norm() | FrozenNorm():
-            scale = unit.norm.scale
-            dtype = stats_dtype(scale.dtype)
-            return NormStats(
-                mean=torch.zeros_like(scale, dtype=dtype), var=torch.ones_like(scale, dtype=dtype)
-            )
-        case GroupNorm() | Bias() | Rescale() | NoNorm():
-            return ()
-    raise FresnetError(f"there are no statistics beside {describe(unit.norm)}")
+    if not isinstance(unit.norm, BATCH_NORMS):
+        return ()
+    like = unit.norm.scale
+    dtype = stats_dtype(like.dtype)
+    return NormStats(torch.zeros_like(like, dtype=dtype), torch.ones_like(like, dtype=dtype))
 
 
 @dataclass(frozen=True)
@@ -185,7 +179,7 @@ class _Values:
         return weight.contiguous(memory_format=torch.channels_last)
 
     def _norm(self, channels: int, scale: float) -> Any:
-        shape = self.norm.shape(channels)
+        shape = norm_shape(self.norm, channels)
         return self.norm(scale=self._full(shape, scale), bias=self._full(shape, 0.0))
 
     def _full(self, shape: tuple[int, ...], value: float) -> Tensor:

@@ -165,8 +165,8 @@ def add(y: Tensor, shortcut: Tensor) -> Tensor:
 
 def add_over(y: Tensor, term: Tensor) -> Tensor:
     """y + term, broadcast to y's shape and written over y."""
-    if torch.compiler.is_compiling() or transform_stack.active():
-        return y + term  # vmap refuses to write a mapped tensor over one that is not mapped
+    if torch.compiler.is_compiling() or not transform_stack.can_be_written_over(y, term):
+        return y + term
     return y.add_(term)
 
 

@@ -19,7 +19,6 @@ from fresnet.network.nodes import (
     Bias,
     DilatedStage,
     FrozenNorm,
-    GroupNorm,
     Layer,
     NoNorm,
     Norm,
@@ -36,6 +35,7 @@ from fresnet.network.nodes import (
     blocks_of,
     replaced,
 )
+from fresnet.network.norm import WITHOUT_STATISTICS
 from fresnet.numbers import as_integer
 
 T = TypeVar("T")
@@ -126,8 +126,6 @@ def _folded(unit: Unit, stats: Any) -> Unit:
     match unit:
         case StandardisedLayer():
             return _folded(Layer(unit.kernel(), unit.norm), stats)
-        case Layer(_, GroupNorm()) | Normed(GroupNorm()):
-            return unit
         case Layer(conv, Norm() | FrozenNorm() as norm):
             factor, bias = _affine(norm, stats, conv)
             return Layer((conv * factor[:, None, None, None]).to(conv.dtype), Bias(bias))
@@ -138,7 +136,7 @@ def _folded(unit: Unit, stats: Any) -> Unit:
             return Normed(Rescale(factor.to(bias.dtype), bias))
         case Layer(conv, Rescale(scale, bias)):
             return Layer((conv * scale[:, None, None, None]).to(conv.dtype), Bias(bias))
-        case Layer(_, Bias()) | Normed(Rescale()):
+        case Layer() | Normed() if type(unit.norm) in WITHOUT_STATISTICS:
             return unit
     raise FresnetError(f"fold knows no {type(unit).__name__} with {describe(unit.norm)}")
 

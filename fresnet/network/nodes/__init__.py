@@ -26,8 +26,12 @@ from fresnet.network.nodes.blocks import (
     last_layer,
 )
 from fresnet.network.nodes.layers import (
+    AFFINE,
+    BATCH_NORMS,
+    DRAWN_NORMS,
     EPS,
     LAYERS,
+    NORMS,
     UNITS,
     AnyNorm,
     Bias,
@@ -46,6 +50,7 @@ from fresnet.network.nodes.layers import (
     T,
     Unit,
     kinds,
+    norm_shape,
     over,
     units_of,
 )
@@ -119,7 +124,6 @@ LASTS = (NoLastNorm, LastNorm)
 HEADS = (Head, NoHead)
 SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, NoShortcut)
 ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
-NORMS = (Norm, FrozenNorm, GroupNorm, Bias, Rescale, NoNorm)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
 
 register(*NODES, *STAGES, *UNITS, *NORMS, NormStats, Moments, Pair, *HEADS)
@@ -140,14 +144,17 @@ def _places(kind: type) -> dict[str, tuple[type, ...]]:
 PLACES: Mapping[type, Mapping[str, tuple[type, ...]]] = {
     **{kind: _places(kind) for kind in NODES},
     **{kind: {"norm": NORMS} for kind in LAYERS},
-    Normed: {"norm": (Norm, FrozenNorm, GroupNorm, Rescale)},
+    Normed: {"norm": tuple(norm for norm in NORMS if norm not in (Bias, NoNorm))},
 }
 """For each type of node, which fields hold nodes, and of which types; other fields hold leaves."""
 
 __all__ = [
+    "AFFINE",
     "ATTENTIONS",
     "BARE_STEMS",
+    "BATCH_NORMS",
     "BLOCKS",
+    "DRAWN_NORMS",
     "EPS",
     "HEADS",
     "LASTS",
@@ -228,6 +235,7 @@ __all__ = [
     "grids",
     "kinds",
     "last_layer",
+    "norm_shape",
     "over",
     "paired",
     "replaced",
