@@ -115,6 +115,14 @@ class Unknown(NamedTuple):
 
 TREES: dict[str, tuple[Any, str]] = {
     "not params": ({"weights": w, "stats": s}, "expects Params(weights, stats); got a dict"),
+    "a module": (
+        torch.nn.Linear(2, 2),
+        "expects Params(weights, stats); got a Linear (from_state_dict(module.state_dict())?)",
+    ),
+    "a training state": (
+        training.start(PARAMS, fresnet.optim.sgd(0.1)),
+        "expects Params(weights, stats); got a TrainState (its params?)",
+    ),
     "an empty head": (
         PARAMS._replace(weights=w._replace(head=())),
         "expects weights.head to be Head or NoHead; got a tuple",

@@ -327,7 +327,7 @@ def test_convert_exports(capsys: pytest.CaptureFixture[str], folder: Path, suffi
             "out.onnx expects no --layout: it holds",
         ),
         ("convert net.safetensors no/out.onnx", "export cannot write no/out.onnx: No such file or"),
-        ("convert plain.safetensors out.pth", "expects a network that torchvision has; got NoShor"),
+        ("convert plain.safetensors out.pth", "torchvision has no NoShortcut"),
         (
             "convert net.safetensors other/model.safetensors --layout huggingface",
             "other/config.json is not of a ResNet of Hugging Face, and would be replaced",

@@ -152,7 +152,7 @@ def test_trees_that_are_like_a_network_print_too() -> None:
 def test_every_type_of_node_prints_itself_and_comes_back_from_files_of_torch_save() -> None:
     kinds = {kind for kind in vars(nodes).values() if hasattr(kind, "_fields")} - {Grid}
     assert len(kinds) > 30
-    for kind in (*kinds, training.TrainState, optim.State):
+    for kind in (*kinds, training.TrainState, training.Evaluation, optim.State):
         assert kind.__repr__ is pformat
         assert kind in torch.serialization.get_safe_globals()
 

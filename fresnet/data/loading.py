@@ -107,7 +107,7 @@ def loader(
         broken and none may be left out, or if all images are broken; if a worker dies. It names the
         first file.
     """
-    check_type("loader", Images, "the Images of a folder", images=images)
+    check_type("loader", Images, "Images(folder, transform, seed)", images=images)
     check_type("loader", Iterable, "lists of places, such as batches(order, 0, 9)", places=places)
     number = as_integer(workers)
     if number is None or number < 0:

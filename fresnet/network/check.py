@@ -8,7 +8,7 @@ that channels fit from one to the next.
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe, shown
@@ -194,7 +194,10 @@ def check_params(caller: str, params: Params) -> None:
       FresnetError: naming the node, what was expected there and what came.
     """
     if type(params) is not Params:
-        raise FresnetError(f"{caller} expects Params(weights, stats); got {describe(params)}")
+        hint = " (from_state_dict(module.state_dict())?)" if isinstance(params, nn.Module) else ""
+        if type(getattr(params, "params", None)) is Params:
+            hint = " (its params?)"
+        raise FresnetError(f"{caller} expects Params(weights, stats); got {describe(params)}{hint}")
     weights, stats = params
     if type(weights) is not Weights or type(stats) is not Stats:
         raise FresnetError(

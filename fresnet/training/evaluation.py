@@ -21,6 +21,7 @@ from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.step import Batch, images_and_targets
 from fresnet.training.targets import check_classes, cross_entropy
+from fresnet.tree.text import register
 
 
 class Evaluation(NamedTuple):
@@ -39,6 +40,9 @@ class Evaluation(NamedTuple):
 
     confusion: Tensor
     """How many images of class i were classified as class j, int64 `[k k]`, on the CPU."""
+
+
+register(Evaluation)
 
 
 def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = None) -> Evaluation:

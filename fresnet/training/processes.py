@@ -107,13 +107,13 @@ def share(images: int, processes: int) -> int:
     Raises:
       FresnetError: if the processes cannot all take the same number.
     """
-    if not all(as_integer(n) is not None and n > 0 for n in (images, processes)):
+    if as_integer(images) is None or (as_integer(processes) or 0) < 1:
         raise FresnetError(
-            "share expects images and processes to be positive integers; "
+            "share expects a number of images and one of processes, from 1 on; "
             f"got {shown(images)} and {shown(processes)}"
         )
     fewer = images // processes * processes
-    if fewer != images:
+    if fewer != images or images < 1:
         fits = f"{fewer} or {fewer + processes}" if fewer > 0 else f"{processes}"
         raise FresnetError(
             f"a batch of {images} images does not divide among {processes} processes; {fits} would"

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, listed, shown, suggestion
+from fresnet.errors import FresnetError, check_type, describe, listed, shown, suggestion
 from fresnet.tree.walks import (
     Path,
     Tree,
@@ -137,10 +137,8 @@ def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
     Raises:
       FresnetError: if where is not a function.
     """
-    if not callable(where):
-        raise FresnetError(
-            f"tree.partition expects where to be a function of paths; got {describe(where)}"
-        )
+    words = "a function of paths, such as tree.matching('head')"
+    check_type("tree.partition", Callable, words, where=where)
     pairs = [*zip(leaves(tree), map(where, paths(tree)), strict=True)]
     return (
         unflatten(tree, [leaf if chosen else () for leaf, chosen in pairs]),
