@@ -284,8 +284,8 @@ def test_every_leaf_has_an_optimizer_and_every_key_a_leaf(keys: Any, message: st
         (lambda: optim.by_path({"*": 0.1}), "by_path expects a mapping .*; got a float"),  # type: ignore[dict-item]
         (lambda: optim.by_path({3: optim.sgd(0.1)}), "expects patterns as texts; got a int"),  # type: ignore[dict-item]
         (lambda: optim.by_path({}).init(SMALL.weights), "a key for each leaf; got none for"),
-        (lambda: optim.sgd(0.1).init(()), "init expects weights with a leaf; got none"),
-        (partial(optim.frozen.init, {}), "init expects weights with a leaf; got none"),
+        (lambda: optim.sgd(0.1).init(()), "init expects a tree of float tensors; got no leaf"),
+        (partial(optim.frozen.init, {}), "init expects a tree of float tensors; got no leaf"),
     ],
 )
 def test_what_is_no_mapping_to_optimizers_is_refused(

@@ -548,11 +548,17 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("none", "scan expects images in every class; none/train/a has none that ends in .jpg"),
-        ("single", "scan expects single/train to hold a folder for each of two classes or more"),
+        (
+            "none",
+            "expects images in every class; none/train/a has none that ends in .jpg",
+        ),
+        (
+            "single",
+            "expects single/train to hold a folder for each of two classes or more",
+        ),
         ("good/train", "a folder of class folders; good/train/train: No such file or directory"),
         ("good --validation no", "a folder of class folders; no: No such file or directory"),
-        ("fewer", "scan expects the 4 classes given; fewer/val lacks 1: '3'"),
+        ("fewer", "expects the 4 classes given; fewer/val lacks 1: '3'"),
         ("good --recipe v3", "unknown --recipe 'v3'; there are paper, v1 and v2"),
         ("good --arch resnet21 --batch 1000", "unknown --arch 'resnet21'; did you mean 'resnet"),
         ("good --arch resnet21", "unknown --arch 'resnet21'; did you mean 'resnet"),
@@ -596,6 +602,7 @@ def test_bad_input_is_refused_in_a_line(
     arch = () if "--weights" in arguments else ("--arch", "resnet20")
     said = refused(capsys, *arch, "--crop", "16", "--batch", "10", *options, *arguments.split())
     assert reason in said
+    assert "scan" not in said  # the function's name, which nobody called
     assert not any(folders.glob("runs/*/checkpoints/*"))
 
 

@@ -274,14 +274,30 @@ def test_trees_that_do_not_fit_are_refused() -> None:
         tree.partition(basic, "*.norm")  # type: ignore[arg-type]
     with pytest.raises(FresnetError, match=r"got none of \d+, such as weights.stem.layer.conv"):
         tree.partition(basic, tree.matching("norm"))
-    with pytest.raises(FresnetError, match=r"got float32 \(4, 3, 7, 7\), float32 \(8, 3, 7, 7\)"):
+    with pytest.raises(
+        FresnetError, match=r"got float32 \(4, 3, 7, 7\) on cpu, float32 \(8, 3, 7, 7\)"
+    ):
         tree.stack([basic, wider])
-    with pytest.raises(FresnetError, match=r"got float32 \(4, 3, 7, 7\), float64 \(4, 3, 7, 7\)"):
+    with pytest.raises(
+        FresnetError, match=r"got float32 \(4, 3, 7, 7\) on cpu, float64 \(4, 3, 7, 7\)"
+    ):
         tree.stack([basic, tree.map(torch.Tensor.double, basic)])
     with pytest.raises(FresnetError, match="a list or tuple of trees; got a Params"):
         tree.stack(basic)
-    with pytest.raises(FresnetError, match=r"leaves of one dtype; got .*float"):
+    with pytest.raises(FresnetError, match=r"leaves of one dtype on one device; got .*float64"):
         tree.ravel((torch.zeros(1), torch.zeros(1).double()))
+    on_meta = tree.map(lambda leaf: leaf.to("meta"), basic)
+    with pytest.raises(FresnetError, match=r"one device; got .*float32 on cpu and .* on meta"):
+        tree.ravel((basic, on_meta))
+    with pytest.raises(
+        FresnetError, match=r"got float32 \(4, 3, 7, 7\) on cpu, float32 .* on meta"
+    ):
+        tree.stack([basic, on_meta])
+    for compare in (tree.equal, tree.allclose):
+        assert not compare(basic, on_meta)
+        assert not compare(tree.map(torch.Tensor.double, on_meta), on_meta)
+        with pytest.raises(FresnetError, match=f"tree.{compare.__name__} expects tensors with val"):
+            compare(on_meta, on_meta)
     with pytest.raises(FresnetError, match="at least one tree"):
         tree.stack([])
     with pytest.raises(FresnetError, match="expects leaves of one first dimension"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, shown
+from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.numbers import as_integer
 from fresnet.pytorch import transform_stack
 
@@ -41,9 +41,10 @@ def grad_and_value(
       A function of the same arguments that returns `(grads, loss)`, or `(grads, (loss, aux))`.
       grads is a tree like the argument; of several arguments, a tuple of trees.
     Raises:
-      FresnetError: the function does if there are no such arguments, or if loss_fn returns
-        something else.
+      FresnetError: if loss_fn is no function. What is returned raises it if there are no such
+        arguments, or if loss_fn returns something else.
     """
+    check_type("grad_and_value", Callable, "a function", loss_fn=loss_fn)
     composed = torch.func.grad_and_value(loss_fn, argnums, has_aux)
     if torch.compiler.is_compiling():
         return composed

@@ -35,6 +35,7 @@ from fresnet.network.nodes import (
 )
 from fresnet.numbers import as_integer, as_scalar
 from fresnet.pytorch.collectives import Group
+from fresnet.tree.tensors import has_values
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights may have."""
@@ -85,6 +86,16 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor, *, least: i
         raise FresnetError(f"{expected} on the weights' device {like.device}; got {x.device}")
 
 
+def check_device(caller: str, x: Tensor, y: Tensor) -> None:
+    """Refuse targets on another device than the images.
+
+    Raises:
+      FresnetError: naming both devices.
+    """
+    if y.device != x.device:
+        raise FresnetError(f"{caller} expects y on the images' device {x.device}; got {y.device}")
+
+
 def check_differentiable(caller: str, *trees: object) -> None:
     """Refuse tensors of `torch.inference_mode`, of which PyTorch takes no derivative.
 
@@ -98,11 +109,6 @@ def check_differentiable(caller: str, *trees: object) -> None:
             f"{caller} expects tensors that can be differentiated; got some of "
             "torch.inference_mode: make them, or clone() them, outside of it, or under no_grad"
         )
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether this is neither on meta nor made under PyTorch's `FakeTensorMode`."""
-    return not tensor.is_meta and not hasattr(tensor, "fake_mode")
 
 
 def check_values(caller: str, *trees: object) -> None:

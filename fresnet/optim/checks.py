@@ -1,10 +1,11 @@
 """What optimizers take for a rate, for another number, and for gradients and moments."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, shown
+from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.numbers import as_scalar
 from fresnet.optim.interface import Optimizer, State
 from fresnet.tree import leaves
@@ -58,6 +59,11 @@ def check_state(state: State, count: int) -> None:
             f"update expects a state with {count} moments, as its own init makes it; "
             f"got one with {len(state.moments)}"
         )
+
+
+def check_where(caller: str, **choices: object) -> None:
+    """Refuse choices of leaves that are no functions."""
+    check_type(caller, Callable, "a function of the path to a leaf, such as kernels", **choices)
 
 
 def check_like(weights: object, *others: object) -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError
 from fresnet.optim.schedules import Schedule
 from fresnet.tree import Tree, Where
 from fresnet.tree.text import register
+from fresnet.tree.walks import check_floats
 
 Rate: TypeAlias = float | Tensor | Schedule
 
@@ -60,7 +60,7 @@ def kernels(path: tree.Path) -> bool:
     >>> kernels((*layer, "conv")), kernels((*layer, "norm", "scale")), kernels(("head", "bias"))
     (True, False, False)
     """
-    return path[-1] not in ("scale", "bias")
+    return path[-1:] not in (("scale",), ("bias",))
 
 
 def all_but_norms(path: tree.Path) -> bool:
@@ -76,9 +76,9 @@ def first_step(weights: object) -> Tensor:
     """The number of updates before the first one, `[]`.
 
     Raises:
-      FresnetError: if the weights have no leaf.
+      FresnetError: if the weights have no leaf, or one that is no float tensor.
     """
-    if not (leaves := tree.leaves(weights)):
-        raise FresnetError("init expects weights with a leaf; got none")
-    dtype = torch.promote_types(leaves[0].dtype, torch.float32)
-    return torch.zeros((), dtype=dtype, device=leaves[0].device)
+    check_floats("init", weights)
+    first = tree.leaves(weights)[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return torch.zeros((), dtype=dtype, device=first.device)

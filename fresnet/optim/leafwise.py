@@ -20,8 +20,8 @@ def leafwise(at: Callable[[Tensor], Move], *, moments: int, where: Where) -> Opt
     """An optimizer made of `at`, which gives the update of a leaf for each step."""
 
     def init(weights: object) -> State:
-        zeros = tuple(tree.map(torch.zeros_like, weights) for _ in range(moments))
-        return State(first_step(weights), zeros)
+        step = first_step(weights)
+        return State(step, tuple(tree.map(torch.zeros_like, weights) for _ in range(moments)))
 
     def update(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
         check_state(state, moments)

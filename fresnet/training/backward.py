@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
+from fresnet.errors import FresnetError, check_type, shown
 from fresnet.gradients.reverse import grad_and_value
+from fresnet.network.check import check_group
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum, start_sum
+from fresnet.tree.walks import check_floats
 
 Weights = TypeVar("Weights")
 Seen = TypeVar("Seen")
@@ -54,7 +57,16 @@ def gradients(
     Returns:
       `(grads, found)`: grads, a tree like the weights, is the same to the bit on every process of
       the group; found holds `(loss, seen)` of each part.
+    Raises:
+      FresnetError: if an argument is not as described.
     """
+    check_type("gradients", Callable, "a function", loss_fn=loss_fn)
+    check_floats("gradients", weights)
+    check_group("gradients", group)
+    if not isinstance(parts, Sequence) or not parts or {*map(type, parts)} != {tuple}:
+        raise FresnetError(
+            f"gradients expects parts to be a list of tuples, such as [(x, y)]; got {shown(parts)}"
+        )
     if group is None:
         return _summed(loss_fn, weights, parts)
     if torch.compiler.is_compiling() or transform_stack.differentiated(

@@ -114,8 +114,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _folders(args: argparse.Namespace) -> tuple[Folder, Folder]:
     """The images to train on, and those to validate on."""
-    training = scan(args.folder / "train")
-    return training, scan(args.validation or args.folder / "val", classes=training.classes)
+    try:
+        training = scan(args.folder / "train")
+        return training, scan(args.validation or args.folder / "val", classes=training.classes)
+    except FresnetError as error:
+        raise FresnetError(str(error).removeprefix("scan ")) from error
 
 
 def _with_batch(recipe: Recipe, args: argparse.Namespace, training: Folder) -> Recipe:

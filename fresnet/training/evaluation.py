@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, check_type
 from fresnet.network.check import (
     check_call,
     check_group,
@@ -21,6 +21,7 @@ from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.step import Batch
 from fresnet.training.targets import check_classes, checked_batch, cross_entropy
+from fresnet.tree.text import register
 
 
 class Evaluation(NamedTuple):
@@ -39,6 +40,9 @@ class Evaluation(NamedTuple):
 
     confusion: Tensor
     """How many images of class i were classified as class j, int64 `[k k]`, on the CPU."""
+
+
+register(Evaluation)
 
 
 def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = None) -> Evaluation:
@@ -67,6 +71,7 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
     check_params("evaluate", params)
     check_values("evaluate", params)
     check_group("evaluate", group)
+    check_type("evaluate", Iterable, "an iterable of (x, y), such as a loader", batches=batches)
     classes, device = classes_of("evaluate", params.weights), first_conv(params.weights).device
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, hits among five

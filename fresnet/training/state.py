@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fresnet import optim, tree
-from fresnet.errors import FresnetError, shown
+from fresnet.errors import FresnetError, check_type, shown
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
@@ -66,6 +66,7 @@ def start(
             f"start expects weights in float32 or float64; got {stem.dtype}: make_train_step(..., "
             "precision=torch.bfloat16) computes in it, with float32 weights behind"
         )
+    check_type("start", optim.Optimizer, "one of fresnet.optim", optimizer=optimizer)
     number = as_integer(seed)
     if number is None or not -(2**63) <= number < 2**64:
         raise FresnetError(f"start expects seed to be an integer; got {shown(seed)}")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, shown
+from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.network.check import (
+    check_device,
     check_differentiable,
     check_group,
     check_images,
@@ -23,7 +24,7 @@ from fresnet.network.nodes import Params, Regime, Stats, Weights
 from fresnet.network.regimes import training_once
 from fresnet.numbers import as_integer, as_number
 from fresnet.optim import Optimizer, clip_by_norm, everywhere
-from fresnet.optim.checks import check_optimizer
+from fresnet.optim.checks import check_optimizer, checked_numbers
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.backward import gradients
 from fresnet.training.draws import drawn
@@ -121,6 +122,10 @@ def make_train_step(
         micro_batches.
     """
     check_optimizer("make_train_step", optimizer)
+    check_type("make_train_step", Callable, "a function", loss_fn=loss_fn)
+    check_type("make_train_step", Callable | None, "a function, such as mixup(0.2)", mixing=mixing)
+    if max_norm is not None:
+        checked_numbers("make_train_step", max_norm=max_norm)
     _check_options(precision, group, norms_across)
     weight = check_momentum("make_train_step", momentum)
     average_decay, micro_batches = _share(average_decay), _parts(micro_batches)
@@ -272,6 +277,7 @@ def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
     classes = classes_of("a train step", state.params.weights)
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.shape != (len(x), classes):
         check_classes("a train step", x, y, classes, or_probabilities=True)
+    check_device("a train step", x, y)
     if len(x) < micro_batches:
         raise FresnetError(
             f"a train step of {micro_batches} micro-batches expects as many images; got {len(x)}"

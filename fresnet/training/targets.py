@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fresnet.errors import FresnetError, describe
-from fresnet.network.check import has_values
+from fresnet.errors import FresnetError, describe, shown
+from fresnet.network.check import check_device
+from fresnet.numbers import as_number
 from fresnet.pytorch import transform_stack
+from fresnet.tree.tensors import has_values
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -20,8 +22,30 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
       label_smoothing: the share of each target that is spread evenly over all classes.
     Returns:
       The losses `[b]`.
+    Raises:
+      FresnetError: if an argument is not as described.
     Source: Szegedy et al. 2016, arXiv:1512.00567, Sec. 7, for label smoothing.
     """
+    share = as_number(label_smoothing)
+    if share is None or not 0 <= share <= 1:
+        raise FresnetError(
+            f"cross_entropy expects label_smoothing from 0 to 1; got {shown(label_smoothing)}"
+        )
+    tensors = isinstance(logits, Tensor) and isinstance(targets, Tensor)
+    if (
+        not tensors
+        or logits.ndim != 2
+        or (targets.dtype, targets.shape)
+        not in (
+            (torch.int64, logits.shape[:1]),
+            (logits.dtype, logits.shape),
+        )
+    ):
+        raise FresnetError(
+            "cross_entropy expects logits [b k] and targets that are classes, int64 [b], or "
+            f"probabilities [b k] in the logits' dtype; got {describe(logits)} and "
+            f"{describe(targets)}"
+        )
     return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
@@ -54,6 +78,7 @@ def check_classes(
             f"{caller} expects y to be {len(x)} classes, int64 ({len(x)},)"
             f"{other if or_probabilities else ''}; got {describe(y)}"
         )
+    check_device(caller, x, y)
     if torch.compiler.is_compiling() or transform_stack.active() or y.device.type != "cpu":
         return
     if not has_values(y):

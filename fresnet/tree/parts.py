@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, listed, shown, suggestion
+from fresnet.errors import FresnetError, check_type, describe, listed, shown, suggestion
 from fresnet.tree.walks import (
     Path,
     Tree,
@@ -137,11 +137,8 @@ def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
     Raises:
       FresnetError: if where is not a function, or if it chooses no leaf.
     """
-    if not callable(where):
-        raise FresnetError(
-            "tree.partition expects where to be a function of paths, such as "
-            f"tree.matching('head'); got {shown(where)}"
-        )
+    words = "a function of paths, such as tree.matching('head')"
+    check_type("tree.partition", Callable, words, where=where)
     places = paths(tree)
     pairs = [*zip(leaves(tree), map(where, places), strict=True)]
     if not any(chosen for _, chosen in pairs):
