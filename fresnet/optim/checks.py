@@ -7,17 +7,8 @@ from torch import Tensor
 
 from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.numbers import as_scalar
-from fresnet.optim.interface import Optimizer, State
 from fresnet.tree import leaves
 from fresnet.tree.walks import check_structures
-
-
-def check_optimizer(caller: str, optimizer: object) -> None:
-    """Refuse what is not an optimizer, such as a learning rate."""
-    if not isinstance(optimizer, Optimizer):
-        raise FresnetError(
-            f"{caller} expects an optimizer, such as fresnet.optim.sgd(0.1); got {shown(optimizer)}"
-        )
 
 
 def checked_rates(caller: str, **values: Any) -> list[Any]:
@@ -45,20 +36,6 @@ def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
         f"{caller} expects {name} to be a number from 0 on, a 0-d float tensor{otherwise}; "
         f"got {shown(value)}"
     )
-
-
-def check_state(state: State, count: int) -> None:
-    """Refuse what is no state, and that of an optimizer that keeps more or fewer moments."""
-    if not isinstance(state, State):
-        raise FresnetError(
-            "update expects grads, a state as init makes it, and weights, in this order; "
-            f"got {describe(state)} for the state"
-        )
-    if len(state.moments) != count:
-        raise FresnetError(
-            f"update expects a state with {count} moments, as its own init makes it; "
-            f"got one with {len(state.moments)}"
-        )
 
 
 def check_where(caller: str, **choices: object) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.optim.checks import check_like, check_state
-from fresnet.optim.interface import Optimizer, Rate, State, first_step
+from fresnet.optim.checks import check_like
+from fresnet.optim.interface import Optimizer, Rate, State, check_state, first_step
 from fresnet.pytorch import transform_stack
 from fresnet.tree import Tree, Where
 

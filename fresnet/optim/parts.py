@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe, listed, shown, suggestion
-from fresnet.optim.checks import check_state
-from fresnet.optim.interface import Optimizer, State, first_step
+from fresnet.optim.interface import Optimizer, State, check_state, first_step
 from fresnet.tree import Path, Tree, Where
 
 

@@ -10,7 +10,7 @@ from fresnet.errors import FresnetError, check_type, shown
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
-from fresnet.optim.checks import check_optimizer
+from fresnet.optim.interface import check_optimizer
 from fresnet.tree.text import register
 
 NoAverage: TypeAlias = tuple[()]

@@ -24,7 +24,8 @@ from fresnet.network.nodes import Params, Regime, Stats, Weights
 from fresnet.network.regimes import training_once
 from fresnet.numbers import as_integer, as_number
 from fresnet.optim import Optimizer, clip_by_norm, everywhere
-from fresnet.optim.checks import check_optimizer, checked_numbers
+from fresnet.optim.checks import checked_numbers
+from fresnet.optim.interface import check_optimizer
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.backward import gradients
 from fresnet.training.draws import drawn
