@@ -102,7 +102,7 @@ def rebuild(node: Tree, children: Iterable[object]) -> Tree:
 
 def children_of(node: object) -> Collection[Any] | None:
     """The children of a node, or None for a leaf."""
-    if isinstance(node, tuple | list):
+    if isinstance(node, (tuple, list)):
         return node
     return node.values() if isinstance(node, dict) else None
 
