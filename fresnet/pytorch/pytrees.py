@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 try:
     from torch.utils import _pytree
 except ImportError:  # it is private
@@ -17,6 +19,7 @@ def register(*kinds: Any) -> None:
         node = kind._make(kind._fields)
         if _pytree is not None and _pytree.tree_leaves(node) == [node]:
             _pytree.register_pytree_node(kind, lambda node: ([*node], type(node)), _made)
+            torch.fx._pytree.register_pytree_flatten_spec(kind, lambda node, spec: [*node])
 
 
 def _made(children: Any, kind: Any) -> Any:
