@@ -58,12 +58,11 @@ def inference_norm(
       FresnetError: if the channels differ, or if the type is none of `fresnet.nodes.NORMS`.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2.
     """
-    match norm:
-        case Norm() | FrozenNorm() if isinstance(stats, NormStats):
-            _check_channels(x, norm, stats)
-            return _affine(x, norm.scale, norm.bias, *stats), stats
-        case GroupNorm() | Bias() | Rescale() | NoNorm():
-            return _without_statistics(norm, x), ()
+    if isinstance(norm, (Norm, FrozenNorm)) and isinstance(stats, NormStats):
+        _check_channels(x, norm, stats)
+        return _affine(x, norm.scale, norm.bias, *stats), stats
+    if isinstance(norm, (GroupNorm, Bias, Rescale, NoNorm)):
+        return _without_statistics(norm, x), ()
     _refuse("inference", norm, stats)
 
 
@@ -99,17 +98,14 @@ def training_norm(
         if the type is none of `fresnet.nodes.NORMS`.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 1.
     """
-    match norm:
-        case Norm() if isinstance(stats, NormStats):
-            _check_channels(x, norm, stats)
-        case FrozenNorm() if isinstance(stats, NormStats):
-            _check_channels(x, norm, stats)
-            y = _affine(x, norm.scale, norm.bias, *stats)
-            return y, Moments(stats.mean.new_zeros(()), *map(torch.zeros_like, stats))
-        case GroupNorm() | Bias() | Rescale() | NoNorm():
-            return _without_statistics(norm, x), ()
-        case _:
-            _refuse("training", norm, stats)
+    if isinstance(norm, (GroupNorm, Bias, Rescale, NoNorm)):
+        return _without_statistics(norm, x), ()
+    if not isinstance(norm, (Norm, FrozenNorm)) or not isinstance(stats, NormStats):
+        _refuse("training", norm, stats)
+    _check_channels(x, norm, stats)
+    if isinstance(norm, FrozenNorm):
+        y = _affine(x, norm.scale, norm.bias, *stats)
+        return y, Moments(stats.mean.new_zeros(()), *map(torch.zeros_like, stats))
     if x.numel() == x.shape[1] and (group is None or group.size() == 1):
         raise FresnetError(
             "training expects more than one value per channel at every norm; got activations "

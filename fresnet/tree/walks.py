@@ -97,7 +97,7 @@ def rebuild(node: Tree, children: Iterable[object]) -> Tree:
         new.update(zip(node, children, strict=True))
         return new
     kind = type(node)
-    return kind(*children) if hasattr(kind, "_fields") else kind(children)  # type: ignore[call-arg]
+    return kind(*children) if hasattr(node, "_fields") else kind(children)  # type: ignore[call-arg]
 
 
 def children_of(node: object) -> Collection[Any] | None:
