@@ -16,6 +16,7 @@ from fresnet.errors import FresnetError
 from fresnet.network.convolution import convolve
 from fresnet.network.nodes import PLAIN, Geometry
 from fresnet.pytorch import transform_stack
+from fresnet.pytorch.compilers import is_exporting
 
 SIDE = 3
 """Of max pooling's window."""
@@ -118,7 +119,7 @@ def blur(x: Tensor) -> Tensor:
 
 def _several(x: Tensor, dim: int) -> bool:
     """Whether a map has several rows or columns, which an exported program takes for granted."""
-    return torch.compiler.is_exporting() or x.shape[dim] > 1
+    return is_exporting() or x.shape[dim] > 1
 
 
 def subsample(x: Tensor, stride: int) -> Tensor:

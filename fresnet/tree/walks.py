@@ -100,12 +100,12 @@ def rebuild(node: Tree, children: Iterable[object]) -> Tree:
         new.update(zip(node, children, strict=True))
         return new
     kind = type(node)
-    return kind(*children) if hasattr(kind, "_fields") else kind(children)  # type: ignore[call-arg]
+    return kind(*children) if hasattr(node, "_fields") else kind(children)  # type: ignore[call-arg]
 
 
 def children_of(node: object) -> Collection[Any] | None:
     """The children of a node, or None for a leaf."""
-    if isinstance(node, tuple | list):
+    if isinstance(node, (tuple, list)):
         return node
     return node.values() if isinstance(node, dict) else None
 

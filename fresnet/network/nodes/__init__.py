@@ -114,6 +114,7 @@ from fresnet.network.nodes.stems import (
     Stem7x7,
     StridedStem,
 )
+from fresnet.pytorch import pytrees
 from fresnet.tree.text import register
 
 POOLED_STEMS = (AveragedStem, BlurredStem, StridedStem)
@@ -129,6 +130,7 @@ NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
 
 register(*NODES, *STAGES, *UNITS, *NORMS, NormStats, Moments, Pair, *HEADS)
 register(Weights, Stats, Params, Quantized, *MASKS)
+pytrees.register(*NODES, *MASKS)
 
 
 def _places(kind: type) -> dict[str, tuple[type, ...]]:
