@@ -104,13 +104,22 @@ def test_steps_equal_torchvision_and_torch_optim(
     x=training_images(),
     mixing=st.sampled_from([None, *MIXINGS.values()]),
     micro_batches=st.integers(1, 2),
+    dropout=st.sampled_from([0.0, 0.4]),
     average=st.booleans(),
     seed=st.integers(0, 2**63 - 1),
 )
 def test_a_step_is_a_pure_function(
-    params: Params, x: Tensor, mixing: Any, micro_batches: int, average: bool, seed: int
+    params: Params,
+    x: Tensor,
+    mixing: Any,
+    micro_batches: int,
+    dropout: float,
+    average: bool,
+    seed: int,
 ) -> None:
-    train_step = make_train_step(SGD, mixing=mixing, micro_batches=micro_batches, max_norm=1.0)
+    train_step = make_train_step(
+        SGD, mixing=mixing, dropout=dropout, micro_batches=micro_batches, max_norm=1.0
+    )
     state, steps = start(params, SGD, seed=seed, average=average), batches(params, x, 2)
     rng = torch.get_rng_state()
     with unmutated(state, steps):
@@ -119,7 +128,7 @@ def test_a_step_is_a_pure_function(
     assert torch.equal(torch.get_rng_state(), rng)
     end, _ = first
     assert end.step == end.position == 2
-    assert torch.equal(end.rng, state.rng) is (mixing is None)
+    assert torch.equal(end.rng, state.rng) is (mixing is None and not dropout)
     assert tree.paths(end) == tree.paths(state)
 
 
@@ -559,7 +568,7 @@ OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, grou
             lambda: vmap(make_train_step(SGD, mixing=MIXINGS["one"]), (0, None))(
                 tree.stack([STATE, STATE]), (X, Y)
             ),
-            "a train step that mixes does not map",
+            "a train step that mixes or drops does not map",
         ),
         (
             lambda: SGD.update(PARAMS.weights, optim.sgd(0.1).init(PARAMS.weights), PARAMS.weights),

@@ -22,8 +22,11 @@ from fresnet.network.nodes import (
     PLACES,
     STEMS,
     UNITS,
+    Dropout,
+    DropPath,
     NoHead,
     NormStats,
+    NoShortcut,
     Params,
     Quantized,
     Stats,
@@ -49,10 +52,12 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_call(caller: str, params: Params, x: Tensor) -> None:
     """Refuse a tree that is no network, and images that the network does not take.
 
+    The network may have masks, since these are of a batch.
+
     Raises:
       FresnetError: naming what was expected, where, and what came.
     """
-    check_params(caller, params)
+    check_params(caller, params, masks=True)
     check_images(caller, params, x)
 
 
@@ -181,9 +186,11 @@ def check_image_size(caller: str, image_size: int | tuple[int, int]) -> tuple[in
     )
 
 
-def check_params(caller: str, params: Params) -> None:
-    """Refuse a tree that is no network, or that is not of one dtype on one device.
+def check_params(caller: str, params: Params, *, masks: bool = False) -> None:
+    """Refuse a tree that is no network, or that is not of one dtype on one device, or has masks.
 
+    Args:
+      masks: whether it may have masks after all.
     Raises:
       FresnetError: naming the node, what was expected there and what came.
     """
@@ -208,7 +215,7 @@ def check_params(caller: str, params: Params) -> None:
             f"{caller} expects the stem's first convolution to be a float tensor [o c k k]; "
             f"got {describe(stem)}{hint}"
         )
-    walk = _Walk(caller, stem.dtype, stats_dtype(stem.dtype), stem.device)
+    walk = _Walk(caller, masks, stem.dtype, stats_dtype(stem.dtype), stem.device)
     walk.node("stem", weights.stem, stats.stem, STEMS)
     walk.same_length("stages", weights.stages, stats.stages)
     for i, (stage, stage_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
@@ -217,11 +224,13 @@ def check_params(caller: str, params: Params) -> None:
         blocks, blocks_stats = blocks_of(stage), blocks_of(stage_stats)
         walk.same_length(where, blocks, blocks_stats)
         for j, (block, block_stats) in enumerate(zip(blocks, blocks_stats, strict=True)):
-            walk.node(f"{where}[{j}]", block, block_stats, BLOCKS)
+            place = f"{where}[{j}]"
+            walk.node(place, walk.under(DropPath, place, block), block_stats, BLOCKS)
     walk.node("last", weights.last, stats.last, LASTS)
-    if type(weights.head) not in HEADS:
-        walk.fail("weights.head", "Head or NoHead", describe(weights.head))
-    for field, leaf in zip(weights.head._fields, weights.head, strict=True):
+    head = walk.under(Dropout, "head", weights.head)
+    if type(head) not in HEADS:
+        walk.fail("weights.head", "Head or NoHead", describe(head))
+    for field, leaf in zip(head._fields, head, strict=True):
         walk.leaf("weights", "head", field, leaf, walk.dtype)
 
 
@@ -232,9 +241,25 @@ class _Walk(NamedTuple):
     """
 
     caller: str
+    masks: bool
     dtype: torch.dtype
     stats_dtype: torch.dtype
     device: torch.device
+
+    def under(self, mask: type[Any], where: str, node: Any) -> Any:
+        """The node itself, or what is under the mask, if it is one of this type."""
+        if type(node) is not mask:
+            return node
+        if not self.masks:
+            raise FresnetError(
+                f"{self.caller} expects weights without masks, which are of one batch; got a "
+                f"{mask.__name__} at weights.{where}: hand in the weights from before `masked`"
+            )
+        inner, keep = node
+        self.leaf("weights", where, "keep", keep, self.dtype)
+        if isinstance(inner, NoHead) or isinstance(getattr(inner, "shortcut", ()), NoShortcut):
+            self.fail(f"weights.{where}", "something that can be dropped", describe(inner))
+        return inner
 
     def node(self, where: str, node: Any, stats: Any, kinds: tuple[type, ...]) -> None:
         if type(node) not in kinds:

@@ -170,6 +170,24 @@ def add_over(y: Tensor, term: Tensor) -> Tensor:
     return y.add_(term)
 
 
+def drop(x: Tensor, keep: Tensor) -> Tensor:
+    """Maps `[b c h w]` times keep `[b]`, or means `[b c]` times keep `[b c]`, written over x.
+
+    Raises:
+      FresnetError: if the sizes differ.
+    """
+    expected = x.shape[:1] if x.ndim == 4 else x.shape
+    if keep.shape != expected:
+        raise FresnetError(
+            f"a mask of activations {tuple(x.shape)} is {tuple(expected)}; got "
+            f"{tuple(keep.shape)}: draw one for these images"
+        )
+    factors = keep.to(x.dtype)[(..., *[None] * (x.ndim - keep.ndim))]
+    if torch.compiler.is_compiling() or transform_stack.active():
+        return x * factors
+    return x.mul_(factors)
+
+
 def gate(x: Tensor, gates: Tensor) -> Tensor:
     """x `[b c h w]` times the sigmoid of gates `[b c 1 1]`.
 

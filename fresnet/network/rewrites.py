@@ -249,6 +249,7 @@ def recalibrate(params: Params, batches: Iterable[Tensor | Sequence[object]]) ->
     Raises:
       FresnetError: if batches is a tensor or holds none, or as `forward_train` does.
     """
+    check_params("recalibrate", params)
     merged = merge_over("recalibrate", batches, partial(_moments, params), moments.merge)
     return params._replace(stats=moments.statistics(params.stats, merged, correction=1))
 

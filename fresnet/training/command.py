@@ -102,6 +102,13 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         recipe = with_epochs(recipe, args.epochs)
     if args.crop is not None:
         recipe = with_crop(recipe, args.crop)
+    for name in ("drop_path", "dropout"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            option = name.replace("_", "-")
+            raise FresnetError(f"--{option} expects a number from 0 to below 1; got {value}")
+        if value is not None:
+            recipe = recipe._replace(**{name: value})
     return recipe._replace(head_rate=args.head_rate, frozen=tuple(args.freeze))
 
 

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe, shown
 from fresnet.network.check import (
-    check_call,
     check_differentiable,
     check_group,
+    check_images,
     check_momentum,
+    check_params,
     classes_of,
 )
 from fresnet.network.moments import merge, merge_across, update
@@ -24,9 +24,10 @@ from fresnet.network.regimes import training_once
 from fresnet.numbers import as_integer, as_number
 from fresnet.optim import Optimizer, clip_by_norm, everywhere
 from fresnet.optim.checks import check_optimizer
-from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.backward import gradients
+from fresnet.training.draws import drawn
+from fresnet.training.masks import Masks, NoMasks, check_rates, masked
 from fresnet.training.mixing import Mixing
 from fresnet.training.state import NoAverage, TrainState
 from fresnet.training.targets import check_classes, checked_batch, cross_entropy
@@ -60,6 +61,8 @@ def make_train_step(
     *,
     loss_fn: LossFn = cross_entropy,
     mixing: Mixing | None = None,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
     precision: torch.dtype | None = None,
     micro_batches: int = 1,
     recompute: bool = False,
@@ -74,7 +77,8 @@ def make_train_step(
     x `[b c h w]` are images in the dtype of the weights. y are their classes, int64 `[b]`, or the
     probabilities of all classes `[b k]`. A batch of `fresnet.data` holds more, which the step
     leaves alone. The step is pure: the same state and batch give the same bits, and neither is
-    written to. So it maps over ensembles, unless it mixes: a generator's state cannot be mapped.
+    written to. So it maps over ensembles, unless it mixes or drops: a generator's state cannot be
+    mapped.
 
     >>> import torch, fresnet
     >>> optimizer = fresnet.optim.sgd(0.1, momentum=0.9)
@@ -93,6 +97,8 @@ def make_train_step(
         example, is `lambda logits, targets: binary_cross_entropy_with_logits(logits, targets,
         reduction="none").mean(1)`.
       mixing: how each batch is mixed, from `fresnet.training.mixing`.
+      drop_path, dropout: the rates of stochastic depth and of dropout before the head, as for
+        `draw_masks`. Each step draws masks for the images of this process.
       precision: the dtype that the network computes in, by default that of the weights. In bfloat16
         the network reads rounded weights, except those of norms. The weights themselves, their
         gradients, the optimizer, the statistics and the loss keep their dtype.
@@ -118,6 +124,8 @@ def make_train_step(
     _check_options(precision, group, norms_across)
     weight = check_momentum("make_train_step", momentum)
     average_decay, micro_batches = _share(average_decay), _parts(micro_batches)
+    rates = check_rates("make_train_step", drop_path=drop_path, dropout=dropout)
+    draw = partial(drawn, mixing, rates, 0 if group is None else group.rank())
     do = training_once(group if norms_across else None)
     loss_of = partial(_loss_of, loss_fn, do, precision, recompute)
 
@@ -125,14 +133,14 @@ def make_train_step(
         x, y, *_ = checked_batch("a train step expects a batch (x, y)", batch)
         _check(state, x, y, micro_batches)
         weights, stats = state.params
-        x, targets, rng = _mixed(mixing, state, x, y)
+        x, targets, masks, rng = draw(state, x, y)
         images = torch.full_like(state.step, len(x))
         if group is not None:
             images = all_sum(images, group)
         count = micro_batches if group is not None else min(micro_batches, len(x))
-        shares = zip(x.tensor_split(count), targets.tensor_split(count), strict=True)
+        shares = _cut((masks, x, targets), count)
         trained, rest = _trained(weights, optimizer)
-        parts = [(rest, stats, part, part_targets, images) for part, part_targets in shares]
+        parts = [(rest, stats, *share, images) for share in shares]
         *grads, found = gradients(loss_of, trained, parts, group=group)
         moments, sums = _together(found, images, group, norms_across)
         if max_norm is not None:
@@ -163,6 +171,11 @@ def _trained(weights: Weights, optimizer: Optimizer) -> tuple[Weights, Any]:
     return tree.partition(weights, optimizer.trains)
 
 
+def _cut(batch: Any, count: int) -> list[Any]:
+    """The batch in so many parts, each leaf cut along its images."""
+    return [tree.map(lambda leaf, i=i: leaf.tensor_split(count)[i], batch) for i in range(count)]
+
+
 def _loss_of(
     loss_fn: LossFn,
     do: Regime,
@@ -171,6 +184,7 @@ def _loss_of(
     trained: Weights,
     rest: Any,
     stats: Stats,
+    masks: Masks | NoMasks,
     x: Tensor,
     targets: Tensor,
     images: Tensor,
@@ -178,6 +192,7 @@ def _loss_of(
     """What a part of the batch adds to the mean loss over all `images`, and what was seen."""
     x_narrow = x.to(precision or x.dtype)
     weights = tree.combine(trained, rest)
+    weights = masked(weights, masks) if masks else weights
     logits, moments = run_training(Params(weights, stats), x_narrow, do, recompute=recompute)
     logits = logits.to(x.dtype)
     classes = targets if targets.ndim == 1 else targets.argmax(1)
@@ -202,21 +217,6 @@ def _together(
     if group is None:
         return merged, sums
     return merged if norms_across else merge_across(merged, group), all_sum(sums, group)
-
-
-def _mixed(
-    mixing: Mixing | None, state: TrainState, x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The images and targets, mixed, and the generator's state after that."""
-    if mixing is None:
-        return x, y, state.rng
-    if transform_stack.READABLE and transform_stack.active():
-        raise FresnetError("a train step that mixes does not map: a generator's state does not")
-    generator = torch.Generator("cpu")
-    generator.set_state(state.rng.cpu())
-    probabilities = y if y.ndim == 2 else F.one_hot(y, len(state.params.weights.head.bias))
-    x, targets = mixing(x, probabilities.to(x.dtype), generator)
-    return x, targets, generator.get_state().to(state.rng.device)
 
 
 def _averaged(state: TrainState, params: Params, decay: float) -> Params | NoAverage:
@@ -266,7 +266,8 @@ def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
         )
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise FresnetError("a train step expects to be outside of torch.inference_mode; got it on")
-    check_call("a train step", state.params, x)
+    check_params("a train step", state.params)
+    check_images("a train step", state.params, x)
     check_differentiable("a train step", state.params, state.optimizer, x)
     classes = classes_of("a train step", state.params.weights)
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.shape != (len(x), classes):

@@ -54,6 +54,7 @@ from fresnet.network.nodes.layers import (
     over,
     units_of,
 )
+from fresnet.network.nodes.masks import MASKS, Dropout, DropPath
 from fresnet.network.nodes.params import (
     Head,
     NoHead,
@@ -127,7 +128,7 @@ ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
 
 register(*NODES, *STAGES, *UNITS, *NORMS, NormStats, Moments, Pair, *HEADS)
-register(Weights, Stats, Params, Quantized)
+register(Weights, Stats, Params, Quantized, *MASKS)
 
 
 def _places(kind: type) -> dict[str, tuple[type, ...]]:
@@ -159,6 +160,7 @@ __all__ = [
     "HEADS",
     "LASTS",
     "LAYERS",
+    "MASKS",
     "NODES",
     "NORMS",
     "PLACES",
@@ -187,6 +189,8 @@ __all__ = [
     "DeepStem",
     "DilatedStage",
     "Drawer",
+    "DropPath",
+    "Dropout",
     "EfficientAttention",
     "FramedStem7x7",
     "FrozenNorm",
