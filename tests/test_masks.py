@@ -155,7 +155,9 @@ def test_masks_of_ones_and_no_masks_are_the_network_itself(params: Params, x: Te
 @given(params=tiny_params(headed=True).map(with_shortcuts), x=images(batch=st.integers(2, 4)))
 def test_a_mask_is_of_its_own_image_alone(params: Params, x: Tensor) -> None:
     masks = draw(params, x)
-    whole = fresnet.forward(wear(params, masks), x)
+    worn = wear(params, masks)
+    whole = fresnet.forward(worn, x)
+    assert_same(fresnet.forward_head(worn, fresnet.features(worn, x)[-1]), whole)
     for i in range(len(x)):
         one = tree.map(lambda mask, i=i: mask[i : i + 1], masks)
         assert_close(fresnet.forward(wear(params, one), x[i : i + 1]), whole[i : i + 1], 1e-12)

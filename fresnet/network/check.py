@@ -58,7 +58,7 @@ def check_call(caller: str, params: Params, x: Tensor) -> None:
     Raises:
       FresnetError: naming what was expected, where, and what came.
     """
-    _check_params(caller, params, masks=True)
+    check_params(caller, params, masks=True)
     check_images(caller, params, x)
 
 
@@ -192,16 +192,14 @@ def check_image_size(caller: str, image_size: int | tuple[int, int]) -> tuple[in
     )
 
 
-def check_params(caller: str, params: Params) -> None:
+def check_params(caller: str, params: Params, *, masks: bool = False) -> None:
     """Refuse a tree that is no network, or that is not of one dtype on one device, or has masks.
 
+    Args:
+      masks: whether it may have masks after all.
     Raises:
       FresnetError: naming the node, what was expected there and what came.
     """
-    _check_params(caller, params, masks=False)
-
-
-def _check_params(caller: str, params: Params, *, masks: bool) -> None:
     if type(params) is not Params:
         raise FresnetError(
             f"{caller} expects Params(weights, stats); "

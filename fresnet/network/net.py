@@ -97,7 +97,7 @@ def forward_head(params: Params, x: Tensor) -> Tensor:
     Raises:
       FresnetError: if params is not a network, or if x is not what its last stage puts out.
     """
-    check_params("forward_head", params)
+    check_params("forward_head", params, masks=True)
     like = first_conv(params.weights)
     if not isinstance(x, Tensor) or x.ndim != 4 or (x.dtype, x.device) != (like.dtype, like.device):
         raise FresnetError(
