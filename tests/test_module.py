@@ -164,7 +164,11 @@ def test_pruned_weights() -> None:
 
 
 def test_a_layer_may_be_exchanged() -> None:
-    module, head = fresnet.as_module(PARAMS), nn.Linear(24, 7).double()
+    """It stands where torchvision has it."""
+    module: Any = fresnet.as_module(PARAMS)
+    block, head = module.layer1[0], nn.Linear(24, 7).double()
+    assert block.conv2 is kernel_of(module)
+    assert block.downsample[1].bias is module.get_parameter("layer1.0.downsample.1.bias")
     module.fc = head
     assert_close(module(X), head(fresnet.embed(PARAMS, X)), 1e-12)
 

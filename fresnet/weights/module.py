@@ -1,6 +1,7 @@
 """A network as a module, for libraries that ask for one."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,14 +62,13 @@ class Network(nn.Module):
         check_distinct(names(params))
         trained = set(tree.leaves(self.names.weights))
         for name, leaf in zip(names(params), tree.leaves(params), strict=True):
-            *parents, entry = name.split(".")
             module: nn.Module = self
-            for parent in parents:
+            for parent, below in pairwise(name.split(".")):
                 if parent not in dict(module.named_children()):
-                    module.add_module(parent, nn.Module())
+                    module.add_module(parent, nn.ModuleList() if below == "0" else nn.Module())
                     module.get_submodule(parent).register_load_state_dict_pre_hook(_as_here)
                 module = module.get_submodule(parent)
-            copy = leaf.detach().clone()
+            entry, copy = name.rpartition(".")[2], leaf.detach().clone()
             if name in trained:
                 module.register_parameter(entry, nn.Parameter(copy))
             else:
