@@ -16,12 +16,13 @@ from fresnet.inference.compiled import compile_inference
 from fresnet.inference.quantization import quantize
 from fresnet.network.eps import with_eps
 from fresnet.network.family import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS
-from fresnet.network.init import init
+from fresnet.network.init import init, with_head
 from fresnet.network.net import (
     embed,
     features,
     features_train,
     forward,
+    forward_head,
     forward_moments,
     forward_train,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "features_train",
     "fold",
     "forward",
+    "forward_head",
     "forward_moments",
     "forward_train",
     "freeze",
@@ -86,4 +88,5 @@ __all__ = [
     "training",
     "tree",
     "with_eps",
+    "with_head",
 ]

@@ -225,6 +225,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="weights that stay as they are, such as stem or 'stages.[01]'; may be repeated",
     )
+    option("--drop-path", type=float, metavar="P", help="how often the last block drops its branch")
+    option(
+        "--dropout", type=float, metavar="P", help="how often a feature is dropped before the head"
+    )
     option("--seed", type=int, default=0, metavar="N", help="default 0")
     option("--bfloat16", action="store_true", help="compute in it, with float32 weights behind")
     option(

@@ -1,10 +1,8 @@
 """`python -m fresnet` as scripts and people call it."""
 
-import importlib
 import json
 import subprocess
 import sys
-import tomllib
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from sklearn.datasets import load_sample_images
 
 import fresnet
 from fresnet import Preset, Spec
-from fresnet.__main__ import main, script
+from fresnet.__main__ import main
 from fresnet.network.nodes import Bottleneck, BottleneckV1, CentredZeroPad
 from fresnet.weights import published
 from fresnet.weights.state_dicts import named_leaves
@@ -399,13 +397,6 @@ def test_options_of_other_programs_get_a_hint_of_ours(
     usage, said = err.splitlines()
     assert len(usage) <= 80
     assert hint in said
-
-
-def test_it_is_installed_as_a_command() -> None:
-    """It points to what `python -m fresnet` runs."""
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    module, _, name = project["project"]["scripts"]["fresnet"].partition(":")
-    assert getattr(importlib.import_module(module), name) is script
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ Each function takes trees such as `forward_moments` returns, or single nodes.
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from itertools import starmap
 from typing import Any, TypeVar
 
 import torch
@@ -123,7 +122,7 @@ def update(stats: Tree, moments: object, *, momentum: float | Tensor = 0.1) -> T
         torch.where(n > 0, a.lerp(b, weight), a).split(sizes)
         for a, b in zip(olds, news, strict=True)
     )
-    new = starmap(NormStats, zip(*moved, strict=True))
+    new = iter([NormStats(*values) for values in zip(*moved, strict=True)])
     return _map("update", lambda *_: next(new), stats, moments, first=NormStats)
 
 
@@ -168,7 +167,7 @@ def _map(
 
 
 def _check_nodes(caller: str, kinds: Sequence[type], *nodes: Any) -> None:
-    if any(isinstance(node, Moments | NormStats) for node in nodes):
+    if any(isinstance(node, (Moments, NormStats)) for node in nodes):
         if [type(node) for node in nodes] != kinds:
             expected = ", ".join(kind.__name__ for kind in kinds)
             got = ", ".join(map(describe, nodes))

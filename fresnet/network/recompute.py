@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 from torch.func import vjp
+from typing_extensions import Unpack
 
 from fresnet import tree
 from fresnet.pytorch import transform_stack
@@ -52,7 +53,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def setup_context(
-        ctx: Any, inputs: tuple[Flat, *tuple[Tensor, ...]], output: tuple[Tensor, ...]
+        ctx: Any, inputs: tuple[Flat, Unpack[tuple[Tensor, ...]]], output: tuple[Tensor, ...]
     ) -> None:
         ctx.function, *tensors = inputs
         _, *seen = output

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, check_type
+from fresnet.errors import FresnetError, check_type, describe
 from fresnet.optim.schedules import Schedule
 from fresnet.tree import Tree, Where
 from fresnet.tree.text import register
@@ -85,9 +85,18 @@ def first_step(weights: object) -> Tensor:
     return torch.zeros((), dtype=dtype, device=first.device)
 
 
+def check_optimizer(caller: str, optimizer: object) -> None:
+    """Refuse what is not an optimizer, such as a learning rate."""
+    check_type(caller, Optimizer, "such as fresnet.optim.sgd(0.1)", optimizer=optimizer)
+
+
 def check_state(state: State, count: int) -> None:
-    """Refuse what is no state, and that of another optimizer, which keeps more or fewer moments."""
-    check_type("update", State, "a State, as init makes it", state=state)
+    """Refuse what is no state, and that of an optimizer that keeps more or fewer moments."""
+    if not isinstance(state, State):
+        raise FresnetError(
+            "update expects grads, a state as init makes it, and weights, in this order; "
+            f"got {describe(state)} for the state"
+        )
     if len(state.moments) != count:
         raise FresnetError(
             f"update expects a state with {count} moments, as its own init makes it; "

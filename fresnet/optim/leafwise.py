@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.optim.checks import check_shapes
+from fresnet.optim.checks import check_like
 from fresnet.optim.interface import Optimizer, Rate, State, check_state, first_step
 from fresnet.pytorch import transform_stack
 from fresnet.tree import Tree, Where
@@ -25,7 +25,7 @@ def leafwise(at: Callable[[Tensor], Move], *, moments: int, where: Where) -> Opt
 
     def update(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
         check_state(state, moments)
-        tree.map(check_shapes, weights, grads, *state.moments)
+        check_like(weights, grads, *state.moments)
         chosen, move = map(where, tree.paths(weights)), at(state.step)
         taken = tree.leaves(grads)[::-1]
         del grads  # so gradients that only this call holds are freed one by one

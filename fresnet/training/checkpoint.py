@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from fresnet import tree
 from fresnet.data.presets import Preset

@@ -19,8 +19,8 @@ from fresnet.network.net import forward
 from fresnet.network.nodes import Params
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
-from fresnet.training.step import Batch, images_and_targets
-from fresnet.training.targets import check_classes, cross_entropy
+from fresnet.training.step import Batch
+from fresnet.training.targets import check_classes, checked_batch, cross_entropy
 from fresnet.tree.text import register
 
 
@@ -60,8 +60,8 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
         `[b]`. A batch of `fresnet.data` holds more, which is left alone.
       group: processes that evaluate together. Each has a share of the batches, which may be empty.
     Raises:
-      FresnetError: if there is no image at all, or if images or classes are not what the network
-        takes.
+      FresnetError: if there is no image at all, if a batch is no pair of images and classes, or if
+        these are not what the network takes.
     """
     if transform_stack.READABLE and transform_stack.active():
         raise FresnetError(
@@ -77,7 +77,7 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, hits among five
     with torch.no_grad():
         for batch in batches:
-            x, y = images_and_targets("evaluate", batch)
+            x, y, *_ = checked_batch("evaluate expects batches (x, y), as in [(x, y)]", batch)
             check_call("evaluate", params, x)
             check_classes("evaluate", x, y, classes)
             logits = forward(params, x).double()

@@ -10,6 +10,7 @@ from fresnet.errors import FresnetError, check_type, shown
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
+from fresnet.optim.interface import check_optimizer
 from fresnet.tree.text import register
 
 NoAverage: TypeAlias = tuple[()]
@@ -54,9 +55,11 @@ def start(
       seed: seeds the generator that steps draw from.
       average: whether steps keep an average of the network as well.
     Raises:
-      FresnetError: if params is not a network, or if its dtype is too narrow for small updates.
+      FresnetError: if params is not a network or optimizer is none, or if the network's dtype is
+        too narrow for small updates.
     """
     check_params("start", params)
+    check_optimizer("start", optimizer)
     stem = first_conv(params.weights)
     if stem.dtype not in (torch.float32, torch.float64):
         raise FresnetError(

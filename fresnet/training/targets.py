@@ -1,5 +1,7 @@
 """Targets: the classes of images, and the cross-entropy of logits with them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,17 +49,34 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
     return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
-def check_classes(caller: str, x: Tensor, y: Tensor, classes: int) -> None:
+def checked_batch(expected: str, batch: Any) -> Any:
+    """The batch, if it is images and targets.
+
+    Raises:
+      FresnetError: beginning with what was expected, if it is something else, such as images alone.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise FresnetError(f"{expected}; got {describe(batch)}")
+    return batch
+
+
+def check_classes(
+    caller: str, x: Tensor, y: Tensor, classes: int, *, or_probabilities: bool = False
+) -> None:
     """Refuse targets unless they are a class from 0 to classes - 1 for each image.
 
     Values are checked on the CPU only. On another device a check would wait for the device.
 
+    Args:
+      or_probabilities: whether the caller takes these too, and the message is to say so.
     Raises:
       FresnetError: if y has another dtype or shape, or if a class is outside that range.
     """
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        other = f", or probabilities, {x.dtype} {len(x), classes}".replace("torch.", "")
         raise FresnetError(
-            f"{caller} expects y to be {len(x)} classes, int64 ({len(x)},); got {describe(y)}"
+            f"{caller} expects y to be {len(x)} classes, int64 ({len(x)},)"
+            f"{other if or_probabilities else ''}; got {describe(y)}"
         )
     check_device(caller, x, y)
     if torch.compiler.is_compiling() or transform_stack.active() or y.device.type != "cpu":

@@ -96,7 +96,7 @@ def unravel(like: Tree, vector: Tensor) -> Tree:
             [1]]), tensor(2))
 
     Raises:
-      FresnetError: if the vector does not have as many values as all leaves together.
+      FresnetError: if vector is no vector of as many values as all leaves have together.
     """
     check_tensors("tree.unravel", like)
     shapes = [leaf.shape for leaf in leaves(like)]

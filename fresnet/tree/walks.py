@@ -100,12 +100,12 @@ def rebuild(node: Tree, children: Iterable[object]) -> Tree:
         new.update(zip(node, children, strict=True))
         return new
     kind = type(node)
-    return kind(*children) if hasattr(kind, "_fields") else kind(children)  # type: ignore[call-arg]
+    return kind(*children) if hasattr(node, "_fields") else kind(children)  # type: ignore[call-arg]
 
 
 def children_of(node: object) -> Collection[Any] | None:
     """The children of a node, or None for a leaf."""
-    if isinstance(node, tuple | list):
+    if isinstance(node, (tuple, list)):
         return node
     return node.values() if isinstance(node, dict) else None
 
@@ -178,8 +178,10 @@ def _map(function: Callable[..., Any], tree: Tree, *rest: object) -> Tree:
 
 def _difference(first: object, other: object) -> str:
     for a, b in zip_longest(paths(first), paths(other)):
+        if a is None or b is None:
+            return f"at {a or b}, which {'the first' if a is None else 'it'} lacks"
         if a != b:
-            return f"at {a or b}"
+            return f"at {a}, where it has {b}"
     for path in paths(first):
         for depth in range(len(path)):
             kinds = [type(_node_at(tree, path[:depth])) for tree in (first, other)]

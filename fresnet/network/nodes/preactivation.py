@@ -3,9 +3,10 @@
 Source: He et al. 2016, arXiv:1603.05027, Fig. 4e.
 """
 
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from fresnet.network.nodes.blocks import channels_of, groups_of
 from fresnet.network.nodes.layers import Layer, N, Normed, T

@@ -1,8 +1,9 @@
 """Stems: what makes the first activations of images."""
 
-from typing import Any, Generic, NamedTuple, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from fresnet.network.nodes.layers import Layer, T
 from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Names, Regime
