@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -61,6 +62,15 @@ def test_every_page_is_reached() -> None:
     index = (ROOT / "docs/index.md").read_text()
     for document in ROOT.glob("docs/*.md"):
         assert document.stem == "index" or re.search(rf"^{document.stem}$", index, re.M), document
+
+
+def test_what_is_said_of_versions_is_what_is_asked_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    torch = next(one for one in project["dependencies"] if one.startswith("torch"))
+    python, pytorch = project["requires-python"].strip(">="), torch.removeprefix("torch>=")
+    line = f"Python {python} or newer, PyTorch {pytorch} or newer, {project['license']} licence."
+    assert line in (ROOT / "README.md").read_text()
+    assert f"\nversion: {fresnet.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.fixture(scope="module")

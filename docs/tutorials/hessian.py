@@ -40,8 +40,8 @@ def sharpest(weights, steps=20):
 
 
 # %%
-# Gradient descent with a fixed rate drives the sharpness towards 2 / rate, where it would diverge
-# in a quadratic bowl. It then hovers there: the edge of stability (Cohen et al. 2021,
+# In a quadratic bowl, gradient descent diverges where the sharpness exceeds 2 / rate. In a network
+# the sharpness rises to there and beyond, and the loss falls all the same (Cohen et al. 2021,
 # arXiv:2103.00065).
 
 RATE, EVERY = 0.2, 15

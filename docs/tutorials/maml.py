@@ -81,11 +81,7 @@ for step in range(101):
     tasks = draw(torch.arange(7), 8, generator)
     if step % 20 == 0:
         curve.append((step, right(weights, *tasks), right(weights, *held_out)))
-        print(
-            "step {:3d}: {:.0f}% right in tasks of 0 to 6, {:.0f}% in those held out".format(
-                *curve[-1]
-            )
-        )
+        print("step {:3d}: {:.0f}% seen, {:.0f}% held out".format(*curve[-1]))
     grads, loss = grad_and_value(meta_loss)(weights, *tasks)
     weights, state = optimizer.update(grads, state, weights)
 

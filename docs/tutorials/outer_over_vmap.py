@@ -130,6 +130,6 @@ axes.set(
 axes.legend()
 
 # %%
-# The stock run learns too. But it is another run than the one that was written, and
+# The stock run learns too, but it is another run than the one that was written, and
 # nothing says so. How much that matters depends on the share of the gradient that goes through the
 # norms: of a penalty on the norms' gradients, much is wrong.
