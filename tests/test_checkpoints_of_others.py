@@ -281,7 +281,7 @@ BESIDE: dict[str, Any] = {
     "best_acc": np.float64(93.1),
     "history": np.arange(3),
     "where": pathlib.PurePosixPath("runs"),
-    "when": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    "when": datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc),
     "by_class": defaultdict(list, {"cat": [1, 2]}),
     "counts": Counter("abca"),
     "size": torch.Size([3, 4]),

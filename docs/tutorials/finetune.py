@@ -2,7 +2,7 @@
 ===========
 
 A network that knows digits learns to read them in a mirror, from three images of each. With
-published weights the start is `fresnet.load("resnet50.safetensors")` instead; the rest is the same.
+published weights the start is `fresnet.load("resnet50.safetensors")` instead; the rest is the same. :doc:`../howto` has more ways, in few lines.
 """
 
 import matplotlib.pyplot as plt
@@ -48,12 +48,11 @@ print(f"{right:.1%} of the test digits right, and {curve[-1]:.1f}% of those in t
 
 few = torch.cat([(train.labels == digit).nonzero().flatten()[:3] for digit in range(10)])
 x, y = train.images[few].flip(3), train.labels[few]
-fresh = fresnet.init(1, spec, num_classes=10)
-renewed = known._replace(weights=tree.at(known.weights, "head", fresh.weights.head))
+renewed = fresnet.with_head(known, num_classes=10, generator=1)
 ways = {
     "a new head": (fresnet.freeze(renewed), optim.by_path({"head": sgd, "*": optim.frozen})),
     "all weights": (fresnet.freeze(known), optim.sgd(0.01, momentum=0.9)),
-    "from scratch": (fresh, optim.sgd(0.05, momentum=0.9)),
+    "from scratch": (fresnet.init(1, spec, num_classes=10), optim.sgd(0.05, momentum=0.9)),
 }
 
 figure, axes = plt.subplots()

@@ -4,7 +4,7 @@
 A network is sure of itself even where it has seen nothing like the image. A Laplace approximation
 makes the head's weights a Gaussian whose precision is the curvature of the loss, and averages over
 it (Daxberger et al. 2021, arXiv:2106.14806). `fresnet.embed` gives what the head sees, and
-`torch.func.hessian` the curvature.
+`torch.func.hessian` the curvature. :doc:`../howto` has this and dropout in few lines.
 """
 
 import matplotlib.pyplot as plt

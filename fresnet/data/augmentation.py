@@ -5,7 +5,7 @@ one, in the same order. With the same seed both make the same image, to the bit.
 """
 
 from collections.abc import Iterator
-from math import sqrt
+from math import inf, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +14,19 @@ from einops import reduce
 from PIL.Image import Image, Resampling, Transpose
 from torch import Generator, Tensor
 
-from fresnet.data.draws import chance, integer, log_uniform, uniform
+from fresnet.data.draws import (
+    chance,
+    check_image,
+    check_numbers,
+    check_values,
+    integer,
+    log_uniform,
+    uniform,
+)
 from fresnet.data.preprocess import normalise, pixel_values, preprocess, refuse_huge
 from fresnet.data.presets import Preset
 from fresnet.data.trivial import trivial_augment
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, check_type, describe
 
 
 class AreaCrop(NamedTuple):
@@ -75,6 +83,8 @@ def augment(image: Image, generator: Generator, augmentation: Augmentation) -> T
       FresnetError: if a setting is out of its range, or if the image, resized, would have more
         pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
+    check_type("augment", Augmentation, "an Augmentation", augmentation=augmentation)
+    check_image("augment", image, generator)
     _check(augmentation)
     crop, flip, trivial, lighting, mean, std, erasing = augmentation
     if isinstance(crop, AreaCrop):
@@ -111,6 +121,8 @@ def area_crop(image: Image, generator: Generator, crop: AreaCrop) -> Image:
     >>> area_crop(PIL.Image.new("RGB", (400, 300)), torch.Generator(), AreaCrop(224)).size
     (224, 224)
     """
+    check_image("area_crop", image, generator)
+    check_type("area_crop", AreaCrop, "an AreaCrop", crop=crop)
     width, height = image.size
     for w, h in _rectangles(width * height, crop.area, crop.ratio, generator):
         if 0 < w <= width and 0 < h <= height:
@@ -131,6 +143,8 @@ def scale_crop(image: Image, generator: Generator, crop: ScaleCrop) -> Image:
     >>> scale_crop(PIL.Image.new("RGB", (400, 300)), torch.Generator(), ScaleCrop(224)).size
     (224, 224)
     """
+    check_image("scale_crop", image, generator)
+    check_type("scale_crop", ScaleCrop, "a ScaleCrop", crop=crop)
     least, most = crop.shorter
     shorter = least + integer(most - least + 1, generator)
     width, height = (int(shorter * side / min(image.size)) for side in image.size)
@@ -147,10 +161,12 @@ def random_flip(image: Image, generator: Generator, probability: float) -> Image
     """Flip as torchvision's RandomHorizontalFlip does.
 
     >>> import PIL.Image, torch
-    >>> image = PIL.Image.frombytes("L", (3, 1), bytes([1, 2, 3]))
+    >>> image = PIL.Image.frombytes("RGB", (2, 1), bytes([1, 2, 3, 4, 5, 6]))
     >>> list(random_flip(image, torch.Generator(), probability=1.0).tobytes())
-    [3, 2, 1]
+    [4, 5, 6, 1, 2, 3]
     """
+    check_image("random_flip", image, generator)
+    check_numbers("random_flip", 1, probability=probability)
     return image.transpose(Transpose.FLIP_LEFT_RIGHT) if chance(probability, generator) else image
 
 
@@ -175,6 +191,8 @@ def relight(x: Tensor, generator: Generator, std: float) -> Tensor:
 
     Source: Krizhevsky et al. 2012, Sec. 4.1; fb.resnet.torch, datasets/transforms.lua.
     """
+    check_values("relight", x, generator)
+    check_numbers("relight", inf, std=std)
     axes = torch.tensor(EIGENVECTORS, dtype=torch.float32, device="cpu")
     lengths = torch.tensor(EIGENVALUES, dtype=torch.float32, device="cpu")
     amounts = torch.empty_like(lengths).normal_(0, std, generator=generator)
@@ -191,6 +209,8 @@ def random_erase(x: Tensor, generator: Generator, probability: float) -> Tensor:
 
     Source: Zhong et al. 2017, arXiv:1708.04896.
     """
+    check_values("random_erase", x, generator)
+    check_numbers("random_erase", 1, probability=probability)
     if not chance(probability, generator):
         return x
     height, width = x.shape[1:]

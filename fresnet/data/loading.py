@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from fresnet.data.folder import Folder
 from fresnet.data.order import Place, keyed_generator
 from fresnet.data.preprocess import upright_rgb
-from fresnet.errors import FresnetError, reason, shown
+from fresnet.errors import FresnetError, check_type, describe, reason, shown
+from fresnet.numbers import as_integer
 
 Transform: TypeAlias = Callable[[Image, Generator], Tensor]
 """A function from an upright RGB image to `[3 h w]`.
@@ -123,19 +124,31 @@ def loader(
         broken and none may be left out, or if all images are broken; if a worker dies. It names the
         first file.
     """
-    if workers < 0:
+    check_type("loader", Images, "Images(folder, transform, seed)", images=images)
+    check_type("loader", Iterable, "lists of places, such as batches(order, 0, 9)", places=places)
+    number = as_integer(workers)
+    if number is None or number < 0:
         raise FresnetError(f"loader expects workers of at least 0; got {shown(workers)}")
     if broken not in ("raise", "skip"):
         raise FresnetError(f"loader expects broken to be 'raise' or 'skip'; got {shown(broken)}")
     data = DataLoader(
         images,
-        batch_sampler=places,
+        batch_sampler=_checked(places),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         generator=Generator("cpu"),  # else the global one would draw the workers' seeds
     )
     return _batches(images, data, broken)
+
+
+def _checked(places: Iterable[list[Place]]) -> Iterator[list[Place]]:
+    for batch in places:
+        if not isinstance(batch, list) or not all(isinstance(place, Place) for place in batch):
+            raise FresnetError(
+                f"loader expects lists of Place, as batches gives them; got {describe(batch)}"
+            )
+        yield batch
 
 
 def _batches(

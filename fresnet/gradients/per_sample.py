@@ -1,19 +1,23 @@
 """Gradients of each image's own loss, with a choice of what BatchNorm is to one image."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, shown
-from fresnet.network.check import check_differentiable, check_params
+from fresnet.errors import FresnetError, check_type, describe, shown
+from fresnet.network.check import check_device, check_differentiable, check_params
 from fresnet.network.check import check_images as check_images_of
 from fresnet.network.moments import statistics
 from fresnet.network.net import forward, forward_moments
 from fresnet.network.nodes import Params, Weights
 from fresnet.numbers import as_integer
+
+P = ParamSpec("P")
 
 MEANINGS = ("running", "batch", "coupled")
 
@@ -106,6 +110,7 @@ def check_images(
     check_params(caller, params)
     check_images_of(caller, params, x, least=0)
     check_differentiable(caller, params, x)
+    check_type(caller, Callable, "a function of logits [k] and a target", loss_fn=loss_fn)
     if randomness not in RANDOMNESS:
         raise FresnetError(
             f"{caller} expects randomness to be one of {', '.join(map(repr, RANDOMNESS))}; "
@@ -121,6 +126,7 @@ def check_images(
             f"{caller} expects y to be a tensor of {len(x)} targets, one for each image; "
             f"got {describe(y)}"
         )
+    check_device(caller, x, y)
 
     def scalar_loss(logits: Tensor, target: Tensor) -> Tensor:
         try:
@@ -153,6 +159,20 @@ def apart(params: Params, x: Tensor, norms: str | None) -> Params:
     return params._replace(stats=statistics(params.stats, seen))
 
 
+def _outside_inference_mode(function: Callable[P, Weights]) -> Callable[P, Weights]:
+    """The function, which leaves inference mode: in it, older PyTorch says that gradients are 0."""
+
+    @wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> Weights:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
+
+
+@_outside_inference_mode
 def grads_apart(
     loss_fn: LossFunction,
     params: Params,
@@ -172,6 +192,7 @@ def grads_apart(
     return grads
 
 
+@_outside_inference_mode
 def _coupled(
     loss_fn: LossFunction,
     params: Params,

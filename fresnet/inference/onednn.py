@@ -122,7 +122,8 @@ def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], 
     enabled = torch.jit.onednn_fusion_enabled()
     torch.jit.enable_onednn_fusion(True)
     try:
-        with warnings.catch_warnings(action="ignore"):  # they say that shapes become constants
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they say that shapes become constants
             # `torch.jit.trace` would keep the graph, and its weights, as long as the process.
             graph, _ = torch._C._create_graph_by_tracing(function, (x,), lambda _: "", True, False)
         fused: Callable[[Tensor], Tensor] = torch._C._create_function_from_graph("fused", graph)

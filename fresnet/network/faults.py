@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fresnet.pytorch.compilers import is_exporting
+
 
 def missing_columns(shape: torch.Size, weight: Tensor, stride: int) -> int:
     """How many columns of zeros maps `[b c h w]` need beside them for a right result.
@@ -23,7 +25,7 @@ def missing_columns(shape: torch.Size, weight: Tensor, stride: int) -> int:
     if weight.shape[-1] > 1:
         return stride if stride > 1 and width <= stride else 0
     known = isinstance(height, int) and isinstance(width, int)
-    if max(weight.shape[:2]) <= 64 or (torch.compiler.is_exporting() and not known):
+    if max(weight.shape[:2]) <= 64 or (is_exporting() and not known):
         return 0
     return stride if -(-height // stride) * -(-width // stride) == 5 else 0
 
@@ -37,7 +39,7 @@ def loses_weight_gradient(shape: torch.Size, weight: Tensor, dilation: int) -> b
     """
     if dilation == 1 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return False
-    return not torch.compiler.is_exporting() and weight.shape[1] % 16 > 0 and shape[3] > 28
+    return not is_exporting() and weight.shape[1] % 16 > 0 and shape[3] > 28
 
 
 def overruns(weight: Tensor, stride: int) -> bool:
@@ -51,7 +53,7 @@ def overruns(weight: Tensor, stride: int) -> bool:
     also bind the program to odd or to even sizes, whichever its example has.
     """
     narrow = stride > 1 and weight.shape[1] < 16 and weight.shape[-1] == 1
-    return narrow and weight.device.type == "cpu" and not torch.compiler.is_exporting()
+    return narrow and weight.device.type == "cpu" and not is_exporting()
 
 
 def with_usual_stride(tensor: Tensor) -> Tensor:

@@ -5,15 +5,15 @@ Each function takes trees such as `forward_moments` returns, or single nodes.
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from itertools import starmap
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe
-from fresnet.network.check import check_group, check_momentum
+from fresnet.errors import FresnetError, check_type, describe, shown
+from fresnet.network.check import check_momentum
 from fresnet.network.nodes import Moments, NormStats, over
+from fresnet.numbers import as_number
 from fresnet.pytorch.collectives import Group, all_sum
 
 Tree = TypeVar("Tree")
@@ -61,7 +61,7 @@ def merge_across(moments: Tree, group: Group) -> Tree:
     Raises:
       FresnetError: if the tree holds anything but moments, or as `forward_train` does for a group.
     """
-    check_group("merge_across", group)
+    check_type("merge_across", Group, "a process group of torch.distributed", group=group)
     own: list[Moments] = []
     _map("merge_across", own.append, moments)
     if not own:
@@ -122,7 +122,7 @@ def update(stats: Tree, moments: object, *, momentum: float | Tensor = 0.1) -> T
         torch.where(n > 0, a.lerp(b, weight), a).split(sizes)
         for a, b in zip(olds, news, strict=True)
     )
-    new = starmap(NormStats, zip(*moved, strict=True))
+    new = iter([NormStats(*values) for values in zip(*moved, strict=True)])
     return _map("update", lambda *_: next(new), stats, moments, first=NormStats)
 
 
@@ -149,8 +149,13 @@ def statistics(stats: Tree, moments: object, *, correction: int = 0) -> Tree:
     Returns:
       A tree like stats.
     Raises:
-      FresnetError: if the trees differ.
+      FresnetError: if the trees differ, or if correction is no number from 0 on.
     """
+    number = as_number(correction)
+    if number is None or not number >= 0:
+        raise FresnetError(
+            f"statistics expects correction to be a number from 0 on; got {shown(correction)}"
+        )
 
     def of_batch(old: NormStats, seen: Moments) -> NormStats:
         new = (seen.mean, seen.m2 / (seen.n - correction).clamp(min=1))
@@ -169,7 +174,7 @@ def _map(
 
 
 def _check_nodes(caller: str, kinds: Sequence[type], *nodes: Any) -> None:
-    if any(isinstance(node, Moments | NormStats) for node in nodes):
+    if any(isinstance(node, (Moments, NormStats)) for node in nodes):
         if [type(node) for node in nodes] != kinds:
             expected = ", ".join(kind.__name__ for kind in kinds)
             got = ", ".join(map(describe, nodes))

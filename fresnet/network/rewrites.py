@@ -64,7 +64,10 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     """
     check_params("freeze", params)
     if not callable(where):
-        raise FresnetError(f"freeze expects where to be a function of paths; got {describe(where)}")
+        raise FresnetError(
+            "freeze expects where to be a function of paths, such as tree.matching('stem'); "
+            f"got {shown(where)}"
+        )
     weights = params.weights
     places = tree.unflatten(weights, tree.paths(weights))
     at_units = Stats(*places[:-1])
@@ -246,6 +249,7 @@ def recalibrate(params: Params, batches: Iterable[Tensor | Sequence[object]]) ->
     Raises:
       FresnetError: if batches is a tensor or holds none, or as `forward_train` does.
     """
+    check_params("recalibrate", params)
     merged = merge_over("recalibrate", batches, partial(_moments, params), moments.merge)
     return params._replace(stats=moments.statistics(params.stats, merged, correction=1))
 

@@ -105,7 +105,7 @@ class Spec:
             ("layer", LAYERS),
             ("norm", DRAWN_NORMS),
         ):
-            if getattr(self, field) not in kinds:
+            if not any(getattr(self, field) is kind for kind in kinds):
                 names = " or ".join(getattr(kind, "__name__", "None") for kind in kinds)
                 raise FresnetError(
                     f"Spec expects {field} {names}; got {shown(getattr(self, field))}"

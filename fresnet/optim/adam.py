@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError, shown
-from fresnet.optim.checks import checked_numbers, checked_rates
+from fresnet.optim.checks import check_where, checked_numbers, checked_rates
 from fresnet.optim.interface import Optimizer, Rate, everywhere, kernels
 from fresnet.optim.leafwise import Move, at_step, leafwise, plus
 from fresnet.tree import Where
@@ -78,6 +78,7 @@ def _adam(
         caller, learning_rate=learning_rate, weight_decay=weight_decay
     )
     means = _means(caller, betas, eps)
+    check_where(caller, decay_where=decay_where)
 
     def at(step: Tensor) -> Move:
         rate, decay = at_step(learning_rate, step), at_step(weight_decay, step)
@@ -135,6 +136,7 @@ def lamb(
         "lamb", learning_rate=learning_rate, weight_decay=weight_decay
     )
     means = _means("lamb", betas, eps)
+    check_where("lamb", adapt_where=adapt_where)
 
     def at(step: Tensor) -> Move:
         rate, decay = at_step(learning_rate, step), at_step(weight_decay, step)

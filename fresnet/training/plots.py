@@ -67,7 +67,8 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
             count = str(int(confusion[i, j]))
             axes.text(j, i, count, ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
-    with warnings.catch_warnings(action="ignore"):  # the font may lack letters of a name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the font may lack letters of a name
         figure.savefig(path, dpi=150, format="png")
 
 

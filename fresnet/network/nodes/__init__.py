@@ -54,6 +54,7 @@ from fresnet.network.nodes.layers import (
     over,
     units_of,
 )
+from fresnet.network.nodes.masks import MASKS, Dropout, DropPath
 from fresnet.network.nodes.params import (
     Head,
     NoHead,
@@ -113,6 +114,7 @@ from fresnet.network.nodes.stems import (
     Stem7x7,
     StridedStem,
 )
+from fresnet.pytorch import pytrees
 from fresnet.tree.text import register
 
 POOLED_STEMS = (AveragedStem, BlurredStem, StridedStem)
@@ -127,7 +129,8 @@ ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
 
 register(*NODES, *STAGES, *UNITS, *NORMS, NormStats, Moments, Pair, *HEADS)
-register(Weights, Stats, Params, Quantized)
+register(Weights, Stats, Params, Quantized, *MASKS)
+pytrees.register(*NODES, *MASKS)
 
 
 def _places(kind: type) -> dict[str, tuple[type, ...]]:
@@ -159,6 +162,7 @@ __all__ = [
     "HEADS",
     "LASTS",
     "LAYERS",
+    "MASKS",
     "NODES",
     "NORMS",
     "PLACES",
@@ -187,6 +191,8 @@ __all__ = [
     "DeepStem",
     "DilatedStage",
     "Drawer",
+    "DropPath",
+    "Dropout",
     "EfficientAttention",
     "FramedStem7x7",
     "FrozenNorm",

@@ -1,9 +1,10 @@
 """Attention: what a block does to its last layer's result before the sum."""
 
 from math import log2
-from typing import Any, Generic, NamedTuple, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from fresnet.network.nodes.layers import Layer, T
 from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Names, Plan, Regime

@@ -1,8 +1,9 @@
 """The blocks of He et al. 2015 (arXiv:1512.03385), Fig. 5: ReLU follows the sum."""
 
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from fresnet.network.nodes.attention import Attention, NoAttention
 from fresnet.network.nodes.layers import LAYERS, Layer, T

@@ -6,7 +6,9 @@ it is, it has the fields of that block alone.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, TypeAlias
+
+from typing_extensions import Self
 
 from fresnet.network.nodes.layers import Layer, Normed
 from fresnet.network.nodes.protocols import Block, Last, Stem

@@ -1,9 +1,10 @@
 """Shortcuts: what is added to a block's result."""
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 from torch import Tensor
+from typing_extensions import NamedTuple
 
 from fresnet.network.nodes.layers import Layer, T
 from fresnet.network.nodes.protocols import PLAIN, Geometry, Names, Plan, Regime
