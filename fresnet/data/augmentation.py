@@ -106,12 +106,21 @@ def prepare(image: Image, generator: Generator, preset: str | Preset) -> Tensor:
     """An image as an evaluation sees it, `[3 crop crop]`: `fresnet.preprocess` of it alone.
 
     Nothing is drawn from the generator. The preset and the errors are those of `preprocess`.
+
+    >>> import PIL.Image, torch
+    >>> prepare(PIL.Image.new("RGB", (400, 300)), torch.Generator(), "imagenet-v1").shape
+    torch.Size([3, 224, 224])
     """
     return preprocess([image], preset)[0]
 
 
 def area_crop(image: Image, generator: Generator, crop: AreaCrop) -> Image:
-    """Crop as torchvision's RandomResizedCrop does."""
+    """Crop as torchvision's RandomResizedCrop does.
+
+    >>> import PIL.Image, torch
+    >>> area_crop(PIL.Image.new("RGB", (400, 300)), torch.Generator(), AreaCrop(224)).size
+    (224, 224)
+    """
     check_image("area_crop", image, generator)
     check_type("area_crop", AreaCrop, "an AreaCrop", crop=crop)
     width, height = image.size
@@ -128,7 +137,12 @@ def area_crop(image: Image, generator: Generator, crop: AreaCrop) -> Image:
 
 
 def scale_crop(image: Image, generator: Generator, crop: ScaleCrop) -> Image:
-    """Draw a length, resize to it as torchvision's Resize does, and crop as its RandomCrop does."""
+    """Draw a length, resize to it as torchvision's Resize does, and crop as its RandomCrop does.
+
+    >>> import PIL.Image, torch
+    >>> scale_crop(PIL.Image.new("RGB", (400, 300)), torch.Generator(), ScaleCrop(224)).size
+    (224, 224)
+    """
     check_image("scale_crop", image, generator)
     check_type("scale_crop", ScaleCrop, "a ScaleCrop", crop=crop)
     least, most = crop.shorter
@@ -144,7 +158,13 @@ def scale_crop(image: Image, generator: Generator, crop: ScaleCrop) -> Image:
 
 
 def random_flip(image: Image, generator: Generator, probability: float) -> Image:
-    """Flip as torchvision's RandomHorizontalFlip does."""
+    """Flip as torchvision's RandomHorizontalFlip does.
+
+    >>> import PIL.Image, torch
+    >>> image = PIL.Image.frombytes("RGB", (2, 1), bytes([1, 2, 3, 4, 5, 6]))
+    >>> list(random_flip(image, torch.Generator(), probability=1.0).tobytes())
+    [4, 5, 6, 1, 2, 3]
+    """
     check_image("random_flip", image, generator)
     check_numbers("random_flip", 1, probability=probability)
     return image.transpose(Transpose.FLIP_LEFT_RIGHT) if chance(probability, generator) else image
@@ -164,6 +184,11 @@ def relight(x: Tensor, generator: Generator, std: float) -> Tensor:
 
         x + sum_i a_i l_i v_i,   a_i ~ N(0, std^2),   l_i, v_i the eigenvalues and eigenvectors
 
+    >>> import torch
+    >>> x = relight(torch.zeros(3, 8, 8), torch.Generator().manual_seed(0), std=0.1)
+    >>> bool((x == x[:, :1, :1]).all())  # one colour everywhere
+    True
+
     Source: Krizhevsky et al. 2012, Sec. 4.1; fb.resnet.torch, datasets/transforms.lua.
     """
     check_values("relight", x, generator)
@@ -176,6 +201,11 @@ def relight(x: Tensor, generator: Generator, std: float) -> Tensor:
 
 def random_erase(x: Tensor, generator: Generator, probability: float) -> Tensor:
     """Set a rectangle to zero, as torchvision's RandomErasing does.
+
+    >>> import torch
+    >>> x = random_erase(torch.ones(3, 8, 8), torch.Generator().manual_seed(0), probability=1.0)
+    >>> x.shape, bool(x.any()), bool(x.all())
+    (torch.Size([3, 8, 8]), True, False)
 
     Source: Zhong et al. 2017, arXiv:1708.04896.
     """

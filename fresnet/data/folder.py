@@ -31,6 +31,14 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
         train = scan("imagenet/train")
         val = scan("imagenet/val", classes=train.classes)
 
+    >>> import pathlib, tempfile, PIL.Image
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("cat", "dog"):
+    ...         (folder := pathlib.Path(root, name)).mkdir()
+    ...         PIL.Image.new("RGB", (40, 30)).save(folder / "1.png")
+    ...     scan(root).classes
+    ('cat', 'dog')
+
     Args:
       root: the folder that holds a folder for each class.
       classes: the classes that must be there, in the order of their labels. For a validation folder

@@ -30,6 +30,8 @@ OnBroken: TypeAlias = Literal["raise", "skip"]
 
 
 class Example(NamedTuple):
+    """An image as the transform makes it, and its label."""
+
     place: Place
     x: Tensor  # [3 h w]
     label: int
@@ -44,6 +46,8 @@ class Broken(NamedTuple):
 
 
 class Batch(NamedTuple):
+    """Images and labels of a batch, their places in the order, and what was left out."""
+
     x: Tensor  # [b 3 h w], float32, channels last
     y: Tensor  # [b], int64
     places: list[Place]  # the places of these b images
@@ -92,6 +96,19 @@ def loader(
 
         order = Order(len(images), batch=256, seed=0)
         for x, y, *_ in loader(images, batches(order, start=0, stop=450_000), workers=8): ...
+
+    >>> import pathlib, tempfile, PIL.Image
+    >>> from functools import partial
+    >>> from fresnet.data import Order, batches, prepare, scan
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("cat", "dog"):
+    ...         (folder := pathlib.Path(root, name)).mkdir()
+    ...         PIL.Image.new("RGB", (40, 30)).save(folder / "1.png")
+    ...     images = Images(scan(root), partial(prepare, preset="imagenet-v1"), seed=0)
+    ...     order = Order(len(images), batch=2, seed=0)
+    ...     for x, y, *_ in loader(images, batches(order, start=0, stop=1)):
+    ...         print(x.shape, y.shape)
+    torch.Size([2, 3, 224, 224]) torch.Size([2])
 
     Batches do not depend on the number of workers. Each worker runs one thread. Where CUDA is
     available, batches lie in pinned memory.

@@ -83,6 +83,9 @@ def batches(
 ) -> Iterator[list[Place]]:
     """`batch_at` for every step from start to before stop, with one shuffle for each epoch.
 
+    >>> [len(places) for places in batches(Order(size=10, batch=4, seed=0), start=0, stop=3)]
+    [4, 3, 3]
+
     Args and Raises are those of `batch_at`.
     """
     steps = steps_per_epoch(order)

@@ -173,7 +173,7 @@ def dilate(params: Params, *, output_stride: int) -> Params:
       output_stride: pixels from one of the last activations to the next; a ResNet-50's is 32,
         and here 16, 8 or 4.
     Returns:
-      The same weights and statistics; the last stages are `DilatedStage`s.
+      The same weights and statistics; the last stages are of the type `DilatedStage`.
     Raises:
       FresnetError: if params is not a network, if it has no such stride, or if a stage pools its
         shortcuts (ResNet-D) or against aliasing, or projects by more than 1x1 (SENet-154), which

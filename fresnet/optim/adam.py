@@ -113,9 +113,14 @@ def lamb(
         u = m / (1 - b1^t) / (sqrt(s / (1 - b2^t)) + eps) + weight_decay w
         w <- w - learning_rate |w| / |u| u
 
-    A leaf has the factor 1 in place of |w| / |u| if either is 0, or if `adapt_where` is false. It
+    A leaf has the factor 1 in place of `|w| / |u|` if either is 0, or if `adapt_where` is false. It
     does not decay in the second case. The paper clips no gradients; other implementations do, as
     `clip_by_norm(grads, 1.0)` does.
+
+    >>> import torch, fresnet
+    >>> optimizer, weights = fresnet.optim.lamb(0.1), {"conv": torch.ones(4)}
+    >>> optimizer.update({"conv": 100 * torch.ones(4)}, optimizer.init(weights), weights)[0]
+    {'conv': tensor([0.9000, 0.9000, 0.9000, 0.9000])}
 
     Args:
       learning_rate, weight_decay: numbers, 0-d tensors or schedules.

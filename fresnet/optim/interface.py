@@ -23,7 +23,11 @@ class Update(Protocol):
 
 
 def everywhere(path: tree.Path) -> bool:
-    """Select every leaf. This is what PyTorch's optimizers decay."""
+    """Select every leaf. This is what PyTorch's optimizers decay.
+
+    >>> everywhere(("head", "bias"))
+    True
+    """
     return True
 
 
@@ -42,9 +46,10 @@ class Optimizer(NamedTuple):
 class State(NamedTuple):
     """What an optimizer carries along: the number of updates, and means of past gradients.
 
-    step: the number of updates so far, `[]`.
-    moments: trees like the weights; none, or the velocity, or Adam's two, the mean gradient and
-      the mean square. `by_path` has a tuple of them for each part of the weights.
+    Args:
+      step: the number of updates so far, `[]`.
+      moments: trees like the weights; none, or the velocity, or Adam's two, the mean gradient and
+        the mean square. `by_path` has a tuple of them for each part of the weights.
     """
 
     step: Tensor

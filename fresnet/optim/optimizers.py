@@ -87,7 +87,12 @@ def lars(
         v <- momentum v + g
         w <- w - learning_rate v
 
-    A leaf has the factor 1 and does not decay if |w| or |g| is 0, or if `adapt_where` is false.
+    A leaf has the factor 1 and does not decay if `|w|` or `|g|` is 0, or if `adapt_where` is false.
+
+    >>> import torch, fresnet
+    >>> optimizer, weights = fresnet.optim.lars(1.0, momentum=0.0), {"conv": torch.ones(4)}
+    >>> optimizer.update({"conv": 100 * torch.ones(4)}, optimizer.init(weights), weights)[0]
+    {'conv': tensor([0.9990, 0.9990, 0.9990, 0.9990])}
 
     Args:
       learning_rate, weight_decay: numbers, 0-d tensors or schedules.

@@ -33,6 +33,8 @@ State = TypeVar("State")
 
 
 class Restored(NamedTuple, Generic[State]):
+    """A state from a checkpoint, with the step and the notes that it was saved with."""
+
     state: State
     step: int
     notes: Mapping[str, Any]

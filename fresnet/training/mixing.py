@@ -36,6 +36,11 @@ def cutmix(alpha: float) -> Mixing:
 
     The rectangle's share of the area is drawn from Beta(alpha, alpha).
 
+    >>> import fresnet
+    >>> from fresnet import training
+    >>> mixing = training.one_of(training.mixup(0.2), training.cutmix(1.0))
+    >>> train_step = training.make_train_step(fresnet.optim.sgd(0.1), mixing=mixing)
+
     Raises:
       FresnetError: if alpha is not a positive number.
     Source: Yun et al. 2019, arXiv:1905.04899.
@@ -45,6 +50,8 @@ def cutmix(alpha: float) -> Mixing:
 
 def one_of(*mixings: Mixing) -> Mixing:
     """One of these mixings for each batch, all with the same probability.
+
+    >>> mixing = one_of(mixup(0.2), cutmix(1.0))
 
     Raises:
       FresnetError: if there is none, or if one is no function.

@@ -141,6 +141,9 @@ def check_same(state: Any, group: Group | None) -> None:
     Steps keep equal states equal. If states differ, the processes began with different checkpoints
     or options.
 
+    >>> import torch
+    >>> check_same((torch.ones(2),), group=None)  # A process alone has nothing to compare.
+
     Args:
       state: a tree of tensors, such as a `TrainState`.
       group: the processes that compare their states, which all call this; None for a process

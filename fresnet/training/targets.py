@@ -16,6 +16,10 @@ from fresnet.tree.tensors import has_values
 def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Each image's cross-entropy.
 
+    >>> import torch
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))  # log(4): all classes alike
+    tensor([1.3863, 1.3863])
+
     Args:
       logits: `[b k]`.
       targets: classes, int64 `[b]`, or their probabilities `[b k]`.

@@ -130,7 +130,7 @@ def equal(one: object, other: object) -> bool:
 
 
 def allclose(one: object, other: object, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-    """Whether two trees are equal, but for differences of values up to atol + rtol |other|.
+    """Whether two trees are equal, but for differences of values up to `atol + rtol |other|`.
 
     >>> import torch, fresnet
     >>> fresnet.tree.allclose((torch.ones(2),), (1.001 * torch.ones(2),), rtol=0.01)

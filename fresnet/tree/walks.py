@@ -94,7 +94,11 @@ def unflatten(like: Tree, new_leaves: Sequence[object]) -> Tree:
 
 
 def rebuild(node: Tree, children: Iterable[object]) -> Tree:
-    """A node of the same type, with the same keys if it is a dict, and with these children."""
+    """A node of the same type, with the same keys if it is a dict, and with these children.
+
+    >>> rebuild({"scale": 1, "bias": 2}, [3, 4])
+    {'scale': 3, 'bias': 4}
+    """
     if isinstance(node, dict):
         new = copy(node)  # some types of dict hold more than their keys
         new.update(zip(node, children, strict=True))

@@ -93,10 +93,11 @@ class Params(NamedTuple):
 class Quantized(NamedTuple):
     """A network in int8, for inference alone.
 
-    weights: folded; convolutions are int8 `[o c/groups k k]`, each beside its `Rescale`; the head
-      is as it was.
-    ranges: the least and the greatest of each layer's results, `[2]`, in the layer's place.
-    images: the same of what the network is given.
+    Args:
+      weights: folded; convolutions are int8 `[o c/groups k k]`, each beside its `Rescale`; the head
+        is as it was.
+      ranges: the least and the greatest of each layer's results, `[2]`, in the layer's place.
+      images: the same of what the network is given.
     """
 
     weights: Weights
