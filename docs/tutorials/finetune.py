@@ -2,7 +2,8 @@
 ===========
 
 A network that knows digits learns to read them in a mirror, from three images of each. With
-published weights the start is `fresnet.load("resnet50.safetensors")` instead; the rest is the same. :doc:`../howto` has more ways, in few lines.
+published weights the start is `fresnet.load("resnet50.safetensors")` instead; the rest is the same.
+:doc:`../howto` has another way, with a rate for the head.
 """
 
 import matplotlib.pyplot as plt
@@ -12,7 +13,7 @@ from torch.func import grad
 from torch.nn.functional import cross_entropy
 
 import fresnet
-from fresnet import nodes, optim, tree
+from fresnet import nodes, optim
 
 train, test = load()
 mirrored = test.images.flip(3)
