@@ -71,6 +71,11 @@ def literal(
             lines[i:i] = ["::", ""]
 
 
+def pages_of_tutorials(app: Sphinx, name: str, source: list[str]) -> None:
+    """Have a link to a tutorial's file lead to its page."""
+    source[0] = re.sub(r"\(tutorials/(\w+)\.py\)", r"(gallery/\1)", source[0])
+
+
 def types_by_name(
     app: Sphinx,
     what: str,
@@ -86,5 +91,6 @@ def types_by_name(
 
 def setup(app: Sphinx) -> None:
     app.add_lexer("imports", TextLexer)  # the list in CONTRIBUTING.md
+    app.connect("source-read", pages_of_tutorials)
     app.connect("autodoc-process-docstring", literal, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", types_by_name)
