@@ -210,15 +210,14 @@ def is_tested(transform: str, mode: str, dtype: str) -> bool:
 
 
 def is_long(cell: Cell) -> bool:
-    """Whether other cells show the same in a tenth of the time, such as those of aot_eager."""
+    """Whether other cells show the same in a tenth of the time, such as those that run eagerly."""
     if cell.mode == "eager":
         return False
-    if cell.transform == "grad of vmap of grad":
+    if cell.mode == "aot_eager":
+        return cell.dtype != "float64" or cell.transform not in (*COMPILED_NARROW, "vjp of grad")
+    if cell.forward == "forward" or cell.dtype == "float64":
         return True
-    if cell.forward == "forward" or cell.transform in ("third order", "linearize"):
-        return cell.mode == "inductor" or cell.transform not in COMPILED_NARROW
-    narrow = cell.dtype == "float32" or (cell.dtype == "bfloat16" and cell.transform == "grad")
-    return cell.mode == "inductor" and not narrow
+    return cell.dtype == "bfloat16" and cell.transform != "grad"
 
 
 CELLS = [

@@ -297,7 +297,7 @@ def test_trees_that_do_not_fit_are_refused() -> None:
         assert not compare(basic, on_meta)
         assert not compare(tree.map(torch.Tensor.double, on_meta), on_meta)
         with pytest.raises(FresnetError, match=f"tree.{compare.__name__} expects tensors with val"):
-            compare(on_meta, on_meta)
+            compare((basic, on_meta), (basic, on_meta))
     with pytest.raises(FresnetError, match="at least one tree"):
         tree.stack([])
     with pytest.raises(FresnetError, match="expects leaves of one first dimension"):

@@ -29,6 +29,7 @@ SGD, ADAMW = optim.sgd(0.1, momentum=0.9), optim.adamw(0.1)
 STATE = training.start(PARAMS, SGD, average=True)
 _, MOMENTS = fresnet.forward_moments(PARAMS, X)
 TARGETS = torch.full((2, 2), VALUE)
+MASKS = training.draw_masks(torch.Generator(), W, len(X), drop_path=0.1, dropout=0.1)
 FOLDER = data.Folder("nowhere", ("a", "b"), ("a/x.png", "b/y.png"), (0, 1))
 
 BAD: Mapping[str, Any] = {
@@ -75,6 +76,8 @@ RIGHT: Mapping[str, Any] = {
     "correction": 0,
     "decay_where": optim.kernels,
     "device": "cpu",
+    "drop_path": 0.1,
+    "dropout": 0.1,
     "dtype": torch.float64,
     "end": 0.0,
     "entries": tree.named(W),
@@ -99,6 +102,7 @@ RIGHT: Mapping[str, Any] = {
     "logits": TARGETS,
     "loss_fn": F.cross_entropy,
     "mapping": fresnet.to_state_dict(PARAMS),
+    "masks": MASKS,
     "max_norm": 1.0,
     "micro_batches": 1,
     "mixing": training.mixup(1.0),
@@ -163,6 +167,7 @@ ELSEWHERE: Mapping[str, Mapping[str, Any]] = {
     "data.relight": {"x": X[0]},
     "data.scale_crop": {"crop": data.ScaleCrop(8, (8, 10))},
     "fresnet.export": {"path": "network.pt2", "image_size": None, "opset": None},
+    "fresnet.forward_head": {"x": fresnet.features(PARAMS, X)[-1]},
     "fresnet.init": {"generator": 0},
     "moments.merge": {"first": MOMENTS, "rest": MOMENTS},
     "moments.merge_across": {"moments": (), "group": None},
@@ -171,6 +176,7 @@ ELSEWHERE: Mapping[str, Mapping[str, Any]] = {
     "optim.sgd(0.1).update": {"state": SGD.init(W)},
     "Spec, a depth": {"depth": 2},
     "Spec": {name: getattr(SPEC, name) for name in inspect.signature(Spec).parameters},
+    "training.draw_masks": {"images": len(X)},
     "training.gradients": {"loss_fn": lambda weights, x: (tree.ravel(weights).sum(), ())},
     "training.make_train_step": {"loss_fn": training.cross_entropy},
     "training.restore_state": {"like": STATE},

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError, check_type, describe, shown
-from fresnet.network.check import check_momentum
 from fresnet.network.nodes import Moments, NormStats, over
+from fresnet.network.options import check_momentum
 from fresnet.numbers import as_number
 from fresnet.pytorch.collectives import Group, all_sum
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.network.check import check_call, check_group, check_momentum, check_params, first_conv
+from fresnet.network.check import check_call, check_params, first_conv
 from fresnet.network.moments import update
 from fresnet.network.nodes import (
     Block,
@@ -24,6 +24,7 @@ from fresnet.network.nodes import (
     paired,
     with_blocks,
 )
+from fresnet.network.options import check_group, check_momentum
 from fresnet.network.recompute import recomputed
 from fresnet.network.regimes import INFERENCE, TRAINING, training
 from fresnet.pytorch.collectives import Group

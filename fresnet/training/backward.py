@@ -15,7 +15,7 @@ from torch import Tensor
 from fresnet import tree
 from fresnet.errors import FresnetError, check_type, shown
 from fresnet.gradients.reverse import grad_and_value
-from fresnet.network.check import check_group
+from fresnet.network.options import check_group
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum, start_sum
 from fresnet.tree.walks import check_floats

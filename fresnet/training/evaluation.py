@@ -7,16 +7,10 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError, check_type
-from fresnet.network.check import (
-    check_call,
-    check_group,
-    check_params,
-    check_values,
-    classes_of,
-    first_conv,
-)
+from fresnet.network.check import check_call, check_params, check_values, classes_of, first_conv
 from fresnet.network.net import forward
 from fresnet.network.nodes import Params
+from fresnet.network.options import check_group
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.step import Batch

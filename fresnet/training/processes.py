@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe, shown
-from fresnet.network.check import check_group
+from fresnet.network.options import check_group
 from fresnet.numbers import as_integer
 from fresnet.pytorch.collectives import Group, all_sum, answered
 from fresnet.training.checkpoint import nodes_of

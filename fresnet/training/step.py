@@ -12,15 +12,14 @@ from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.network.check import (
     check_device,
     check_differentiable,
-    check_group,
     check_images,
-    check_momentum,
     check_params,
     classes_of,
 )
 from fresnet.network.moments import merge, merge_across, update
 from fresnet.network.net import run_training
 from fresnet.network.nodes import Params, Regime, Stats, Weights
+from fresnet.network.options import check_group, check_momentum
 from fresnet.network.regimes import training_once
 from fresnet.numbers import as_integer, as_number
 from fresnet.optim import Optimizer, clip_by_norm, everywhere

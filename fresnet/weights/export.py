@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from fresnet.errors import FresnetError, shown
-from fresnet.network.check import check_image_size, check_params, check_values, first_conv
+from fresnet.network.check import check_params, check_values, first_conv
 from fresnet.network.nodes import NoHead, Params
+from fresnet.network.options import check_image_size
 from fresnet.numbers import as_integer
 from fresnet.reading import as_path, named_in_utf8
 from fresnet.weights.module import as_module
