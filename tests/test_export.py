@@ -170,7 +170,7 @@ def run_alone(kind: str, paths: Sequence[Path], batches: Sequence[Tensor]) -> li
     """What a process without fresnet computes from these batches with each file."""
     for path in paths:
         torch.save(list(batches), f"{path}.inputs")
-    command = [sys.executable, "-P", "-c", ALONE, kind, *map(str, paths)]
+    command = [sys.executable, "-I", "-c", ALONE, kind, *map(str, paths)]
     done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{path}.logits") for path in paths]

@@ -98,9 +98,7 @@ def export(
 def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     """The network's graph, with symbols for the sizes that are not fixed."""
     conv = first_conv(params.weights)
-    # The example is odd in every stage, with several pixels in the last. A program compiled for an
-    # even size pools wrongly at odd ones; a program compiled for an odd size is right at all.
-    side = (8 << len(params.weights.stages)) + 1
+    side = _odd_side(params)
     # The first convolution takes channels last. If the example is laid out so, only the kernel of
     # that convolution reads x, and it looks at strides. Otherwise compiled code would rearrange x
     # as if it were contiguous.
@@ -114,6 +112,30 @@ def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     return program
 
 
+def _odd_side(params: Params) -> int:
+    """The side of images that are odd in every stage, with several pixels in the last.
+
+    A program compiled for an even size pools wrongly at odd ones; a program compiled for an odd
+    size is right at all.
+    """
+    return (8 << len(params.weights.stages)) + 1
+
+
+def _runnable(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
+    """The network's graph, if it takes images of every size where it should."""
+    program = _program(params, size)
+    if size is None:
+        conv, side = first_conv(params.weights), _odd_side(params) - 1  # even in every stage
+        try:
+            program.module()(conv.new_zeros(1, conv.shape[1], side, side))
+        except AssertionError as error:
+            raise FresnetError(
+                f"PyTorch {torch.__version__} binds a program to images of odd sizes: say "
+                "image_size, or export with PyTorch 2.13 or newer"
+            ) from error
+    return program
+
+
 def _dynamic(size: tuple[int, int] | None) -> dict[int, str]:
     """The dimensions of x that are not fixed, and their names."""
     return {0: "batch", 2: "height", 3: "width"} if size is None else {0: "batch"}
@@ -121,7 +143,7 @@ def _dynamic(size: tuple[int, int] | None) -> dict[int, str]:
 
 def _write_program(params: Params, size: tuple[int, int] | None, path: Path) -> None:
     with path.open("wb") as file:
-        torch.export.save(_program(params, size), file)
+        torch.export.save(_runnable(params, size), file)
 
 
 def _write_compiled(params: Params, size: tuple[int, int] | None, path: Path) -> None:
@@ -130,7 +152,7 @@ def _write_compiled(params: Params, size: tuple[int, int] | None, path: Path) ->
     except ImportError as error:
         raise FresnetError(f"PyTorch {torch.__version__} compiles no packages") from error
     with path.open("wb") as file:
-        aoti_compile_and_package(_program(params, size), package_path=file)
+        aoti_compile_and_package(_runnable(params, size), package_path=file)
 
 
 def _write_onnx(
