@@ -16,6 +16,7 @@ from fresnet.errors import FresnetError, shown
 from fresnet.network.check import check_image_size, check_params, check_values, first_conv
 from fresnet.network.nodes import NoHead, Params
 from fresnet.numbers import as_integer
+from fresnet.pytorch.compilers import TELLS
 from fresnet.reading import as_path, named_in_utf8
 from fresnet.weights.module import as_module
 from fresnet.weights.storage import write_file
@@ -97,6 +98,8 @@ def export(
 
 def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     """The network's graph, with symbols for the sizes that are not fixed."""
+    if not TELLS:
+        raise FresnetError(f"it takes PyTorch 2.7 or newer; this is {torch.__version__}")
     conv = first_conv(params.weights)
     side = _odd_side(params)
     # The first convolution takes channels last. If the example is laid out so, only the kernel of
@@ -106,7 +109,7 @@ def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     x = x.contiguous(memory_format=torch.channels_last)
     dynamic = dict.fromkeys(_dynamic(size), Dim.DYNAMIC)
     module = as_module(params).requires_grad_(False)  # else a loaded program would build graphs
-    program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,))
+    program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it tells where fresnet lies on this machine
     return program
