@@ -5,7 +5,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import floordiv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -109,7 +111,8 @@ def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     x = x.contiguous(memory_format=torch.channels_last)
     dynamic = dict.fromkeys(_dynamic(size), Dim.DYNAMIC)
     module = as_module(params).requires_grad_(False)  # else a loaded program would build graphs
-    program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,), strict=False)
+    with _plain_division():
+        program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it tells where fresnet lies on this machine
     return program
@@ -220,6 +223,21 @@ def _with_opset(model: Any, opset: int) -> Any:
 def _multiply_add(shift: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """`torch.addcmul` in the order in which ONNX Runtime folds it into a convolution."""
     return x * factor + shift
+
+
+@contextmanager
+def _plain_division() -> Iterator[None]:
+    """Sizes of pools by a division that looks at no remainder.
+
+    PyTorch 2.9 to 2.12 looks at it, and binds programs to images that are odd as the example is.
+    """
+    formulas: Any = getattr(torch, "_meta_registrations", SimpleNamespace())
+    before = getattr(formulas, "div_rtn", None)
+    formulas.div_rtn = floordiv
+    try:
+        yield
+    finally:
+        formulas.div_rtn = before
 
 
 @contextmanager
