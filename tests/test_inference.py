@@ -137,7 +137,6 @@ def test_winograds_convolution_is_the_convolution(
     assert_close(y.double(), expected, 1e-5)
 
 
-@pytest.mark.slow
 @pytest.fixture
 def winograds() -> None:
     """For tests of what older PyTorch, or a machine without a compiler, does without."""
@@ -145,6 +144,7 @@ def winograds() -> None:
         pytest.skip(missing)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("winograds")
 def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)

@@ -24,21 +24,33 @@ import torch
 ROOT = Path(__file__).parent.parent
 RECORD, DOCUMENT = ROOT / "docs" / "versions.json", ROOT / "docs" / "versions.md"
 
+SETTINGS = {"CI": "true", "FRESNET_DEVELOPMENT_LOOP": "1", "OMP_NUM_THREADS": "1"}
+"""Few examples, and the same ones at every run."""
+
 QUICK = ("-m", "not slow and not long")
+COMPILED = "grad", "vmap of grad"
+CELL = "forward_train-aot_eager-float64"
+EXPORTED = "few channels", "grouped resnet-d"
+PROGRAM, ONNX = (
+    "a_program_runs_as_forward_on_images_beyond_its_stride",
+    "onnx_runs_as_forward_on_batches",
+)
+
 AREAS: Mapping[str, Sequence[str]] = {
-    "eager": (
-        *("tests/test_forward.py", "tests/test_train.py", "tests/test_tree.py"),
-        *("tests/test_group_norm.py", "tests/test_layouts.py", *QUICK),
-    ),
-    "transforms": ("tests/test_matrix.py", "-k", "test_cell and eager-float64 and not aot", *QUICK),
+    "eager": ("tests/test_forward.py", "tests/test_tree.py", "tests/test_group_norm.py", *QUICK),
+    "transforms": ("tests/test_matrix.py", *QUICK),
     "torch.compile": (
-        *("tests/test_laws.py", "tests/test_module.py", "tests/test_training.py"),
-        *("tests/test_matrix.py", "-k", "compiled or grad-forward_train-aot_eager-float64"),
+        "tests/test_module.py::test_it_compiles_in_one_graph",
+        "tests/test_training.py::test_a_compiled_step_is_the_step",
+        *(f"tests/test_matrix.py::test_cell[{name}-{CELL}]" for name in COMPILED),
     ),
     "compiled inference": ("tests/test_inference.py", *QUICK),
     "int8": ("tests/test_quantization.py", *QUICK),
-    ".pt2": ("tests/test_export.py", "-k", "test_one_size or compiled or beyond_its_stride"),
-    ".onnx": ("tests/test_export.py", "-k", "batches_of_every_size or opset"),
+    ".pt2": (
+        "tests/test_export.py::test_one_size_of_image",
+        *(f"tests/test_export.py::test_{PROGRAM}[{name}]" for name in EXPORTED),
+    ),
+    ".onnx": tuple(f"tests/test_export.py::test_{ONNX}_of_every_size[{name}]" for name in EXPORTED),
 }
 """The tests of each area, as pytest takes them."""
 
@@ -52,7 +64,7 @@ def run(selection: Sequence[str]) -> Counts:
     with TemporaryDirectory() as folder:
         report = f"{folder}/report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--tb=line", f"--junitxml={report}"]
-        subprocess.run([*command, *selection], cwd=ROOT, env={**os.environ, "CI": "true"})
+        subprocess.run([*command, *selection], cwd=ROOT, env=os.environ | SETTINGS)
         suite = next(ElementTree.parse(report).iter("testsuite"))
         total, *bad, skipped = (
             int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
