@@ -1,9 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin/python
+# Where pyenv has it, the oldest Python that fresnet runs on.
+OLDEST_PYTHON ?= $(lastword $(PYTHON) $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3))
 # Two processes of one thread each: much of the time goes into compiling, on one core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: train test test-fast test-long lint docs release bench bench-full bench-gpu
+.PHONY: train test test-fast test-oldest test-long lint docs release bench bench-full bench-gpu
 
 train: .venv/ready  ## train a ResNet-50 on handwritten digits
 	$(BIN)/python examples/train_digits.py
@@ -13,6 +16,9 @@ test: .venv/ready  ## every test, doctest and README block
 
 test-fast: .venv/ready  ## the development loop
 	FRESNET_DEVELOPMENT_LOOP=1 $(PYTEST) -m "not slow and not long"
+
+test-oldest: .venv-oldest/ready  ## what runs eagerly, on the oldest PyTorch, two minutes
+	$(OLDEST) tests/versions.py eager transforms
 
 test-long: .venv/ready  ## what repeats at greater length: an hour
 	$(PYTEST) -m long
@@ -49,4 +55,10 @@ bench-gpu: .venv/bench  ## inference and training on a GPU; writes docs/performa
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-oldest/ready: tests/oldest.txt tests/without_cuda.py
+	$(OLDEST_PYTHON) -m venv --clear .venv-oldest
+	$(OLDEST) -m pip install --quiet --no-deps --requirement tests/oldest.txt
+	$(OLDEST) tests/without_cuda.py
 	touch $@

@@ -10,6 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OLDEST = "2.6"
+"""The oldest PyTorch for which fresnet is tested."""
+
+if torch.__version__ < OLDEST:
+    raise ImportError(
+        f"fresnet expects PyTorch {OLDEST} or newer; got {torch.__version__}: "
+        f"pip install 'torch>={OLDEST}'"
+    )
+
 PLAIN = (Number, str, bytes, PurePath, type, NoneType, torch.dtype, torch.device)
 """The types of values that messages show."""
 

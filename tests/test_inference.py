@@ -137,7 +137,15 @@ def test_winograds_convolution_is_the_convolution(
     assert_close(y.double(), expected, 1e-5)
 
 
+@pytest.fixture
+def winograds() -> None:
+    """For tests of what older PyTorch, or a machine without a compiler, does without."""
+    if missing := winograd._missing():
+        pytest.skip(missing)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("winograds")
 def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
     x = torch.randn(6, 3, 72, 76, generator=torch.Generator().manual_seed(0))
@@ -153,6 +161,7 @@ def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("winograds")
 def test_several_threads_may_prepare_networks() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
     batches = [torch.randn(7, 3, side, 68) for side in (64, 80)]
@@ -166,6 +175,7 @@ def test_several_threads_may_prepare_networks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("winograds")
 def test_a_network_with_winograds_layers() -> None:
     """It has basic blocks, so second convolutions add shortcuts, and parts of several images."""
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1, 2), width=128), num_classes=7)
@@ -323,7 +333,8 @@ def test_images_lie_side_by_side_where_there_are_tiles_to_fill(
         return side_by_side.images_together(torch.Size((batch, 1, 30, width)), dtype, stride)
 
     for amx in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
+        told = {"amx_bf16": amx}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda told=told: told, raising=False)
         found = [together(b, 14, 2) for b in (1, 2, 3, 4, 6, 8, 32)]
         assert found == ([1, 2, 1, 4, 2, 4, 4] if amx else [1] * 7)
         assert together(4, 16, 2) == together(4, 15, 2) == together(4, 8, 1) == (4 if amx else 1)
@@ -408,6 +419,7 @@ def test_weights_that_are_not_finite_are_compiled_all_the_same() -> None:
     assert infer(x).isnan().all()
 
 
+@pytest.mark.usefixtures("winograds")
 def test_without_a_compiler_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, weight = torch.Size((8, 128, 28, 28)), torch.empty(128, 128, 3, 3)
     assert winograd.is_faster(shape, weight, PLAIN)

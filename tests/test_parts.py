@@ -1,6 +1,7 @@
 """Each part of a network trains by an optimizer of its own, or stays as it is."""
 
 import re
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -192,6 +193,7 @@ def test_nothing_is_kept_of_what_lies_before_the_first_trained_weight() -> None:
     assert 0 < kept(head) < kept(optim.sgd(0.1)) / 20
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 holds what is passed")
 def test_gradients_of_a_part_are_freed_before_the_next_is_updated() -> None:
     grads = [tree.map(torch.ones_like, SMALL.weights)]
     freed = weakref.ref(grads[0].stem.layer.conv)

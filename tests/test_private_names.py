@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,8 @@ import fresnet
 from fresnet import FresnetError, tree
 from fresnet.inference import cudnn, int8, onednn, side_by_side, winograd
 from fresnet.network.nodes import PLAIN, Geometry, Weights
-from fresnet.pytorch import transform_stack
+from fresnet.pytorch import pytrees, transform_stack
+from fresnet.weights import export
 
 CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
 
@@ -147,23 +149,26 @@ def test_without_the_compilers_modules_there_is_no_winograd(
     winograd._has_compiler.cache_clear()
     try:
         shape, weight = torch.Size((8, 128, 28, 28)), torch.empty(128, 128, 3, 3)
-        assert not winograd.is_faster(shape, weight, PLAIN)
+        with pytest.warns(UserWarning, match="so 3x3 convolutions in float32 take longer"):
+            assert not winograd.is_faster(shape, weight, PLAIN)
+        assert not winograd.is_faster(shape, weight, PLAIN)  # it is said once
     finally:
         winograd._has_compiler.cache_clear()
 
 
 @pytest.mark.slow
 def test_without_guards_to_skip_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe")
+    monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe", raising=False)
     winograd._has_compiler.cache_clear()
     try:
-        assert not winograd._has_compiler()
+        with pytest.warns(UserWarning, match="compiles no single functions ahead of time"):
+            assert not winograd._has_compiler()
     finally:
         winograd._has_compiler.cache_clear()
 
 
 def test_without_capabilities_images_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     shape = torch.Size((4, 8, 7, 7))
     assert side_by_side.images_together(shape, torch.bfloat16, Geometry(2).stride) == 1
 
@@ -179,6 +184,59 @@ def test_without_the_packager_a_compiled_export_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def by_remainders(x: Any, y: Any) -> Any:
+    """`torch._meta_registrations.div_rtn` before PyTorch 2.13, which asks whether sizes are odd."""
+    return x // y - 1 if x % y != 0 and (x % y < 0) != (y < 0) else x // y
+
+
+def test_programs_take_odd_and_even_images_whatever_the_division(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._meta_registrations, "div_rtn", by_remainders)
+    fresnet.export(PARAMS, tmp_path / "a.pt2")
+    assert torch._meta_registrations.div_rtn is by_remainders
+    assert_close(
+        torch.export.load(tmp_path / "a.pt2").module()(X), fresnet.forward(PARAMS, X), 1e-9
+    )
+    monkeypatch.setattr(export, "_plain_division", nullcontext)
+    with pytest.raises(FresnetError, match="binds a program to images of odd sizes: say image_"):
+        fresnet.export(PARAMS, tmp_path / "b.pt2")
+    fresnet.export(PARAMS, tmp_path / "b.pt2", image_size=40)
+
+
+def test_a_pytorch_that_does_not_tell_of_exports_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "TELLS", False)
+    with pytest.raises(FresnetError, match=r"it takes PyTorch 2\.7 or newer"):
+        fresnet.export(PARAMS, tmp_path / "a.pt2")
+
+
+class Leaflike(tuple[Any, ...]):
+    """To PyTorch a leaf, as a Generic NamedTuple is before PyTorch 2.8."""
+
+    _fields = ("one", "other")
+
+    def __new__(cls, *values: Any) -> "Leaflike":
+        return super().__new__(cls, values)
+
+    @classmethod
+    def _make(cls, values: Any) -> "Leaflike":
+        return cls(*values)
+
+
+def test_nodes_that_pytorch_takes_for_leaves_are_registered() -> None:
+    node = Leaflike(torch.ones(2), torch.zeros(2))
+    with pytest.raises(ValueError, match="Leaflike"):
+        grad(lambda node: (node[0] * node[1]).sum())(node)
+    pytrees.register(Leaflike)
+    found = grad(lambda node: (node[0] * node[1]).sum())(node)
+    assert type(found) is Leaflike
+    assert_trees_close([*found], [torch.zeros(2), torch.ones(2)], 0)
+    keyed, _ = torch.utils._pytree.tree_flatten_with_path(node)
+    assert [str(path[0]) for path, _ in keyed] == [".one", ".other"]
+
+
 WITHOUT_ALL = """
 import sys, torch
 
@@ -191,7 +249,8 @@ for place, name in (
     (torch.compiler, "skip_all_guards_unsafe"),
     (torch.cpu, "get_capabilities"),
 ):
-    delattr(place, name)
+    if hasattr(place, name):
+        delattr(place, name)
 sys.modules["torch._compile"] = None
 
 import fresnet
@@ -209,6 +268,68 @@ def test_without_all_of_them_it_is_imported_and_runs() -> None:
         [sys.executable, "-c", WITHOUT_ALL], capture_output=True, text=True, check=False
     )
     assert done.stdout == "torch.Size([2, 10])\n", done.stderr
+
+
+TOO_OLD = """
+import torch
+
+torch.__version__ = torch.torch_version.TorchVersion("2.5.1+cpu")
+import fresnet
+"""
+
+
+def test_a_pytorch_that_is_too_old_is_refused_in_a_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_OLD], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: fresnet expects PyTorch 2.6 or newer; got 2.5.1+cpu: pip install 'torch>=2.6'"
+    )
+
+
+BARE = """
+import warnings, torch
+
+torch.backends.mkldnn.is_available = lambda: False
+import fresnet
+
+params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
+x = torch.ones(2, 3, 16, 16)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    infer = fresnet.compile_inference(params, x)
+assert torch.allclose(infer(x), fresnet.forward(params, x), atol=1e-5)
+print(*[str(one.message)[:31] for one in told if "forward" in str(one.message)])
+try:
+    fresnet.compile_inference(fresnet.quantize(params, [x]), x)
+except fresnet.FresnetError as error:
+    print(str(error)[:50])
+try:
+    fresnet.export(params, "net.pt2", compiled=True)
+except fresnet.FresnetError as error:
+    print("C++ compiler" in str(error))
+"""
+
+
+@pytest.mark.slow
+def test_without_onednn_and_a_compiler_results_are_right_or_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BARE],
+        env={
+            "PATH": str(tmp_path),
+            "PYTHONPATH": str(CONTRIBUTING.parent),
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == [
+        "PyTorch does not compile this n",
+        "compile_inference expects oneDNN for int8, on a pr",
+        "True",
+    ], done.stderr
 
 
 def test_the_table_of_private_names_is_whole() -> None:

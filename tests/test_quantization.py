@@ -2,8 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
+from typing import Any
 
-import digits
 import pytest
 import torch
 from assertions import assert_same, logit_terms, unmutated
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from strategies import examples, images, seeds, tiny_params
 from torch import Tensor
 from torch.nn.functional import conv2d
-from train_digits import BATCH, LOSS, batch, rate_for
 
 import fresnet
 from fresnet import FresnetError, Params, optim, tree
@@ -26,8 +25,11 @@ SPEC = fresnet.SPECS["resnet20"]
 pytestmark = pytest.mark.skipif(not int8.is_supported(), reason="int8 needs a processor with VNNI")
 
 
-def trained() -> tuple[Params, digits.Digits, digits.Digits]:
+def trained() -> tuple[Params, Any, Any]:
     """A small network trained by the recipe of `examples/train_digits.py`, and its digits."""
+    import digits  # it takes libraries that are not asked for on every version
+    from train_digits import BATCH, LOSS, batch, rate_for
+
     train, test = digits.load()
     epochs, per_epoch = 6, len(train.labels) // BATCH
     optimizer = optim.sgd(rate_for(epochs, per_epoch), momentum=0.9, weight_decay=5e-4)

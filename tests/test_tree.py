@@ -94,12 +94,15 @@ def test_named_leaves_make_the_tree_again_in_any_order(one: Any) -> None:
 @examples(100)
 @given(one=trees(st.integers()))
 def test_at_exchanges_the_leaf_at_a_path_and_nothing_else(one: Any) -> None:
-    before, names = tree.leaves(one), [*map(tree.dotted, tree.paths(one))]
-    for i, path in enumerate(tree.paths(one)):
+    before, paths = tree.leaves(one), tree.paths(one)
+    begun = {(path[:n], tree.dotted(path[:n])) for path in paths for n in range(len(path) + 1)}
+    names = [name for _, name in begun]
+    for i, path in enumerate(paths):
         expected = tree.unflatten(one, [*before[:i], "new", *before[i + 1 :]])
         assert tree.at(one, path, "new") == expected
         steps = [str(step) for step in path]
-        if steps and "." not in "".join(steps) and names.count(tree.dotted(path)) == 1:
+        alone = all(names.count(".".join(steps[:n])) == 1 for n in range(1, len(steps) + 1))
+        if steps and "." not in "".join(steps) and alone:
             assert tree.at(one, tree.dotted(path), "new") == expected
     assert tree.leaves(one) == before
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
+from fresnet.errors import reason
 from fresnet.inference import cudnn, int8, onednn
 from fresnet.inference.fused import Inference
 from fresnet.network.check import check_images, check_params, check_values, first_conv
@@ -115,7 +116,15 @@ def _prepare(params: Params, x: Tensor) -> Inference:
             )
             return partial(forward, params)
     compiled: Inference = torch.compile(partial(forward, params), dynamic=False)
-    compiled(x)
+    try:
+        compiled(x)
+    except RuntimeError as error:  # such as for want of a C++ compiler
+        warnings.warn(
+            f"PyTorch does not compile this network, so images {tuple(x.shape)} are run as "
+            f"forward does: {reason(error)}",
+            stacklevel=4,
+        )
+        return partial(forward, params)
     return compiled
 
 

@@ -13,6 +13,7 @@ tiles.
 Source: Lavin & Gray 2015, arXiv:1509.09308, Sec. 4.3.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from operator import add
@@ -205,15 +206,27 @@ def _compiled(function: Callable[..., Result], *arguments: Tensor) -> Callable[.
 
 @cache
 def _has_compiler() -> bool:
-    """Whether there is a C++ compiler, and PyTorch has all that `_compiled` needs."""
+    """Whether there is a C++ compiler, and PyTorch has all that `_compiled` needs.
+
+    If not, a warning says once what is missing.
+    """
+    missing = _missing()
+    if missing:
+        warnings.warn(f"{missing}, so 3x3 convolutions in float32 take longer", stacklevel=2)
+    return not missing
+
+
+def _missing() -> str:
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
     except ImportError:  # they are private
-        return False
+        return f"PyTorch {torch.__version__} has no C++ compiler that fresnet knows"
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        return False
-    there: bool = hasattr(torch.compile(_times), "aot_compile")
-    return there and hasattr(torch.compiler, "skip_all_guards_unsafe")
+        return "there is no C++ compiler"
+    there = hasattr(torch.compile(_times), "aot_compile")
+    if there and hasattr(torch.compiler, "skip_all_guards_unsafe"):
+        return ""
+    return f"PyTorch {torch.__version__} compiles no single functions ahead of time"

@@ -146,8 +146,8 @@ def make_train_step(
         shares = _cut((masks, x, targets), count)
         trained, rest = _trained(weights, optimizer)
         parts = [(rest, stats, *share, images) for share in shares]
-        *grads, found = gradients(loss_of, trained, parts, group=group)
-        moments, sums = _together(found, images, group, norms_across)
+        grads: list[Any] = [*gradients(loss_of, trained, parts, group=group)]
+        moments, sums = _together(grads.pop(), images, group, norms_across)
         if max_norm is not None:
             grads = [clip_by_norm(grads.pop(), max_norm)]
         # `pop` leaves the optimizer the only reference, so that it frees each gradient, or bucket

@@ -5,7 +5,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import floordiv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +19,7 @@ from fresnet.network.check import check_params, check_values, first_conv
 from fresnet.network.nodes import NoHead, Params
 from fresnet.network.options import check_image_size
 from fresnet.numbers import as_integer
+from fresnet.pytorch.compilers import TELLS
 from fresnet.reading import as_path, named_in_utf8
 from fresnet.weights.module import as_module
 from fresnet.weights.storage import write_file
@@ -98,10 +101,10 @@ def export(
 
 def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     """The network's graph, with symbols for the sizes that are not fixed."""
+    if not TELLS:
+        raise FresnetError(f"it takes PyTorch 2.7 or newer; this is {torch.__version__}")
     conv = first_conv(params.weights)
-    # The example is odd in every stage, with several pixels in the last. A program compiled for an
-    # even size pools wrongly at odd ones; a program compiled for an odd size is right at all.
-    side = (8 << len(params.weights.stages)) + 1
+    side = _odd_side(params)
     # The first convolution takes channels last. If the example is laid out so, only the kernel of
     # that convolution reads x, and it looks at strides. Otherwise compiled code would rearrange x
     # as if it were contiguous.
@@ -109,9 +112,34 @@ def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     x = x.contiguous(memory_format=torch.channels_last)
     dynamic = dict.fromkeys(_dynamic(size), Dim.DYNAMIC)
     module = as_module(params).requires_grad_(False)  # else a loaded program would build graphs
-    program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,))
+    with _plain_division():
+        program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it tells where fresnet lies on this machine
+    return program
+
+
+def _odd_side(params: Params) -> int:
+    """The side of images that are odd in every stage, with several pixels in the last.
+
+    A program compiled for an even size pools wrongly at odd ones; a program compiled for an odd
+    size is right at all.
+    """
+    return (8 << len(params.weights.stages)) + 1
+
+
+def _runnable(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
+    """The network's graph, if it takes images of every size where it should."""
+    program = _program(params, size)
+    if size is None:
+        conv, side = first_conv(params.weights), _odd_side(params) - 1  # even in every stage
+        try:
+            program.module()(conv.new_zeros(1, conv.shape[1], side, side))
+        except AssertionError as error:
+            raise FresnetError(
+                f"PyTorch {torch.__version__} binds a program to images of odd sizes: say "
+                "image_size, or export with PyTorch 2.13 or newer"
+            ) from error
     return program
 
 
@@ -122,7 +150,7 @@ def _dynamic(size: tuple[int, int] | None) -> dict[int, str]:
 
 def _write_program(params: Params, size: tuple[int, int] | None, path: Path) -> None:
     with path.open("wb") as file:
-        torch.export.save(_program(params, size), file)
+        torch.export.save(_runnable(params, size), file)
 
 
 def _write_compiled(params: Params, size: tuple[int, int] | None, path: Path) -> None:
@@ -131,7 +159,7 @@ def _write_compiled(params: Params, size: tuple[int, int] | None, path: Path) ->
     except ImportError as error:
         raise FresnetError(f"PyTorch {torch.__version__} compiles no packages") from error
     with path.open("wb") as file:
-        aoti_compile_and_package(_program(params, size), package_path=file)
+        aoti_compile_and_package(_runnable(params, size), package_path=file)
 
 
 def _write_onnx(
@@ -196,6 +224,21 @@ def _with_opset(model: Any, opset: int) -> Any:
 def _multiply_add(shift: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """`torch.addcmul` in the order in which ONNX Runtime folds it into a convolution."""
     return x * factor + shift
+
+
+@contextmanager
+def _plain_division() -> Iterator[None]:
+    """Sizes of pools by a division that looks at no remainder.
+
+    PyTorch 2.9 to 2.12 looks at it, and binds programs to images that are odd as the example is.
+    """
+    formulas: Any = getattr(torch, "_meta_registrations", SimpleNamespace())
+    before = getattr(formulas, "div_rtn", None)
+    formulas.div_rtn = floordiv
+    try:
+        yield
+    finally:
+        formulas.div_rtn = before
 
 
 @contextmanager
