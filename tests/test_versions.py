@@ -34,4 +34,9 @@ def test_a_mark_says_yes_only_where_every_test_passed() -> None:
         row = versions.table({"2.6.0": {"python": "3.10", "date": "", "eager": counts}})
         return row.splitlines()[-1].split(" | ")[2]
 
-    assert [mark(3, 0), mark(2, 1), mark(0, 2), mark(0, 0)] == ["yes (3)", "2 of 3", "no", "skipped"]
+    assert [mark(3, 0), mark(2, 1), mark(0, 2), mark(0, 0)] == [
+        "yes (3)",
+        "2 of 3",
+        "no",
+        "skipped",
+    ]
