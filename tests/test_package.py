@@ -1,4 +1,4 @@
-"""What is built of the checkout works outside of it: the sdist, and the wheel that is built of it."""
+"""The sdist, and the wheel that is built of it, work outside of the checkout."""
 
 import os
 import subprocess
