@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, Params, nodes, tree
+from fresnet.gradients import per_sample
 from fresnet.network import moments
 from fresnet.network.nodes import BasicBlock, Weights
 
@@ -285,3 +286,24 @@ def test_tensors_of_inference_mode_are_refused_outside_of_it() -> None:
     for function in (fresnet.per_sample_grads, fresnet.per_sample_norms):
         with pytest.raises(FresnetError, match=r"torch.inference_mode: make them, or clone\(\)"):
             function(cross_entropy, PARAMS, x, y, norms="running")
+
+
+@pytest.mark.parametrize("norms", per_sample.MEANINGS)
+def test_derivatives_are_taken_outside_of_inference_mode(
+    norms: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before PyTorch 2.12 they are zeros there, without an error."""
+    modes = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        modes.append(torch.is_inference_mode_enabled())
+        return vmap(*arguments, **options)
+
+    monkeypatch.setattr(per_sample, "vmap", watched)
+    params = fresnet.init(0, fresnet.Spec(BasicBlock, (1,), width=4), num_classes=3)
+    x, y = torch.ones(2, 3, 8, 8), torch.arange(2)
+    with torch.inference_mode():
+        grads = fresnet.per_sample_grads(cross_entropy, params, x, y, norms=norms)
+        assert torch.is_inference_mode_enabled()
+    assert {*modes} == {False}
+    assert not any(leaf.requires_grad for leaf in tree.leaves(grads))
