@@ -232,7 +232,7 @@ def test_compiled_packages_run_without_fresnet(name: str, tmp_path: Path) -> Non
         assert_close(y, fresnet.forward(params, x), BOUND)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_packages_in_bfloat16_for_one_size(tmp_path: Path) -> None:
     params = network(Spec(BasicBlock, (1,), 4), torch.bfloat16)
     fresnet.export(params, tmp_path / "net.pt2", compiled=True, image_size=16)

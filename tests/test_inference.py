@@ -160,7 +160,7 @@ def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
     assert_close(logits, fresnet.forward(params, x), 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("winograds")
 def test_several_threads_may_prepare_networks() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
