@@ -6,7 +6,7 @@ OLDEST_PYTHON ?= $(lastword $(PYTHON) $(wildcard $(HOME)/.pyenv/versions/3.10.*/
 # Two processes of one thread each: much of the time goes into compiling, on one core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: train test test-fast test-oldest test-long lint bench bench-full bench-gpu
+.PHONY: train test test-fast test-oldest test-long lint docs release bench bench-full bench-gpu
 
 train: .venv/ready  ## train a ResNet-50 on handwritten digits
 	$(BIN)/python examples/train_digits.py
@@ -27,6 +27,15 @@ lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/ready  ## the site of these documents, in docs/_build: two minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going -n -q docs docs/_build
+
+release: .venv/ready  ## wheel and sdist in dist, built and checked; nothing is uploaded
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[release]'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 bench: .venv/bench  ## against others that run or train a ResNet, five minutes
 	$(BIN)/python benchmarks/run.py

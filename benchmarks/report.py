@@ -42,6 +42,20 @@ def targets() -> list[Target]:
         Target(step, "fresnet in bfloat16", ("torchvision in bfloat16",), 1.0),
         Target(step, "fresnet in bfloat16", ("fresnet",), 2.0),
         Target("Training step, 4 images of 32 px", "fresnet", ("torchvision",), 1 / 1.02),
+        *(
+            Target(
+                "Loss and gradient, 16 images of 224 px",
+                name,
+                ("torchvision, backward()",),
+                at_least,
+                memory=memory,
+            )
+            for name, at_least, memory in (
+                ("fresnet.grad_and_value", 0.98, False),
+                ("fresnet.grad_and_value", 1.0, True),
+                ("torch.func.grad_and_value", 0.96, False),
+            )
+        ),
     ]
     small, large = (f"ResNet-50, {n} images of {side} px" for n, side in ((8, 64), (4, 224)))
     stock = ("stock vmap(grad)",)

@@ -8,9 +8,10 @@ velocity.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import Comparison, Run, main, peak
@@ -20,6 +21,7 @@ from transforms import images
 
 import fresnet
 from fresnet import optim, training
+from fresnet.nodes import Stats, Weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
@@ -70,6 +72,36 @@ def ours(
     return step
 
 
+def gradient_of_torchvision(x: Tensor, y: Tensor) -> Run:
+    model = reference.module(fresnet.RESNET50, 0, dtype=torch.float32).train()
+    model = model.to(memory_format=torch.channels_last)
+
+    def gradient() -> Tensor:
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        model.zero_grad()
+        return loss.detach()
+
+    return gradient
+
+
+def gradient_of_ours(x: Tensor, y: Tensor, take: Callable[..., Any]) -> Run:
+    params = reference.params(reference.module(fresnet.RESNET50, 0, dtype=torch.float32))
+
+    def loss_fn(weights: Weights, stats: Stats, x: Tensor, y: Tensor) -> tuple[Tensor, Stats]:
+        logits, stats = fresnet.forward_train(fresnet.Params(weights, stats), x)
+        return cross_entropy(logits, y), stats
+
+    def gradient() -> Tensor:
+        nonlocal params
+        loss: Tensor
+        _, (loss, stats) = take(loss_fn, has_aux=True)(*params, x, y)
+        params = params._replace(stats=stats)
+        return loss
+
+    return gradient
+
+
 def comparisons(full: bool) -> Iterator[Comparison]:
     params = fresnet.init(0, num_classes=10, device="meta")
     for batch, side in ((16, 224), (32, 64)) if full else ((8, 112),):
@@ -89,6 +121,12 @@ def comparisons(full: bool) -> Iterator[Comparison]:
             "fresnet": partial(ours, x, y, compiled=True),
         }
         yield Comparison(f"Training step, {size}", eager, batch, least, agree=0.05)
+        gradients = {
+            "torchvision, backward()": partial(gradient_of_torchvision, x, y),
+            "fresnet.grad_and_value": partial(gradient_of_ours, x, y, fresnet.grad_and_value),
+            "torch.func.grad_and_value": partial(gradient_of_ours, x, y, torch.func.grad_and_value),
+        }
+        yield Comparison(f"Loss and gradient, {size}", gradients, batch, least, agree=0.05)
         if full or side <= 112:
             yield Comparison(f"Training step compiled, {size}", compiled, batch, least, agree=0.05)
     x, y = images(4, 32)

@@ -73,14 +73,14 @@ def influence(params: Params, digits: Digits, clean: Digits) -> Tensor:
 
 
 def draw(digits: Digits, truth: Tensor, order: Tensor, path: Path) -> None:
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    figure.suptitle("the 30 digits most suspected; red: the label is wrong")
-    for axes, i in zip(figure.subplots(3, 10).flat, order[:30].tolist(), strict=True):
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    figure.suptitle("the 24 digits most suspected; red: the label is wrong")
+    for axes, i in zip(figure.subplots(4, 6).flat, order[:24].tolist(), strict=True):
         axes.imshow(digits.images[i, 0], cmap="gray_r")
         axes.set(xticks=[], yticks=[])
         label, true = int(digits.labels[i]), int(truth[i])
         text = f"says {label}" if label == true else f"says {label}, is {true}"
-        axes.set_title(text, fontsize=9, color="black" if label == true else "crimson")
+        axes.set_title(text, fontsize=11, color="black" if label == true else "crimson")
     figure.savefig(path, dpi=120)
 
 

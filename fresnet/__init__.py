@@ -11,16 +11,18 @@ from fresnet.data.presets import PRESETS, Preset
 from fresnet.errors import FresnetError
 from fresnet.gradients.clipping import clipped_grads, per_sample_norms
 from fresnet.gradients.per_sample import per_sample_grads
+from fresnet.gradients.reverse import grad_and_value
 from fresnet.inference.compiled import compile_inference
 from fresnet.inference.quantization import quantize
 from fresnet.network.eps import with_eps
 from fresnet.network.family import RESNET18, RESNET34, RESNET50, RESNET101, RESNET152, SPECS
-from fresnet.network.init import init
+from fresnet.network.init import init, with_head
 from fresnet.network.net import (
     embed,
     features,
     features_train,
     forward,
+    forward_head,
     forward_moments,
     forward_train,
 )
@@ -62,10 +64,12 @@ __all__ = [
     "features_train",
     "fold",
     "forward",
+    "forward_head",
     "forward_moments",
     "forward_train",
     "freeze",
     "from_state_dict",
+    "grad_and_value",
     "init",
     "keep_pages",
     "load",
@@ -84,4 +88,5 @@ __all__ = [
     "training",
     "tree",
     "with_eps",
+    "with_head",
 ]

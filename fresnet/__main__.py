@@ -100,10 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], str], description: str
+        name: str, run: Callable[[argparse.Namespace], str], takes: str, description: str
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
+            usage=f"%(prog)s {takes}",
             help=description,
             description=f"{description.capitalize()}.",
             epilog=EXAMPLES[name],
@@ -112,8 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    sub = command("summary", look_at, "the layers, parameters and multiply-adds of a network")
-    sub.add_argument("network", help=f"such as resnet50; or {WEIGHTS}")
+    what = "the layers, parameters and multiply-adds of a network"
+    sub = command("summary", look_at, "[options] NETWORK", what)
+    sub.add_argument("network", metavar="NETWORK", help=f"such as resnet50; or {WEIGHTS}")
     sub.add_argument(
         "--image-size",
         type=_size,
@@ -121,18 +123,24 @@ def _parser() -> argparse.ArgumentParser:
         help="or HxW; default: what is known of a file's images, else 224",
     )
     sub.add_argument(
-        "--classes", type=int, default=1000, metavar="N", help="if no file; default 1000; 0: none"
+        "--classes",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="if no file; default 1000; 0: none",
     )
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
     _add_architecture(sub)
 
-    sub = command("models", family, "the networks by name, their sizes and published weights")
+    what = "the networks by name, their sizes and published weights"
+    sub = command("models", family, "[options] [PATTERN]", what)
     sub.add_argument(
         "pattern", nargs="?", default="*", metavar="PATTERN", help="of names, such as 'resnet50*'"
     )
     sub.add_argument("--markdown", action="store_true", help="as a Markdown table")
 
-    sub = command("predict", predict, "the most probable classes of images")
+    takes, what = "--weights FILE [options] IMAGE ...", "the most probable classes of images"
+    sub = command("predict", predict, takes, what)
     sub.add_argument("images", nargs="+", metavar="IMAGE", help="an image, or a folder of images")
     sub.add_argument("--weights", required=True, metavar="FILE", help=WEIGHTS)
     sub.add_argument(
@@ -151,13 +159,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_architecture(sub)
 
     what = "a checkpoint under another library's names, or exported to run without fresnet"
-    sub = command("convert", convert, what)
+    sub = command("convert", convert, "[options] IN OUT", what)
     sub.add_argument("source", metavar="IN", help=WEIGHTS)
     sub.add_argument("target", metavar="OUT", type=Path, help=OUTPUTS)
     sub.add_argument("--layout", choices=LAYOUTS, default="torchvision", help="default torchvision")
     _add_architecture(sub)
 
-    sub = command("train", _train, "a network on a folder of images by a published recipe")
+    what = "a network on a folder of images by a published recipe"
+    sub = command("train", _train, "[options] DIR", what)
     _add_training(sub)
     return parser
 
@@ -167,15 +176,23 @@ def _hint(unknown: str, parser: argparse.ArgumentParser) -> str:
     name = unknown.partition("=")[0]
     if not name.startswith("-"):
         return f"one argument too many: {unknown}"
-    known = re.findall(r"--[\w-]+", parser.format_usage())
+    known = re.findall(r"^  (--[\w-]+)", parser.format_help(), re.M)
     meant = OTHERS_NAMES.get(name.replace("_", "-"))
     hint = f"did you mean {meant}?" if meant in known else suggestion(name, known)
     return f"unknown option {name}; {hint}"
 
 
 def _size(text: str) -> int | tuple[int, int]:
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected N or HxW, such as 224; got {text!r}")
     height, _, width = text.partition("x")
     return (int(height), int(width)) if width else int(height)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on; got {text!r}")
+    return int(text)
 
 
 def _add_architecture(parser: argparse.ArgumentParser) -> None:
@@ -195,11 +212,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     option("--weights", metavar="FILE", help="to begin with; other classes or none: a fresh head")
     for name, kind, what in (
         ("epochs", int, "instead of the recipe's"),
-        (
-            "batch",
-            int,
-            "images a step, of all processes; the rate goes with it",
-        ),
+        ("batch", int, "images a step, of all processes; the rate goes with it"),
         ("rate", float, "the highest learning rate"),
         ("head-rate", float, "that of the head, if it is another"),
         ("crop", int, "the side of the squares, in training and evaluation"),
@@ -212,10 +225,18 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="weights that stay as they are, such as stem or 'stages.[01]'; may be repeated",
     )
+    option("--drop-path", type=float, metavar="P", help="how often the last block drops its branch")
+    option(
+        "--dropout", type=float, metavar="P", help="how often a feature is dropped before the head"
+    )
     option("--seed", type=int, default=0, metavar="N", help="default 0")
     option("--bfloat16", action="store_true", help="compute in it, with float32 weights behind")
     option(
-        "--micro-batches", type=int, default=1, metavar="N", help="parts that a batch is cut into"
+        "--micro-batches",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts that a batch is cut into",
     )
     option("--recompute", action="store_true", help="keep fewer activations, compute them again")
     option("--norms-across", action="store_true", help="norms normalise all processes' images")

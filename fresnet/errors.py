@@ -61,6 +61,21 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
+def check_type(caller: str, kind: Any, words: str, **arguments: object) -> None:
+    """Refuse arguments of another type than `kind`, which `words` name.
+
+    >>> check_type("scan", str, "a path", root=None)
+    Traceback (most recent call last):
+    fresnet.errors.FresnetError: scan expects root to be a path; got None
+
+    Raises:
+      FresnetError: naming the argument and what came.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, kind):
+            raise FresnetError(f"{caller} expects {name} to be {words}; got {shown(value)}")
+
+
 def reason(error: Exception) -> str:
     r"""The first line of an exception's own message, for the end of ours.
 

@@ -56,9 +56,9 @@ def check(call: Callable[..., Any], params: Any, x: Any, message: str) -> None:
     [
         (X[0], "[b 3 h w]; got (3, 16, 16) (one image? x[None])"),
         (X[None], "[b 3 h w]; got (1, 2, 3, 16, 16)"),
-        (X[:, :1], "[b 3 h w]; got (2, 1, 16, 16)"),
+        (X[:, :1], "[b 3 h w]; got (2, 1, 16, 16) (grey images? x.expand(-1, 3, -1, -1))"),
         (X.repeat(1, 2, 1, 1), "[b 3 h w]; got (2, 6, 16, 16)"),
-        (X.permute(0, 2, 3, 1), "[b 3 h w]; got (2, 16, 16, 3)"),
+        (X.permute(0, 2, 3, 1), "[b 3 h w]; got (2, 16, 16, 3) (channels last? x.movedim(3, 1))"),
         (X.to(torch.uint8), "[b 3 h w] in the weights' torch.float32; got torch.uint8"),
         (X.double(), "[b 3 h w] in the weights' torch.float32; got torch.float64"),
         (X.to("meta"), "[b 3 h w] on the weights' device cpu; got meta"),
@@ -75,6 +75,23 @@ def check(call: Callable[..., Any], params: Any, x: Any, message: str) -> None:
 )
 def test_images(call: Callable[..., Any], x: Any, message: str) -> None:
     check(call, PARAMS, x, f"{call.__name__} expects x {message}")
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "hint"),
+    [
+        (1, (6, 8, 8), " (grey images? x[:, None])"),
+        (1, (1, 8, 8), " (one image? x[None])"),
+        (1, (8, 8), ""),
+        (1, (6, 3, 8, 8), ""),
+        (3, (6, 8, 8), ""),
+    ],
+)
+def test_what_was_perhaps_meant_by_images(channels: int, shape: tuple[int, ...], hint: str) -> None:
+    params = fresnet.init(0, Spec(Bottleneck, (1,), width=4), num_classes=5, in_channels=channels)
+    message = f"forward expects x [b {channels} h w]; got {shape}{hint}"
+    with pytest.raises(FresnetError, match=f"^{re.escape(message)}$"):
+        fresnet.forward(params, torch.zeros(shape))
 
 
 def with_stages(weights: Any = None, stats: Any = None) -> Params:
@@ -115,6 +132,23 @@ class Unknown(NamedTuple):
 
 TREES: dict[str, tuple[Any, str]] = {
     "not params": ({"weights": w, "stats": s}, "expects Params(weights, stats); got a dict"),
+    "weights alone": (w, "got a Weights: params._replace(weights=weights)?"),
+    "a state of training": (
+        training.start(PARAMS, fresnet.optim.sgd(0.1)),
+        "expects Params(weights, stats); got a TrainState: its .params?",
+    ),
+    "a module of a network": (
+        fresnet.as_module(PARAMS),
+        "expects Params(weights, stats); got a Network: its .params()?",
+    ),
+    "another module": (
+        torch.nn.Identity(),
+        "got a Identity: fresnet.from_state_dict(module.state_dict())?",
+    ),
+    "a part of a tree": (
+        PARAMS._replace(weights=tree.partition(w, tree.matching("head"))[0]),
+        "got a tuple (a part of a tree? tree.combine(part, rest))",
+    ),
     "an empty head": (
         PARAMS._replace(weights=w._replace(head=())),
         "expects weights.head to be Head or NoHead; got a tuple",
@@ -295,6 +329,21 @@ def test_training_on_one_value_per_channel(shape: tuple[int, ...]) -> None:
 def test_init(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(FresnetError, match=re.escape(message)):
         fresnet.init(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("params", "arguments", "message"),
+    [
+        (w, {}, "with_head expects Params(weights, stats); got a Weights"),
+        (PARAMS, {"num_classes": 0}, "num_classes to be an integer from 1 on, below 2**31; got 0"),
+        (PARAMS, {"num_classes": 2**31}, "below 2**31; got 2147483648"),
+        (PARAMS, {"num_classes": "ten"}, "below 2**31; got 'ten'"),
+        (PARAMS, {"generator": None}, "with_head expects a torch.Generator or an int; got None"),
+    ],
+)
+def test_with_head(params: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(FresnetError, match=re.escape(message)):
+        fresnet.with_head(params, **{"num_classes": 2, "generator": 0, **arguments})
 
 
 @pytest.mark.parametrize(

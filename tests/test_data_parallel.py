@@ -84,7 +84,8 @@ CASES = {
     "apart": Case(uneven, {}, lambda size: {"micro_batches": size}),
     "apart, recomputed": Case(uneven, {"recompute": True}, lambda size: {"micro_batches": size}),
 }
-MIXED = {"mixing": one_of(mixup(0.4), cutmix(1.0)), "average_decay": 0.9}
+MIXED = {"mixing": one_of(mixup(0.4), cutmix(1.0)), "drop_path": 0.5, "dropout": 0.3}
+MIXED |= {"average_decay": 0.9}
 
 
 def batch(step: int, images: int) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
-"""What `docs/training.md` says of a teacher: hard and soft targets together."""
+"""What the documents say of a teacher: hard and soft targets together."""
 
 from typing import Any
 
 import torch
 from assertions import assert_close, assert_trees_close
-from test_docs import ROOT, blocks
+from test_docs import HOWTO, blocks
 from torch.func import grad
 from torch.nn.functional import cross_entropy, kl_div, one_hot
 
@@ -38,9 +38,11 @@ def test_the_mean_of_both_targets_has_the_mean_of_both_losses() -> None:
 
 def test_the_loss_that_is_printed_is_hintons() -> None:
     """Up to the entropy of the teacher, which has no gradient: a divergence, scaled by T^2."""
-    written: dict[str, Any] = {"torch": torch, "fresnet": fresnet, "cross_entropy": cross_entropy}
-    written |= {"teacher": TEACHER, "student": STUDENT, "x": X, "y": Y}
-    exec(next(code for code in blocks(ROOT / "docs/training.md") if "temperature" in code), written)
+    written: dict[str, Any] = {"fresnet": fresnet, "Params": Params, "params": TEACHER}
+    written["cross_entropy"] = cross_entropy
+    block = next(code for code in blocks(HOWTO) if "temperature" in code)
+    exec(block.split("\n\n\n")[0], written)
+    grads, _ = grad(written["distil"], has_aux=True)(*STUDENT, X, Y)
 
     def loss(weights: Weights) -> torch.Tensor:
         logits, _ = fresnet.forward_train(Params(weights, STUDENT.stats), X)
@@ -48,4 +50,4 @@ def test_the_loss_that_is_printed_is_hintons() -> None:
         divergence = kl_div(softened, soft, reduction="batchmean")
         return 0.1 * cross_entropy(logits, Y) + 0.9 * 16 * divergence
 
-    assert_trees_close(written["grads"], grad(loss)(STUDENT.weights), 1e-9)
+    assert_trees_close(grads, grad(loss)(STUDENT.weights), 1e-9)

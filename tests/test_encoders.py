@@ -9,7 +9,7 @@ import reference
 import timm
 import torch
 import transformers
-from assertions import assert_all_close, assert_close, assert_same
+from assertions import assert_all_close, assert_close, assert_same, unmutated
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, images, seeds, small_specs, tiny_params, training_images
@@ -109,6 +109,33 @@ def test_features_are_what_a_head_sees(params: Params, x: Tensor) -> None:
         assert_close(features @ head.weight.T + head.bias, fresnet.forward(params, x), 1e-12)
 
 
+@examples(25)
+@given(params=tiny_params(), x=images())
+def test_forward_is_features_and_then_its_end(params: Params, x: Tensor) -> None:
+    """To the bit, in ResNet V2 too, where a norm stands between them."""
+    maps = fresnet.features(params, x)
+    with unmutated(params, maps):
+        assert_same(fresnet.forward_head(params, maps[-1]), fresnet.forward(params, x))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ((X, X), r"the last of features, activations \[b c h w\] .*; got a tuple"),
+        (X[0], r"of the weights' torch.float32 on cpu; got float32 \(3, 40, 36\)"),
+        (X.double(), r"got float64 \(3, 3, 40, 36\)"),
+        (X.to("meta"), r"got float32 \(3, 3, 40, 36\)"),
+        (X, r"a head on activations \(3, 3\) expects a weight \[k 3\]"),
+    ],
+)
+def test_what_is_not_the_last_activations_is_refused(x: Any, message: str) -> None:
+    params = fresnet.with_head(ENCODER, num_classes=5, generator=0)
+    with pytest.raises(FresnetError, match=message):
+        fresnet.forward_head(params, x)
+    with pytest.raises(FresnetError, match="forward_head expects Params"):
+        fresnet.forward_head(params.weights, x)  # type: ignore[arg-type]
+
+
 @examples(5)
 @given(x=training_images(), seed=seeds, spec=small_specs(), momentum=st.floats(0, 1))
 def test_features_in_training_equal_torchvisions_stages(
@@ -197,7 +224,7 @@ def test_what_counts_classes_refuses_an_encoder() -> None:
             FresnetError, match="a train step expects a network with a head; got No"
         ):
             step(state, (X, Y))
-    with pytest.raises(FresnetError, match=r"evaluate expects .*: put a fresnet.nodes.Head\(weigh"):
+    with pytest.raises(FresnetError, match=r"evaluate expects .*: fresnet.with_head\(params"):
         training.evaluate(ENCODER, [(X, Y)])
 
 

@@ -64,7 +64,7 @@ def interrupt(process: subprocess.Popen[str], after: int) -> str:
     return printed + rest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     code, out, err = run("train_digits.py", *QUICK, "--out", straight)

@@ -243,7 +243,9 @@ def test_dilation_of_basic_blocks_equals_timm(output_stride: int) -> None:
     x = torch.randn(2, 3, 70, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def read(state: Mapping[str, Tensor]) -> Params:
-        return fresnet.dilate(fresnet.from_state_dict(state), output_stride=output_stride)
+        return fresnet.dilate(
+            fresnet.from_state_dict(state, architecture="resnet18"), output_stride=output_stride
+        )
 
     check(reference.perturbed(model, 0), read, x)
 

@@ -305,6 +305,7 @@ class Harmful:
             "resnet50",
             "fresnet.init(0, fresnet.SPECS['resnet50']) draws one, and python -m fresnet m",
         ),
+        ("resnet50.a1_in1k", "did you mean 'timm/resnet50.a1_in1k', a repository?"),
         ("https://host/resnet50.pth", "torch.hub.download_url_to_file(url, path) downloads a file"),
         ("ResNet50_Weights.IMAGENET1K_V2", "get_weight('ResNet50_Weights.IMAGENET1K_V2').url is"),
     ],
@@ -338,6 +339,10 @@ BAD = {
     "missing": (lambda path: None, "No such file or directory"),
     "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
     "a folder": (lambda path: path.mkdir(), "the folder has none of model.safetensors, model."),
+    "a folder of states": (
+        lambda path: training.save_state(PARAMS, path, step=1),
+        "step-000000000001.safetensors?",
+    ),
     "a text": (
         lambda path: path.write_text("no weights here"),
         "it is no file of safetensors or torch.save",

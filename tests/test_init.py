@@ -1,6 +1,7 @@
 """`init` is deterministic, pure, and distributed as torchvision's initialisation."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import reference
@@ -91,3 +92,27 @@ def test_layout_dtype_and_device() -> None:
         assert leaf.ndim != 4 or leaf.is_contiguous(memory_format=torch.channels_last)
     assert {leaf.dtype for leaf in tree.leaves(stats)} == {torch.float32}
     assert {leaf.device.type for leaf in tree.leaves(fresnet.init(0, device="meta"))} == {"meta"}
+
+
+@examples(30)
+@given(seed=seeds, spec=tiny_specs(), classes=st.integers(1, 9))
+def test_a_new_head_is_the_one_that_init_draws(seed: int, spec: Spec, classes: int) -> None:
+    """Whatever the network ends with; the rest of it is not copied."""
+    generator = torch.Generator().manual_seed(seed)
+    encoder = fresnet.init(generator, spec, num_classes=0)
+    params = fresnet.with_head(encoder, num_classes=classes, generator=generator)
+    assert_same(params, fresnet.init(seed, spec, num_classes=classes))
+    again = fresnet.with_head(params, num_classes=classes, generator=seed)
+    assert not tree.equal(again.weights.head, params.weights.head)
+    assert again.weights.stages is params.weights.stages is encoder.weights.stages
+    assert again.stats is encoder.stats
+
+
+@pytest.mark.parametrize("like", [{"dtype": torch.bfloat16}, {"device": "meta"}], ids=str)
+def test_a_new_head_is_of_the_networks_dtype_and_on_its_device(like: dict[str, Any]) -> None:
+    params = fresnet.init(0, Spec(BasicBlock, (1,), width=4), **like)
+    head = fresnet.with_head(params, num_classes=3, generator=1).weights.head
+    assert (head.bias.dtype, head.weight.device) == (
+        params.weights.head.bias.dtype,
+        params.weights.head.weight.device,
+    )

@@ -124,7 +124,7 @@ def test_round_trip_of_params_is_exact_or_refused(layout: str, params: Params) -
 def test_what_is_loaded_is_laid_out_as_what_was_initialised(name: str) -> None:
     """Strides are the same too. PyTorch chooses kernels by them, and kernels round differently."""
     params = fresnet.init(0, fresnet.SPECS[name])
-    loaded = fresnet.from_state_dict(fresnet.to_state_dict(params))
+    loaded = fresnet.from_state_dict(fresnet.to_state_dict(params), architecture=name)
     layouts = [[leaf.stride() for leaf in tree.leaves(p)] for p in (loaded, params)]
     assert layouts[0] == layouts[1]
 
@@ -167,7 +167,7 @@ def test_counters_may_be_missing_and_half_precision_statistics_are_widened() -> 
     """torchvision's first releases have no counters. `.bfloat16()` narrows statistics."""
     state = reference.module(fresnet.RESNET18, 0, dtype=torch.bfloat16).state_dict()
     bare = {name: value for name, value in state.items() if "num_batches" not in name}
-    params = fresnet.from_state_dict(bare)
+    params = fresnet.from_state_dict(bare, architecture="resnet18")
     assert_same(params, fresnet.from_state_dict(state))
     assert {leaf.dtype for leaf in tree.leaves(params.weights)} == {torch.bfloat16}
     assert {leaf.dtype for leaf in tree.leaves(params.stats)} == {torch.float32}

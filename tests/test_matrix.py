@@ -31,7 +31,9 @@ def test_cell(cell: matrix.Cell) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize("forward", matrix.FORWARDS)
+@pytest.mark.parametrize(
+    "forward", [pytest.param("forward", marks=pytest.mark.long), "forward_train"]
+)
 @pytest.mark.parametrize(
     "transform",
     [  # these trace for ten seconds
@@ -47,7 +49,9 @@ def test_other_nodes_under_every_transform(network: str, transform: str, forward
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", matrix.OTHERS)
-@pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
+@pytest.mark.parametrize(
+    "transform", ["grad", pytest.param("vmap of grad", marks=pytest.mark.long)]
+)
 def test_other_nodes_compiled(network: str, transform: str) -> None:
     cell = matrix.Cell(transform, "forward_train", "aot_eager", "float64")
     assert matrix.error(cell, network) <= matrix.BOUNDS["float64"]

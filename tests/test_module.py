@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from strategies import examples, images, relaid, tiny_params
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrizations, prune
 
 import fresnet
 from fresnet import FresnetError, Params, Spec, tree
@@ -103,6 +105,94 @@ def test_what_is_no_network_to_copy_is_refused() -> None:
 
     with pytest.raises(FresnetError, match="an entry expects a name of its own; got two"):
         fresnet.as_module(gated._replace(weights=over(scaled, gated.weights)))
+
+
+@pytest.mark.parametrize("wrap", [lambda module: module, nn.Sequential])
+def test_state_dicts_of_torchvision_and_timm_load_as_they_are(wrap: Any) -> None:
+    """With counts of batches, and with one value a channel where norms go in groups."""
+    grouped = Spec(Bottleneck, (1, 1, 1, 1), width=32, norm=GroupNorm)
+    for spec in (Spec(Bottleneck, (1, 1, 1, 1)), grouped):
+        params, other = (fresnet.init(seed, spec, num_classes=4) for seed in (0, 1))
+        module, before = fresnet.as_module(other), "0." if wrap is nn.Sequential else ""
+        state = {before + name: leaf for name, leaf in fresnet.to_state_dict(params).items()}
+        with unmutated(state):
+            wrap(module).load_state_dict(state, strict=True)
+        assert_same(module.params(), params)
+    state[f"{before}bn1.weight"] = state[f"{before}bn1.weight"][1:]
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*bn1\.weight"):
+        wrap(module).load_state_dict(state)
+
+
+def kernel_of(module: nn.Module) -> nn.Module:
+    return module.get_submodule("layer1.0.conv2")
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, parametrizations.weight_norm])
+def test_weights_that_others_compute(change: Callable[[nn.Module], Any]) -> None:
+    """The network has the weight that is computed, and training moves what it is computed of."""
+    module = fresnet.as_module(fresnet.freeze(PARAMS)).train()
+    change(kernel_of(module))
+    assert_close(module(X), fresnet.forward(PARAMS, X), 1e-12)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    for _ in range(2):  # a stale weight has no graph for a second pass back
+        optimizer.zero_grad()
+        cross_entropy(module(X), Y).backward()
+        optimizer.step()
+    moved = module.params().weights.stages[0][0].layer2.conv
+    g, v = kernel_of(module).parameters()
+    norms = v.flatten(1).norm(dim=1)[:, None, None, None]
+    assert_close(moved, g * v / norms, 1e-12)
+
+
+def test_pruned_weights() -> None:
+    contiguous = tree.map(Tensor.contiguous, fresnet.freeze(PARAMS))  # it takes views as vectors
+    module = fresnet.as_module(contiguous).train()
+    prune.l1_unstructured(kernel_of(module), "weight", 0.5)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    for _ in range(2):
+        cross_entropy(module(X), Y).backward()
+        optimizer.step()
+    entries = module.state_dict()
+    kernel = entries["layer1.0.conv2.weight_orig"] * entries["layer1.0.conv2.weight_mask"]
+    assert (kernel == 0).sum() == kernel.numel() // 2
+    params = module.params()
+    assert_same(params.weights.stages[0][0].layer2.conv, kernel)
+    assert_same(module(X), fresnet.forward(params, X))
+    prune.remove(kernel_of(module), "weight")
+    assert_same(module(X), fresnet.forward(params, X))
+
+
+def test_a_layer_may_be_exchanged() -> None:
+    """It stands where torchvision has it."""
+    module: Any = fresnet.as_module(PARAMS)
+    block, head = module.layer1[0], nn.Linear(24, 7).double()
+    assert block.conv2 is kernel_of(module)
+    assert block.downsample[1].bias is module.get_parameter("layer1.0.downsample.1.bias")
+    module.fc = head
+    assert_close(module(X), head(fresnet.embed(PARAMS, X)), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_cast_is_that_of_the_network(dtype: torch.dtype) -> None:
+    """Statistics are not rounded to a narrow dtype, not even on the way."""
+    params = PARAMS._replace(stats=tree.map(lambda leaf: leaf + 0.3, PARAMS.stats))
+    module = fresnet.as_module(params)
+    nn.Sequential(module).to(dtype)
+    assert_same(tree.map(Tensor.detach, module.params()), fresnet.cast(params, dtype))
+    assert module(X.to(dtype)).dtype == dtype
+    module.to("meta").to_empty(device="cpu").bfloat16()
+    assert module.params().stats.stem.layer.mean.dtype == torch.float32
+
+
+def test_parts_may_be_kept_from_training() -> None:
+    module = fresnet.as_module(PARAMS)
+    module.requires_grad_(False).get_submodule("layer2").requires_grad_(True)
+    module(X).sum().backward()
+    assert all(
+        (leaf.grad is not None) == name.startswith("layer2.")
+        for name, leaf in module.named_parameters()
+    )
 
 
 def test_copies_pickles_and_meta() -> None:

@@ -249,7 +249,7 @@ def test_wrong_moments_are_refused() -> None:
             lambda: fresnet.freeze(params, lambda path: path[0] == "layer4"),
             r"none of 3, such as \('st",
         ),
-        (lambda: fresnet.freeze(params, "stem"), "a function of paths; got a str"),  # type: ignore[arg-type]
+        (lambda: fresnet.freeze(params, "stem"), r"such as tree.matching\('stem'\); got 'stem'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(FresnetError, match=message):
             call()

@@ -6,6 +6,7 @@ strategies draw these nodes too.
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from timm import layers
 from timm.layers import BlurPool2d, get_attn
 from timm.models import resnet, resnetv2
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, tree
@@ -30,7 +32,11 @@ from fresnet.gradients.listening import Listening
 from fresnet.inference.cudnn import CuDNN
 from fresnet.inference.int8 import _Packing
 from fresnet.inference.onednn import OneDNN
+from fresnet.network import norm as norms_of
+from fresnet.network.init import fresh_stats
 from fresnet.network.nodes import (
+    EPS,
+    PLACES,
     PLAIN,
     POOLED,
     AveragedStage,
@@ -63,6 +69,7 @@ from fresnet.network.nodes import (
     ZeroPad,
     kinds,
     over,
+    replaced,
 )
 from fresnet.network.regimes import INFERENCE, TRAINING
 from fresnet.network.rewrites import _folded
@@ -298,14 +305,27 @@ def test_a_convolution_that_pools_equals_timm(x: Tensor, seed: int, block: Any) 
 
 
 def test_what_pools_against_aliasing_is_asked_for_where_names_do_not_tell(tmp_path: Path) -> None:
-    """timm's state dicts list modules, of which only a blur shows; torchvision has none there."""
+    """timm's state dicts list modules, of which only a blur shows; torchvision has no such network.
+
+    Without modules a network may be any of those that share its names.
+    """
     for name, expected in (("resnet50d", "resnetaa50d"), ("resnetaa50", "resnetaa50")):
         with torch.device("meta"):
             state = timm.create_model(name).state_dict()
-        with pytest.warns(UserWarning, match=rf"pools against aliasing, as {expected} does"):
+        with pytest.warns(UserWarning, match=rf"do not tell this network from {expected}\. "):
             params = fresnet.from_state_dict(state)
         assert kinds(params.weights).isdisjoint(POOLED)
         fresnet.from_state_dict(state, architecture=name)
+    for name, expected in (
+        ("resnet50d", "resnetaa50d and resnetblur50d"),
+        ("resnetaa50", "resnet50_v1, resnetaa50 and resnetblur50"),
+    ):
+        with torch.device("meta"):
+            entries = dict(timm.create_model(name).state_dict())
+        usual = name.replace("aa", "")
+        with pytest.warns(UserWarning, match=f"from {expected}.*architecture='{usual}' says so"):
+            fresnet.from_state_dict(entries)
+        fresnet.from_state_dict(entries, architecture=name)
     state = timm.create_model("resnetblur18").state_dict()
     torch.save({"model": state}, tmp_path / "blurs.pth")
     for read in (
@@ -467,6 +487,46 @@ def test_a_norm_that_a_regime_does_not_know_is_refused(
         run_by(REGIMES[regime](), unit, beside)
     with pytest.raises(FresnetError, match="Scale"):
         _folded(unit, beside)
+
+
+def by_root_mean_square(norm: Scale, x: Tensor) -> Tensor:
+    factor = torch.rsqrt(x.square().mean((2, 3), keepdim=True) + EPS)
+    return x * factor * norm.scale[:, None, None] + norm.bias[:, None, None]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnetv2_18"])
+def test_a_norm_of_ones_own_is_a_type_and_a_function(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inference, training, gradients and backends take it from the table, and need no line each."""
+    monkeypatch.setitem(norms_of.WITHOUT_STATISTICS, Scale, by_root_mean_square)
+    for kind, places in list(PLACES.items()):
+        if "norm" in places:
+            monkeypatch.setitem(PLACES, kind, {"norm": (*places["norm"], Scale)})
+    spec = replace(fresnet.SPECS[name], depths=(1, 1), width=8)
+    weights = fresnet.init(0, spec, num_classes=5).weights
+    draw = torch.Generator().manual_seed(1)
+
+    def scaled(unit: Any) -> Any:
+        drawn = (torch.rand(leaf.shape, generator=draw) + 0.5 for leaf in unit.norm)
+        return unit._replace(norm=Scale(*drawn)) if isinstance(unit.norm, Norm) else unit
+
+    weights = replaced(scaled, weights)
+    params = fresnet.Params(weights, fresh_stats(weights))
+    wide, x = fresnet.cast(params, torch.float64), X[:, :, :40, :40]
+    y = torch.tensor([1, 4])
+    logits = fresnet.forward(wide, x)
+    assert_close(fresnet.forward_train(wide, x)[0], logits, 0)
+    assert_close(fresnet.forward(fresnet.fold(wide), x), logits, 1e-12)
+    each = fresnet.per_sample_grads(cross_entropy, wide, x, y, norms="running")
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in tree.leaves(each)]).sum(0).sqrt()
+    assert_close(fresnet.per_sample_norms(cross_entropy, wide, x, y), norms, 1e-12)
+    clipped = fresnet.clipped_grads(cross_entropy, wide, x, y, max_norm=1.0)
+    factors = (1 / norms).clamp(max=1)
+    expected = tree.map(lambda g: torch.tensordot(factors, g, 1), each)
+    assert_trees_close(clipped[0], expected, 1e-12)
+    compiled = fresnet.compile_inference(params, x.float())
+    assert_close(compiled(x.float()), logits.float(), 1e-4)
 
 
 @pytest.mark.parametrize("regime", REGIMES)

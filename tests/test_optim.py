@@ -378,8 +378,11 @@ def test_gradients_of_another_network_are_refused() -> None:
         fresnet.init(0, fresnet.Spec(depths=depths, width=4)).weights for depths in ((1,), (2,))
     )
     optimizer = optim.sgd(0.1)
-    with pytest.raises(FresnetError, match="expects trees of one structure"):
+    with pytest.raises(FresnetError, match="weights, grads and moments, expects trees of one str"):
         optimizer.update(other, optimizer.init(one), one)
+    for updated in (optimizer, optim.by_path({"*": optimizer}), optim.frozen):
+        with pytest.raises(FresnetError, match="in this order; got a Weights for the state"):
+            updated.update(one, one, optimizer.init(one))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -116,9 +116,9 @@ def test_nothing_global_matters() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"order": Order(0, 1, 0)}, "an Order expects a size of at least 1; got 0"),
-        ({"order": Order(1, 0, 0)}, "an Order expects a batch of at least 1; got 0"),
-        ({"order": Order(1, 1, 0, -1)}, "an Order expects a repeats of at least 1; got -1"),
+        ({"order": Order(0, 1, 0)}, "an Order expects size to be an integer of at least 1; got 0"),
+        ({"order": Order(1, 0, 0)}, "an Order expects batch to be an integer of at least 1; got 0"),
+        ({"order": Order(1, 1, 0, -1)}, "an Order expects repeats to be an integer of at least 1"),
         ({"start": -1}, "batches expects 0 <= start <= stop; got -1 and 5"),
         ({"start": 6}, "batches expects 0 <= start <= stop; got 6 and 5"),
         ({"rank": 2, "ranks": 2}, "a rank from 0 to below ranks=2; got 2"),

@@ -259,7 +259,7 @@ def test_an_update_of_parts_compiles_whole() -> None:
         (["head"], "a key for each leaf; got none for stem.layer.conv, stem.layer.norm.scale, "),
         (["head", "*"], None),
         (["stem", "stages", "head", "*"], None),
-        (["haed", "*"], "to choose a leaf that none before it chooses; got 'haed'"),
+        (["haed", "*"], "a leaf that none before it chooses; got 'haed'; did you mean 'head'"),
         (["*", "head"], "to choose a leaf that none before it chooses; got 'head'"),
         (["head", lambda path: path[0] == "head", "*"], "chooses; got a function"),
     ],
@@ -274,8 +274,9 @@ def test_every_leaf_has_an_optimizer_and_every_key_a_leaf(keys: Any, message: st
         lambda: optimizer.init(SMALL.weights),
         lambda: optimizer.update(SMALL.weights, optim.sgd(0.1).init(SMALL.weights), SMALL.weights),
     ):
-        with pytest.raises(FresnetError, match=re.escape(message)):
+        with pytest.raises(FresnetError, match=re.escape(message)) as caught:
             call()
+        assert ("did you mean" in str(caught.value)) is ("haed" in keys)
 
 
 @pytest.mark.parametrize(
@@ -285,8 +286,8 @@ def test_every_leaf_has_an_optimizer_and_every_key_a_leaf(keys: Any, message: st
         (lambda: optim.by_path({"*": 0.1}), "by_path expects a mapping .*; got a float"),  # type: ignore[dict-item]
         (lambda: optim.by_path({3: optim.sgd(0.1)}), "expects patterns as texts; got a int"),  # type: ignore[dict-item]
         (lambda: optim.by_path({}).init(SMALL.weights), "a key for each leaf; got none for"),
-        (lambda: optim.sgd(0.1).init(()), "init expects weights with a leaf; got none"),
-        (partial(optim.frozen.init, {}), "init expects weights with a leaf; got none"),
+        (lambda: optim.sgd(0.1).init(()), "init expects a tree of float tensors; got no leaf"),
+        (partial(optim.frozen.init, {}), "init expects a tree of float tensors; got no leaf"),
     ],
 )
 def test_what_is_no_mapping_to_optimizers_is_refused(

@@ -93,7 +93,7 @@ V1, V2 = (
 )
 CASES = {
     "v1": V1._replace(drops=(1.5, 2)),
-    "v2": V2._replace(repeats=2, warm_up=1, average=0.02),
+    "v2": V2._replace(repeats=2, warm_up=1, average=0.02, drop_path=0.3, dropout=0.2),
 }
 TRAIN = ("--arch", "resnet20", "--crop", "16", "--batch", "10", "--workers", "0")
 
@@ -170,6 +170,8 @@ def test_a_run_is_its_steps_and_evaluations(digits: Path, tmp_path: Path, case: 
         optimizer,
         loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
         mixing=mixing_of(recipe),
+        drop_path=recipe.drop_path,
+        dropout=recipe.dropout,
         average_decay=average_decay_of(recipe),
     )
     images = Images(training, partial(augment, augmentation=recipe.augmentation), 3)
@@ -546,11 +548,17 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("none", "scan expects images in every class; none/train/a has none that ends in .jpg"),
-        ("single", "scan expects single/train to hold a folder for each of two classes or more"),
+        (
+            "none",
+            "expects images in every class; none/train/a has none that ends in .jpg",
+        ),
+        (
+            "single",
+            "expects single/train to hold a folder for each of two classes or more",
+        ),
         ("good/train", "a folder of class folders; good/train/train: No such file or directory"),
         ("good --validation no", "a folder of class folders; no: No such file or directory"),
-        ("fewer", "scan expects the 4 classes given; fewer/val lacks 1: '3'"),
+        ("fewer", "expects the 4 classes given; fewer/val lacks 1: '3'"),
         ("good --recipe v3", "unknown --recipe 'v3'; there are paper, v1 and v2"),
         ("good --arch resnet21 --batch 1000", "unknown --arch 'resnet21'; did you mean 'resnet"),
         ("good --arch resnet21", "unknown --arch 'resnet21'; did you mean 'resnet"),
@@ -564,6 +572,9 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --freeze head --head-rate 1", "chooses; got 'head.*'"),
         ("good --freeze *", "expects an optimizer that changes a weight; got frozen"),
         ("good --freeze * --dry-run", "expects an optimizer that changes a weight; got frozen"),
+        ("good --drop-path 1", "--drop-path expects a number from 0 to below 1; got 1.0"),
+        ("good --dropout nan", "--dropout expects a number from 0 to below 1; got nan"),
+        ("good --arch plain20 --drop-path 0.1", "draw_masks expects shortcuts where paths are"),
         ("good --crop 0", "--crop expects a positive number; got 0"),
         ("good --keep 0", "--keep expects a positive number; got 0"),
         ("good --save-every 0", "--save-every expects a positive number; got 0"),
@@ -591,6 +602,7 @@ def test_bad_input_is_refused_in_a_line(
     arch = () if "--weights" in arguments else ("--arch", "resnet20")
     said = refused(capsys, *arch, "--crop", "16", "--batch", "10", *options, *arguments.split())
     assert reason in said
+    assert "scan" not in said  # the function's name, which nobody called
     assert not any(folders.glob("runs/*/checkpoints/*"))
 
 
@@ -980,12 +992,14 @@ def test_a_dry_run_is_a_table_and_the_first_step(
 ) -> None:
     before = sorted(Path().rglob("*"))
     options = ["train", "good", *TRAIN, "--epochs", "6", "--recipe", recipe, "--out", "out"]
+    options += ["--drop-path", "0.2", "--dropout", "0.1"]
     assert main([*options, "--dry-run"]) == 0
     table = capsys.readouterr().out
     assert sorted(Path().rglob("*")) == before
     assert max(map(len, table.splitlines())) <= 80
     assert f"{IMAGES} to train on, 18 to validate" in table
     assert "6 epochs of 4 steps, 24 in all" in table
+    assert "dropped     paths 0.2, features 0.1" in table
     with interrupted("step", 1, WAYS["SIGINT"], late=True):
         assert main(options) == 1
     [first] = read_log(Path("out"))
@@ -1221,7 +1235,9 @@ def test_what_older_runs_did_not_note_is_no_difference_where_it_is_not_set(tmp_p
     state = begin(fresnet.init(0, Spec(BasicBlock, (1,), 4), num_classes=2), optim.sgd(0.1))
     save_state(state, tmp_path / "checkpoints", step=0, notes={"rate": "0.1"})
     notes = {"rate": "0.1", "head_rate": "None", "frozen": "()", "preset channels": "RGB"}
+    notes["drop_path"] = "0.0"
     assert_same(resumed(state, tmp_path, notes), state)
-    for other in ({"head_rate": "1.0"}, {"rate": "None"}, {"preset channels": "BGR"}):
+    others = ({"head_rate": "1.0"}, {"preset channels": "BGR"}, {"drop_path": "0.1"})
+    for other in (*others, {"rate": "None"}):
         with pytest.raises(FresnetError, match="holds a run of"):
             resumed(state, tmp_path, {**notes, **other})

@@ -104,13 +104,22 @@ def test_steps_equal_torchvision_and_torch_optim(
     x=training_images(),
     mixing=st.sampled_from([None, *MIXINGS.values()]),
     micro_batches=st.integers(1, 2),
+    dropout=st.sampled_from([0.0, 0.4]),
     average=st.booleans(),
     seed=st.integers(0, 2**63 - 1),
 )
 def test_a_step_is_a_pure_function(
-    params: Params, x: Tensor, mixing: Any, micro_batches: int, average: bool, seed: int
+    params: Params,
+    x: Tensor,
+    mixing: Any,
+    micro_batches: int,
+    dropout: float,
+    average: bool,
+    seed: int,
 ) -> None:
-    train_step = make_train_step(SGD, mixing=mixing, micro_batches=micro_batches, max_norm=1.0)
+    train_step = make_train_step(
+        SGD, mixing=mixing, dropout=dropout, micro_batches=micro_batches, max_norm=1.0
+    )
     state, steps = start(params, SGD, seed=seed, average=average), batches(params, x, 2)
     rng = torch.get_rng_state()
     with unmutated(state, steps):
@@ -119,7 +128,7 @@ def test_a_step_is_a_pure_function(
     assert torch.equal(torch.get_rng_state(), rng)
     end, _ = first
     assert end.step == end.position == 2
-    assert torch.equal(end.rng, state.rng) is (mixing is None)
+    assert torch.equal(end.rng, state.rng) is (mixing is None and not dropout)
     assert tree.paths(end) == tree.paths(state)
 
 
@@ -519,10 +528,22 @@ OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, grou
     [
         (lambda: STEP(STATE, (X, Y + 1)), "a train step expects classes from 0 to 4; got 5"),
         (lambda: STEP(STATE, (X, Y - 2)), "a train step expects classes from 0 to 4; got -1"),
-        (lambda: STEP(STATE, (X, Y.int())), r"4 classes, int64 \(4,\); got int32 \(4,\)"),
-        (lambda: STEP(STATE, (X, Y[:3])), r"4 classes, int64 \(4,\); got int64 \(3,\)"),
+        (lambda: STEP(STATE, (X, Y.int())), r"4 classes, int64 \(4,\), .*; got int32 \(4,\)"),
+        (lambda: STEP(STATE, (X, Y[:3])), r"4 classes, int64 \(4,\), .*; got int64 \(3,\)"),
         (lambda: STEP(STATE, (X.float(), Y)), "in the weights' torch.float64; got torch.float32"),
-        (lambda: STEP(OTHER.params, (X, Y)), "a train step expects a TrainState; got a Params"),
+        (lambda: STEP(OTHER.params, (X, Y)), "a TrainState, as training.start makes it; got a P"),
+        (lambda: STEP(STATE, OTHER.x), r"a train step expects a batch \(x, y\); got None"),
+        (lambda: STEP(STATE, X), r"a train step expects a batch \(x, y\); got float64 \(4, "),  # type: ignore[arg-type]
+        (lambda: STEP(STATE, [(X, Y)]), r"a train step expects a batch \(x, y\); got a list"),  # type: ignore[arg-type]
+        (
+            lambda: STEP(STATE, (X, F.one_hot(Y, 5))),
+            r"or probabilities, float64 \(4, 5\); got int64 \(4, 5\)",
+        ),
+        (
+            lambda: make_train_step(OTHER.group),
+            "make_train_step expects an optimizer, .*; got 'all",
+        ),
+        (lambda: start(PARAMS, optim.sgd), "start expects an optimizer, .*; got a function"),  # type: ignore[arg-type]
         (
             lambda: make_train_step(SGD, micro_batches=5)(STATE, (X, Y)),
             "of 5 micro-batches expects as many images; got 4",
@@ -547,7 +568,7 @@ OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, grou
             lambda: vmap(make_train_step(SGD, mixing=MIXINGS["one"]), (0, None))(
                 tree.stack([STATE, STATE]), (X, Y)
             ),
-            "a train step that mixes does not map",
+            "a train step that mixes or drops does not map",
         ),
         (
             lambda: SGD.update(PARAMS.weights, optim.sgd(0.1).init(PARAMS.weights), PARAMS.weights),
@@ -557,6 +578,11 @@ OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, grou
         (lambda: training.mixup(float("inf")), "mixup expects alpha to be a positive number"),
         (lambda: training.mixup(0.0), "mixup expects alpha to be a positive number; got 0.0"),
         (lambda: training.cutmix(-1), "cutmix expects alpha to be a positive number; got -1"),
+        *(
+            (partial(training.evaluate, PARAMS, wrong), r"as in \[\(x, y\)\]; got float64 \(")  # type: ignore[arg-type]
+            for wrong in ((X, Y), [X], X)
+        ),
+        (lambda: training.evaluate(PARAMS, [(X, Y[:, None])]), r"int64 \(4,\); got int64 \(4, 1\)"),
         (lambda: training.evaluate(PARAMS, []), "at least one image; got none"),
         (lambda: training.evaluate(PARAMS, [(X, Y + 1)]), "classes from 0 to 4; got 5"),
     ],

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from assertions import assert_close, assert_same
-from hypothesis import given
+from hypothesis import assume, given
 from strategies import examples, targets, tiny_params, training_images
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import Params, tree
+from fresnet.network import ops
 from fresnet.network.nodes import Weights
 from fresnet.network.norm import _batch_norm, _FusedNorm
 
@@ -153,7 +154,28 @@ def test_a_gradient_over_tasks_by_vmap_is_one_over_a_loop(
     mapped = outer(lambda w: vmap(after_a_step, (None, 0))(w, tasks).sum(), params.weights)
     looped = outer(lambda w: torch.stack([after_a_step(w, x) for x in tasks]).sum(), params.weights)
     scale = tree.ravel(looped).norm()
+    assume(scale.isfinite())  # a step of standardised weights beside random statistics may be huge
     assert (tree.ravel(mapped) - tree.ravel(looped)).norm() <= 1e-9 * scale + 1e-12
+
+
+def test_sums_are_written_over_where_pytorch_takes_it() -> None:
+    """It refuses to write over a tensor that is a constant to the derivative of what is added."""
+    written: list[bool] = []
+
+    def total(v: Tensor, w: Tensor) -> Tensor:
+        y = 2 * v
+        written.append(ops.add(y, w) is y)
+        return y.sum()
+
+    v = torch.ones(2, 3)
+    total(v, v)
+    grad(total)(v, v)
+    grad(lambda w: grad(total)(v, w).sum())(v)
+    jvp(total, (v, v), (v, v))
+    vmap(total)(v, v)
+    assert written == [True, True, True, True, False]
+    grad(lambda w: ops.add(v, w).sum())(v)
+    assert torch.equal(v, torch.ones(2, 3))
 
 
 @examples(8)

@@ -135,6 +135,10 @@ def test_at_exchanges_nodes_of_a_network() -> None:
 @given(one=trees(st.integers()), data=st.data())
 def test_a_tree_in_parts_combines_to_itself(one: Any, data: st.DataObject) -> None:
     chosen = {path for path in tree.paths(one) if data.draw(st.booleans())}
+    if not chosen:
+        with pytest.raises(FresnetError, match="expects where to choose a leaf; got none of"):
+            tree.partition(one, chosen.__contains__)
+        return
     parts = tree.partition(one, chosen.__contains__)
     for part, side in zip(parts, (True, False), strict=True):
         expected = [path for path in tree.paths(one) if (path in chosen) is side]
@@ -249,7 +253,8 @@ def test_trees_that_do_not_fit_are_refused() -> None:
     bottleneck = fresnet.init(0, Spec(Bottleneck, (2, 2), width=4))
     basic = fresnet.init(0, Spec(BasicBlock, (2, 2), width=4))
     wider = fresnet.init(0, Spec(BasicBlock, (2, 2), width=8))
-    place = r"differs from the first at \('weights', 'stages', 0, 0, 'layer3', 'conv'\)"
+    last = r"\('weights', 'stages', 0, 0, 'layer3', 'conv'\)"
+    place = rf"differs from the first at {last}, where it has \('weights', 'stages', 0, 1, 'layer1'"
     with pytest.raises(FresnetError, match=f"tree.map .*{place}"):
         tree.map(torch.add, bottleneck, basic)
     with pytest.raises(FresnetError, match=f"tree.stack .*{place}"):
@@ -258,14 +263,44 @@ def test_trees_that_do_not_fit_are_refused() -> None:
         FresnetError, match=r"\('weights', 'stem', 'layer', 'norm'\): FrozenNorm for Norm"
     ):
         tree.stack([basic, fresnet.freeze(basic)])
-    with pytest.raises(FresnetError, match=r"got float32 \(4, 3, 7, 7\), float32 \(8, 3, 7, 7\)"):
+    for pair, lacks in (
+        ((basic.weights, basic), "where it has"),
+        (([1, 2], [1]), "which it lacks"),
+    ):
+        with pytest.raises(FresnetError, match=lacks):
+            tree.map(torch.add, *pair)
+    with pytest.raises(FresnetError, match=r"at \(1,\), which the first lacks"):
+        tree.map(torch.add, [1], [1, 2])
+    with pytest.raises(FresnetError, match="expects a vector of 5 values; got a Params"):
+        tree.unravel(torch.zeros(5), basic)  # type: ignore[arg-type]
+    with pytest.raises(FresnetError, match=r"such as tree.matching\('head'\); got '\*.norm'"):
+        tree.partition(basic, "*.norm")  # type: ignore[arg-type]
+    with pytest.raises(FresnetError, match=r"got none of \d+, such as weights.stem.layer.conv"):
+        tree.partition(basic, tree.matching("norm"))
+    with pytest.raises(
+        FresnetError, match=r"got float32 \(4, 3, 7, 7\) on cpu, float32 \(8, 3, 7, 7\)"
+    ):
         tree.stack([basic, wider])
-    with pytest.raises(FresnetError, match=r"got float32 \(4, 3, 7, 7\), float64 \(4, 3, 7, 7\)"):
+    with pytest.raises(
+        FresnetError, match=r"got float32 \(4, 3, 7, 7\) on cpu, float64 \(4, 3, 7, 7\)"
+    ):
         tree.stack([basic, tree.map(torch.Tensor.double, basic)])
     with pytest.raises(FresnetError, match="a list or tuple of trees; got a Params"):
         tree.stack(basic)
-    with pytest.raises(FresnetError, match=r"leaves of one dtype; got .*float"):
+    with pytest.raises(FresnetError, match=r"leaves of one dtype on one device; got .*float64"):
         tree.ravel((torch.zeros(1), torch.zeros(1).double()))
+    on_meta = tree.map(lambda leaf: leaf.to("meta"), basic)
+    with pytest.raises(FresnetError, match=r"one device; got .*float32 on cpu and .* on meta"):
+        tree.ravel((basic, on_meta))
+    with pytest.raises(
+        FresnetError, match=r"got float32 \(4, 3, 7, 7\) on cpu, float32 .* on meta"
+    ):
+        tree.stack([basic, on_meta])
+    for compare in (tree.equal, tree.allclose):
+        assert not compare(basic, on_meta)
+        assert not compare(tree.map(torch.Tensor.double, on_meta), on_meta)
+        with pytest.raises(FresnetError, match=f"tree.{compare.__name__} expects tensors with val"):
+            compare((basic, on_meta), (basic, on_meta))
     with pytest.raises(FresnetError, match="at least one tree"):
         tree.stack([])
     with pytest.raises(FresnetError, match="expects leaves of one first dimension"):

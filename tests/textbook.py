@@ -58,13 +58,18 @@ def logits(params: Any, x: Tensor, train: bool) -> Tensor:
         blocks, blocks_stats = (getattr(one, "blocks", one) for one in (node, node_stats))
         for i, (w, s) in enumerate(zip(blocks, blocks_stats, strict=True)):
             stride = 2 if stage > 0 and i == 0 else 1
+            w, keep = w if type(w).__name__ == "DropPath" else (w, x.new_ones(len(x)))
             if v2:
-                x = preactivated(w, s, x, stride, train)
+                y, x = preactivated(w, s, x, stride, train)
+                x = y * keep[:, None, None, None] + x
             else:
-                x = block(w, s, x, stride, train, pool if stride == 2 else None)
+                y, x = block(w, s, x, stride, train, pool if stride == 2 else None)
+                x = relu(y * keep[:, None, None, None] + x)
     if v2:
         x = relu(normalise(x, weights.last.normed.norm, stats.last.normed, train))
-    result: Tensor = x.mean((2, 3)) @ weights.head.weight.T + weights.head.bias
+    means = x.mean((2, 3))
+    head, keep = weights.head if type(weights.head).__name__ == "Dropout" else (weights.head, 1)
+    result: Tensor = (means * keep) @ head.weight.T + head.bias
     return result
 
 
@@ -89,8 +94,13 @@ def blur(x: Tensor) -> Tensor:
     return conv2d(pad(x, (1, 1, 1, 1), "reflect"), weight, stride=2, groups=x.shape[1])
 
 
-def block(w: Any, s: Any, x: Tensor, stride: int, train: bool, pool: Any = None) -> Tensor:
-    """He et al. 2015, Fig. 5, with attention if the block has any, and what pools, not strides."""
+def block(
+    w: Any, s: Any, x: Tensor, stride: int, train: bool, pool: Any = None
+) -> tuple[Tensor, Tensor]:
+    """He et al. 2015, Fig. 5, with attention if the block has any, and what pools, not strides.
+
+    These are branch and shortcut, before their sum.
+    """
     wide = hasattr(w, "layer3")
     of_3x3 = 1 if pool else stride
     y = conv2d(x, kernel(w.layer1), stride=1 if wide else of_3x3, padding=0 if wide else 1)
@@ -106,7 +116,7 @@ def block(w: Any, s: Any, x: Tensor, stride: int, train: bool, pool: Any = None)
     if len(w.shortcut):
         x = conv2d(x, kernel(w.shortcut.layer), stride=stride)
         x = normalise(x, w.shortcut.layer.norm, s.shortcut.layer, train)
-    return relu(y + x)
+    return y, x
 
 
 def gates(w: Any, y: Tensor) -> Tensor:
@@ -120,12 +130,12 @@ def gates(w: Any, y: Tensor) -> Tensor:
     return torch.sigmoid(z @ excite[:, :, 0, 0].T + excite_bias)[:, :, None, None]
 
 
-def preactivated(w: Any, s: Any, x: Tensor, stride: int, train: bool) -> Tensor:
-    """He et al. 2016, Fig. 4e."""
+def preactivated(w: Any, s: Any, x: Tensor, stride: int, train: bool) -> tuple[Tensor, Tensor]:
+    """He et al. 2016, Fig. 4e: branch and shortcut, before their sum."""
     active = relu(normalise(x, w.before.norm, s.before, train))
     y = relu(normalise(conv2d(active, kernel(w.layer1)), w.layer1.norm, s.layer1, train))
     y = conv2d(y, kernel(w.layer2), stride=stride, padding=1)
     y = conv2d(relu(normalise(y, w.layer2.norm, s.layer2, train)), kernel(w.layer3))
     if len(w.shortcut):
         x = conv2d(active, kernel(w.shortcut.layer), stride=stride)
-    return y + x
+    return y, x

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 from torch.nn.functional import cross_entropy
 
 import fresnet
@@ -18,7 +18,7 @@ def loss_fn(weights: Weights, stats: Stats, x: Tensor, y: Tensor) -> tuple[Tenso
 
 
 def step(params: Params, x: Tensor, y: Tensor) -> Params:
-    grads, (_, stats) = grad_and_value(loss_fn, has_aux=True)(*params, x, y)
+    grads, (_, stats) = fresnet.grad_and_value(loss_fn, has_aux=True)(*params, x, y)
     weights: Weights = tree.map(lambda w, g: w - 0.1 * g, params.weights, grads)
     return Params(weights, stats)
 

@@ -31,6 +31,11 @@ def convert(args: argparse.Namespace) -> str:
         export(params, args.target)
         return f"wrote {args.target}"
     known = notes(args.source)
+    foreign = foreign_to(args.layout, params)
+    if foreign and (args.target.suffix, args.layout) != (".safetensors", "torchvision"):
+        raise FresnetError(
+            f"{args.layout} has no {foreign}; fresnet keeps it in a .safetensors without --layout"
+        )
     config = args.target.with_name("config.json") if args.layout == "huggingface" else None
     if config is not None:
         _check_replaceable(config)
@@ -41,7 +46,6 @@ def convert(args: argparse.Namespace) -> str:
         write_safetensors("convert", to_state_dict(params, args.layout), args.target, texts)
     else:
         save(params, args.target, **known._asdict())
-        foreign = foreign_to("torchvision", params)
         return f"wrote {args.target}" + (
             f"; torchvision has no {foreign}, so it is for fresnet alone" if foreign else ""
         )

@@ -5,7 +5,7 @@ one, in the same order. With the same seed both make the same image, to the bit.
 """
 
 from collections.abc import Iterator
-from math import sqrt
+from math import inf, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +14,19 @@ from einops import reduce
 from PIL.Image import Image, Resampling, Transpose
 from torch import Generator, Tensor
 
-from fresnet.data.draws import chance, integer, log_uniform, uniform
+from fresnet.data.draws import (
+    chance,
+    check_image,
+    check_numbers,
+    check_values,
+    integer,
+    log_uniform,
+    uniform,
+)
 from fresnet.data.preprocess import normalise, pixel_values, preprocess, refuse_huge
 from fresnet.data.presets import Preset
 from fresnet.data.trivial import trivial_augment
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, check_type, describe
 
 
 class AreaCrop(NamedTuple):
@@ -75,6 +83,8 @@ def augment(image: Image, generator: Generator, augmentation: Augmentation) -> T
       FresnetError: if a setting is out of its range, or if the image, resized, would have more
         pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
+    check_type("augment", Augmentation, "an Augmentation", augmentation=augmentation)
+    check_image("augment", image, generator)
     _check(augmentation)
     crop, flip, trivial, lighting, mean, std, erasing = augmentation
     if isinstance(crop, AreaCrop):
@@ -96,12 +106,23 @@ def prepare(image: Image, generator: Generator, preset: str | Preset) -> Tensor:
     """An image as an evaluation sees it, `[3 crop crop]`: `fresnet.preprocess` of it alone.
 
     Nothing is drawn from the generator. The preset and the errors are those of `preprocess`.
+
+    >>> import PIL.Image, torch
+    >>> prepare(PIL.Image.new("RGB", (400, 300)), torch.Generator(), "imagenet-v1").shape
+    torch.Size([3, 224, 224])
     """
     return preprocess([image], preset)[0]
 
 
 def area_crop(image: Image, generator: Generator, crop: AreaCrop) -> Image:
-    """Crop as torchvision's RandomResizedCrop does."""
+    """Crop as torchvision's RandomResizedCrop does.
+
+    >>> import PIL.Image, torch
+    >>> area_crop(PIL.Image.new("RGB", (400, 300)), torch.Generator(), AreaCrop(224)).size
+    (224, 224)
+    """
+    check_image("area_crop", image, generator)
+    check_type("area_crop", AreaCrop, "an AreaCrop", crop=crop)
     width, height = image.size
     for w, h in _rectangles(width * height, crop.area, crop.ratio, generator):
         if 0 < w <= width and 0 < h <= height:
@@ -116,7 +137,14 @@ def area_crop(image: Image, generator: Generator, crop: AreaCrop) -> Image:
 
 
 def scale_crop(image: Image, generator: Generator, crop: ScaleCrop) -> Image:
-    """Draw a length, resize to it as torchvision's Resize does, and crop as its RandomCrop does."""
+    """Draw a length, resize to it as torchvision's Resize does, and crop as its RandomCrop does.
+
+    >>> import PIL.Image, torch
+    >>> scale_crop(PIL.Image.new("RGB", (400, 300)), torch.Generator(), ScaleCrop(224)).size
+    (224, 224)
+    """
+    check_image("scale_crop", image, generator)
+    check_type("scale_crop", ScaleCrop, "a ScaleCrop", crop=crop)
     least, most = crop.shorter
     shorter = least + integer(most - least + 1, generator)
     width, height = (int(shorter * side / min(image.size)) for side in image.size)
@@ -130,7 +158,15 @@ def scale_crop(image: Image, generator: Generator, crop: ScaleCrop) -> Image:
 
 
 def random_flip(image: Image, generator: Generator, probability: float) -> Image:
-    """Flip as torchvision's RandomHorizontalFlip does."""
+    """Flip as torchvision's RandomHorizontalFlip does.
+
+    >>> import PIL.Image, torch
+    >>> image = PIL.Image.frombytes("RGB", (2, 1), bytes([1, 2, 3, 4, 5, 6]))
+    >>> list(random_flip(image, torch.Generator(), probability=1.0).tobytes())
+    [4, 5, 6, 1, 2, 3]
+    """
+    check_image("random_flip", image, generator)
+    check_numbers("random_flip", 1, probability=probability)
     return image.transpose(Transpose.FLIP_LEFT_RIGHT) if chance(probability, generator) else image
 
 
@@ -148,8 +184,15 @@ def relight(x: Tensor, generator: Generator, std: float) -> Tensor:
 
         x + sum_i a_i l_i v_i,   a_i ~ N(0, std^2),   l_i, v_i the eigenvalues and eigenvectors
 
+    >>> import torch
+    >>> x = relight(torch.zeros(3, 8, 8), torch.Generator().manual_seed(0), std=0.1)
+    >>> bool((x == x[:, :1, :1]).all())  # one colour everywhere
+    True
+
     Source: Krizhevsky et al. 2012, Sec. 4.1; fb.resnet.torch, datasets/transforms.lua.
     """
+    check_values("relight", x, generator)
+    check_numbers("relight", inf, std=std)
     axes = torch.tensor(EIGENVECTORS, dtype=torch.float32, device="cpu")
     lengths = torch.tensor(EIGENVALUES, dtype=torch.float32, device="cpu")
     amounts = torch.empty_like(lengths).normal_(0, std, generator=generator)
@@ -159,8 +202,15 @@ def relight(x: Tensor, generator: Generator, std: float) -> Tensor:
 def random_erase(x: Tensor, generator: Generator, probability: float) -> Tensor:
     """Set a rectangle to zero, as torchvision's RandomErasing does.
 
+    >>> import torch
+    >>> x = random_erase(torch.ones(3, 8, 8), torch.Generator().manual_seed(0), probability=1.0)
+    >>> x.shape, bool(x.any()), bool(x.all())
+    (torch.Size([3, 8, 8]), True, False)
+
     Source: Zhong et al. 2017, arXiv:1708.04896.
     """
+    check_values("random_erase", x, generator)
+    check_numbers("random_erase", 1, probability=probability)
     if not chance(probability, generator):
         return x
     height, width = x.shape[1:]

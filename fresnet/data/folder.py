@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fresnet.errors import FresnetError, listed, reason
+from fresnet.errors import FresnetError, listed, reason, shown
 from fresnet.reading import as_path, check_regular
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -31,6 +31,14 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
         train = scan("imagenet/train")
         val = scan("imagenet/val", classes=train.classes)
 
+    >>> import pathlib, tempfile, PIL.Image
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("cat", "dog"):
+    ...         (folder := pathlib.Path(root, name)).mkdir()
+    ...         PIL.Image.new("RGB", (40, 30)).save(folder / "1.png")
+    ...     scan(root).classes
+    ('cat', 'dog')
+
     Args:
       root: the folder that holds a folder for each class.
       classes: the classes that must be there, in the order of their labels. For a validation folder
@@ -44,6 +52,10 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
         classes are not the expected ones, if a name has a line break, which no list of labels can
         hold, or if a folder cannot be read.
     """
+    if not isinstance(classes, Sequence | None) or not all(
+        isinstance(name, str) for name in classes or ()
+    ):
+        raise FresnetError(f"scan expects classes to be a list of names; got {shown(classes)}")
     root = os.path.expanduser(as_path(root))
     try:
         found = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))

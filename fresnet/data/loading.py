@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from fresnet.data.folder import Folder
 from fresnet.data.order import Place, keyed_generator
 from fresnet.data.preprocess import upright_rgb
-from fresnet.errors import FresnetError, reason, shown
+from fresnet.errors import FresnetError, check_type, describe, reason, shown
+from fresnet.numbers import as_integer
 
 Transform: TypeAlias = Callable[[Image, Generator], Tensor]
 """A function from an upright RGB image to `[3 h w]`.
@@ -29,6 +30,8 @@ OnBroken: TypeAlias = Literal["raise", "skip"]
 
 
 class Example(NamedTuple):
+    """An image as the transform makes it, and its label."""
+
     place: Place
     x: Tensor  # [3 h w]
     label: int
@@ -43,6 +46,8 @@ class Broken(NamedTuple):
 
 
 class Batch(NamedTuple):
+    """Images and labels of a batch, their places in the order, and what was left out."""
+
     x: Tensor  # [b 3 h w], float32, channels last
     y: Tensor  # [b], int64
     places: list[Place]  # the places of these b images
@@ -92,6 +97,19 @@ def loader(
         order = Order(len(images), batch=256, seed=0)
         for x, y, *_ in loader(images, batches(order, start=0, stop=450_000), workers=8): ...
 
+    >>> import pathlib, tempfile, PIL.Image
+    >>> from functools import partial
+    >>> from fresnet.data import Order, batches, prepare, scan
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("cat", "dog"):
+    ...         (folder := pathlib.Path(root, name)).mkdir()
+    ...         PIL.Image.new("RGB", (40, 30)).save(folder / "1.png")
+    ...     images = Images(scan(root), partial(prepare, preset="imagenet-v1"), seed=0)
+    ...     order = Order(len(images), batch=2, seed=0)
+    ...     for x, y, *_ in loader(images, batches(order, start=0, stop=1)):
+    ...         print(x.shape, y.shape)
+    torch.Size([2, 3, 224, 224]) torch.Size([2])
+
     Batches do not depend on the number of workers. Each worker runs one thread. Where CUDA is
     available, batches lie in pinned memory.
 
@@ -106,19 +124,31 @@ def loader(
         broken and none may be left out, or if all images are broken; if a worker dies. It names the
         first file.
     """
-    if workers < 0:
+    check_type("loader", Images, "Images(folder, transform, seed)", images=images)
+    check_type("loader", Iterable, "lists of places, such as batches(order, 0, 9)", places=places)
+    number = as_integer(workers)
+    if number is None or number < 0:
         raise FresnetError(f"loader expects workers of at least 0; got {shown(workers)}")
     if broken not in ("raise", "skip"):
         raise FresnetError(f"loader expects broken to be 'raise' or 'skip'; got {shown(broken)}")
     data = DataLoader(
         images,
-        batch_sampler=places,
+        batch_sampler=_checked(places),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         generator=Generator("cpu"),  # else the global one would draw the workers' seeds
     )
     return _batches(images, data, broken)
+
+
+def _checked(places: Iterable[list[Place]]) -> Iterator[list[Place]]:
+    for batch in places:
+        if not isinstance(batch, list) or not all(isinstance(place, Place) for place in batch):
+            raise FresnetError(
+                f"loader expects lists of Place, as batches gives them; got {describe(batch)}"
+            )
+        yield batch
 
 
 def _batches(

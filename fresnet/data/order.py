@@ -7,12 +7,14 @@ places = batch_at(order, step=70_000)    # the same at every call
 from collections.abc import Iterator
 from hashlib import blake2b
 from itertools import groupby
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, shown
+from fresnet.errors import FresnetError, check_type, shown
+from fresnet.numbers import as_integer
 
 
 class Order(NamedTuple):
@@ -49,9 +51,14 @@ def steps_per_epoch(order: Order) -> int:
     Raises:
       FresnetError: if size, batch or repeats are below 1.
     """
+    check_type("steps_per_epoch", Order, "an Order", order=order)
     for name, value in order._asdict().items():
-        if name != "seed" and value < 1:
-            raise FresnetError(f"an Order expects a {name} of at least 1; got {shown(value)}")
+        number = as_integer(value)
+        if number is None or (name != "seed" and number < 1):
+            least = "" if name == "seed" else " of at least 1"
+            raise FresnetError(
+                f"an Order expects {name} to be an integer{least}; got {shown(value)}"
+            )
     return -(-order.size // order.batch)
 
 
@@ -67,6 +74,7 @@ def batch_at(order: Order, step: int, *, rank: int = 0, ranks: int = 1) -> list[
     Raises:
       FresnetError: if there is no such step or rank, or if a rank would get no image.
     """
+    check_type("batch_at", Integral, "an integer, such as int(state.position)", step=step)
     return next(batches(order, step, step + 1, rank=rank, ranks=ranks))
 
 
@@ -75,9 +83,18 @@ def batches(
 ) -> Iterator[list[Place]]:
     """`batch_at` for every step from start to before stop, with one shuffle for each epoch.
 
+    >>> [len(places) for places in batches(Order(size=10, batch=4, seed=0), start=0, stop=3)]
+    [4, 3, 3]
+
     Args and Raises are those of `batch_at`.
     """
     steps = steps_per_epoch(order)
+    for name, value in {"start": start, "stop": stop, "rank": rank, "ranks": ranks}.items():
+        if as_integer(value) is None:
+            raise FresnetError(
+                f"batches expects {name} to be an integer, such as int(state.position); "
+                f"got {shown(value)}"
+            )
     if not 0 <= start <= stop:
         raise FresnetError(
             f"batches expects 0 <= start <= stop; got {shown(start)} and {shown(stop)}"

@@ -9,7 +9,7 @@ from PIL import ImageEnhance, ImageOps
 from PIL.Image import Image, Resampling, Transform
 from torch import Generator
 
-from fresnet.data.draws import integer
+from fresnet.data.draws import check_image, integer
 
 BINS = 31
 
@@ -29,8 +29,13 @@ class Enhancer(Protocol):
 def trivial_augment(image: Image, generator: Generator) -> Image:
     """Do what torchvision's TrivialAugmentWide does with bilinear interpolation.
 
+    >>> import PIL.Image, torch
+    >>> trivial_augment(PIL.Image.new("RGB", (400, 300)), torch.Generator().manual_seed(0)).size
+    (400, 300)
+
     Source: Müller & Hutter 2021, arXiv:2103.10158, the wide space of Table 1.
     """
+    check_image("trivial_augment", image, generator)
     operation = OPERATIONS[integer(len(OPERATIONS), generator)]
     if operation.strengths is None:
         return operation.apply(image)

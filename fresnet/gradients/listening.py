@@ -17,14 +17,12 @@ from fresnet.gradients.per_sample import LossFunction
 from fresnet.network import ops
 from fresnet.network.check import stats_dtype
 from fresnet.network.convolution import squared_norms, weight_gradient
-from fresnet.network.group_norm import group_norm
 from fresnet.network.net import run_network
 from fresnet.network.nodes import (
     EPS,
     AnyNorm,
     Bias,
     Geometry,
-    GroupNorm,
     Head,
     Layer,
     NoHead,
@@ -35,7 +33,7 @@ from fresnet.network.nodes import (
     Params,
     Weights,
 )
-from fresnet.network.norm import check_width, inference_norm
+from fresnet.network.norm import check_width, inference_norm, norm_without_statistics
 from fresnet.network.regimes import Composed
 
 
@@ -187,10 +185,10 @@ class Listening(Composed):
             cotangent = cotangent.to(stats_dtype(cotangent.dtype))
             bias = cotangent.sum((2, 3))
             grads = [bias]
-            if isinstance(norm, GroupNorm):
-                identity = GroupNorm(torch.ones_like(norm.scale), torch.zeros_like(norm.bias))
-                x = group_norm(identity, x)
-            if not isinstance(norm, Bias):
+            if not isinstance(norm, Bias | NoNorm):
+                if not stats:
+                    unscaled = (torch.ones_like(norm.scale), torch.zeros_like(norm.bias))
+                    x = norm_without_statistics(type(norm)(*unscaled), x)
                 scale = (cotangent * x).sum((2, 3))
                 if stats:
                     scale = (scale - bias * stats.mean) * torch.rsqrt(stats.var + EPS)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, shown
-from fresnet.network.check import check_differentiable, check_params
+from fresnet.errors import FresnetError, check_type, describe, shown
+from fresnet.network.check import check_device, check_differentiable, check_params
 from fresnet.network.check import check_images as check_images_of
 from fresnet.network.moments import statistics
 from fresnet.network.net import forward, forward_moments
@@ -110,6 +110,7 @@ def check_images(
     check_params(caller, params)
     check_images_of(caller, params, x, least=0)
     check_differentiable(caller, params, x)
+    check_type(caller, Callable, "a function of logits [k] and a target", loss_fn=loss_fn)
     if randomness not in RANDOMNESS:
         raise FresnetError(
             f"{caller} expects randomness to be one of {', '.join(map(repr, RANDOMNESS))}; "
@@ -125,6 +126,7 @@ def check_images(
             f"{caller} expects y to be a tensor of {len(x)} targets, one for each image; "
             f"got {describe(y)}"
         )
+    check_device(caller, x, y)
 
     def scalar_loss(logits: Tensor, target: Tensor) -> Tensor:
         try:

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from fresnet.errors import FresnetError, describe
 from fresnet.network.faults import missing_columns
-from fresnet.network.group_norm import group_norm
 from fresnet.network.nodes import (
     Bias,
     Geometry,
-    GroupNorm,
     Layer,
     NoNorm,
     Normed,
@@ -21,6 +19,7 @@ from fresnet.network.nodes import (
     Rescale,
     Unit,
 )
+from fresnet.network.norm import WITHOUT_STATISTICS, norm_without_statistics
 from fresnet.network.regimes import Floating
 
 Inference: TypeAlias = Callable[[Tensor], Tensor]
@@ -95,11 +94,11 @@ class Fused(Floating):
                 return self.convolution(shape, conv, bias, how, relu=relu)
             case Layer(conv, NoNorm()):
                 return self.convolution(shape, conv, None, how, relu=relu)
-            case Layer(conv, GroupNorm() as norm):
+            case Layer(conv, norm) if type(norm) in WITHOUT_STATISTICS:
                 convolve = self.convolution(shape, conv, None, how, relu=False)
 
                 def run(x: Tensor, added: Tensor | None = None) -> Tensor:
-                    y = group_norm(norm, convolve(x, None))
+                    y = norm_without_statistics(norm, convolve(x, None))
                     y = y if added is None else y + added
                     return F.relu(y) if relu else y
 
@@ -122,14 +121,13 @@ def _rescaling(unit: Unit) -> FusedLayer:
             # oneDNN's compiler would write a product and a sum over x, which the shortcut reads. It
             # leaves this one operation to PyTorch.
             return lambda x, _: F.relu(torch.addcmul(shift, x, factor))
-        case Normed(GroupNorm() as norm):
-            return lambda x, _: F.relu(group_norm(norm, x))
+        case Normed(norm) if type(norm) in WITHOUT_STATISTICS:
+            return lambda x, _: F.relu(norm_without_statistics(norm, x))
     _refuse(unit)
 
 
 def _refuse(unit: Unit) -> NoReturn:
     raise FresnetError(
-        "compiled inference expects layers as fold leaves them, with Bias, GroupNorm or NoNorm, "
-        "and Rescale or GroupNorm where no convolution precedes; got "
-        f"{type(unit).__name__} with {describe(unit.norm)}"
+        "compiled inference expects layers as fold leaves them, whose norms have no statistics; "
+        f"got {type(unit).__name__} with {describe(unit.norm)}"
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from fresnet.inference import side_by_side, winograd
 from fresnet.inference.fused import Fused, FusedLayer, Inference
 from fresnet.network.net import run_network
-from fresnet.network.nodes import POOLED, Geometry, GroupNorm, Pair, Params, kinds
+from fresnet.network.nodes import AFFINE, POOLED, Geometry, Pair, Params, units_of
 
 TRACE, FUNCTION = "_create_graph_by_tracing", "_create_function_from_graph"
 """The functions of torch._C that trace a function without keeping its graph for the process."""
@@ -95,9 +95,12 @@ def prepare(params: Params, x: Tensor) -> Inference:
     """Prepare the folded network for images of this shape."""
     images = x.contiguous(memory_format=torch.channels_last)
     do = OneDNN()
-    # Where a stage pools, its shortcuts alone would stride, and lie side by side alone. A norm in
-    # groups would take the moments of several images.
-    apart = kinds(params.weights.stages[-1]) & {*POOLED, GroupNorm}
+    stage = params.weights.stages[-1]
+    # Where a stage pools, its shortcuts alone would stride, and lie side by side alone. A norm that
+    # is left would take the moments of several images.
+    apart = isinstance(stage, POOLED) or any(
+        not isinstance(unit.norm, AFFINE) for unit in units_of((stage, params.weights.last))
+    )
     last = do if apart else SideBySide(len(images))
     ready = params._replace(stats=run_network(params, images, do, last=last).seen)
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, shown
+from fresnet.errors import FresnetError, describe
+from fresnet.network import hints
 from fresnet.network.nodes import (
+    BATCH_NORMS,
     BLOCKS,
     HEADS,
     LASTS,
@@ -20,18 +22,18 @@ from fresnet.network.nodes import (
     PLACES,
     STEMS,
     UNITS,
-    FrozenNorm,
+    Dropout,
+    DropPath,
     NoHead,
-    Norm,
     NormStats,
+    NoShortcut,
     Params,
     Quantized,
     Stats,
     Weights,
     blocks_of,
 )
-from fresnet.numbers import as_integer, as_scalar
-from fresnet.pytorch.collectives import Group
+from fresnet.tree.tensors import has_values
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights may have."""
@@ -49,10 +51,12 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_call(caller: str, params: Params, x: Tensor) -> None:
     """Refuse a tree that is no network, and images that the network does not take.
 
+    The network may have masks, since these are of a batch.
+
     Raises:
       FresnetError: naming what was expected, where, and what came.
     """
-    check_params(caller, params)
+    check_params(caller, params, masks=True)
     check_images(caller, params, x)
 
 
@@ -68,8 +72,7 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor, *, least: i
     like = stem if isinstance(params, Params) else params.images  # int8 convolutions do not say
     expected = f"{caller} expects x [b {stem.shape[1]} h w]"
     if x.ndim != 4 or x.shape[1] != stem.shape[1]:
-        one = x.ndim == 3 and x.shape[0] == stem.shape[1]
-        hint = " (one image? x[None])" if one else ""
+        hint = hints.of_images(x, stem.shape[1])
         raise FresnetError(f"{expected}; got {tuple(x.shape)}{hint}")
     if x.shape[0] < least or 0 in x.shape[1:]:
         raise FresnetError(f"{expected} with at least one image and pixel; got {tuple(x.shape)}")
@@ -79,6 +82,16 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor, *, least: i
         raise FresnetError(f"{expected} in the weights' {like.dtype}; got {x.dtype}")
     if x.device != like.device:
         raise FresnetError(f"{expected} on the weights' device {like.device}; got {x.device}")
+
+
+def check_device(caller: str, x: Tensor, y: Tensor) -> None:
+    """Refuse targets on another device than the images.
+
+    Raises:
+      FresnetError: naming both devices.
+    """
+    if y.device != x.device:
+        raise FresnetError(f"{caller} expects y on the images' device {x.device}; got {y.device}")
 
 
 def check_differentiable(caller: str, *trees: object) -> None:
@@ -94,11 +107,6 @@ def check_differentiable(caller: str, *trees: object) -> None:
             f"{caller} expects tensors that can be differentiated; got some of "
             "torch.inference_mode: make them, or clone() them, outside of it, or under no_grad"
         )
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether this is neither on meta nor made under PyTorch's `FakeTensorMode`."""
-    return not tensor.is_meta and not hasattr(tensor, "fake_mode")
 
 
 def check_values(caller: str, *trees: object) -> None:
@@ -130,66 +138,25 @@ def classes_of(caller: str, weights: Weights) -> int:
     """
     if isinstance(weights.head, NoHead):
         raise FresnetError(
-            f"{caller} expects a network with a head; got NoHead: put a "
-            "fresnet.nodes.Head(weight [k c], bias [k]) in its place"
+            f"{caller} expects a network with a head; got NoHead: "
+            "fresnet.with_head(params, num_classes=k, generator=0) draws one"
         )
     return len(weights.head.bias)
 
 
-def check_momentum(caller: str, momentum: float | Tensor) -> float | Tensor:
-    """The momentum, a number from 0 to 1 or a 0-d float tensor.
+def check_params(caller: str, params: Params, *, masks: bool = False) -> None:
+    """Refuse a tree that is no network, or that is not of one dtype on one device, or has masks.
 
-    Raises:
-      FresnetError: if it is neither, saying what came.
-    """
-    scalar = as_scalar(momentum)
-    if isinstance(scalar, Tensor) or (scalar is not None and 0 <= scalar <= 1):
-        return scalar
-    raise FresnetError(
-        f"{caller} expects momentum to be a number from 0 to 1 or a 0-d float tensor; "
-        f"got {shown(momentum)}"
-    )
-
-
-def check_group(caller: str, group: Group | None) -> None:
-    """Refuse a group that is neither None nor a process group.
-
-    Raises:
-      FresnetError: saying what came.
-    """
-    if group is not None and not isinstance(group, Group):
-        raise FresnetError(
-            f"{caller} expects group to be a process group of torch.distributed; "
-            f"got {describe(group)}"
-        )
-
-
-def check_image_size(caller: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """The height and width of an image size, which may be given as the side of a square.
-
-    Raises:
-      FresnetError: if they are not integers from 1 to 2**20.
-    """
-    side = as_integer(image_size)
-    size: Any = image_size if side is None else (side, side)
-    if isinstance(size, tuple | list) and len(size) == 2:
-        height, width = map(as_integer, size)
-        if height and width and all(0 < n <= 2**20 for n in (height, width)):
-            return height, width
-    raise FresnetError(
-        f"{caller} expects image_size to be an integer from 1 to 2**20, or two; "
-        f"got {shown(image_size)}"
-    )
-
-
-def check_params(caller: str, params: Params) -> None:
-    """Refuse a tree that is no network, or that is not of one dtype on one device.
-
+    Args:
+      masks: whether it may have masks after all.
     Raises:
       FresnetError: naming the node, what was expected there and what came.
     """
     if type(params) is not Params:
-        raise FresnetError(f"{caller} expects Params(weights, stats); got {describe(params)}")
+        raise FresnetError(
+            f"{caller} expects Params(weights, stats); "
+            f"got {describe(params)}{hints.of_network(params)}"
+        )
     weights, stats = params
     if type(weights) is not Weights or type(stats) is not Stats:
         raise FresnetError(
@@ -200,11 +167,13 @@ def check_params(caller: str, params: Params) -> None:
     if not isinstance(stem, Tensor) or stem.ndim != 4 or not stem.is_floating_point():
         stacked = isinstance(stem, Tensor) and stem.ndim == 5
         hint = " (a stack of networks? use vmap)" if stacked else ""
+        if type(stem) is tuple and not stem:
+            hint = " (a part of a tree? tree.combine(part, rest))"
         raise FresnetError(
             f"{caller} expects the stem's first convolution to be a float tensor [o c k k]; "
             f"got {describe(stem)}{hint}"
         )
-    walk = _Walk(caller, stem.dtype, stats_dtype(stem.dtype), stem.device)
+    walk = _Walk(caller, masks, stem.dtype, stats_dtype(stem.dtype), stem.device)
     walk.node("stem", weights.stem, stats.stem, STEMS)
     walk.same_length("stages", weights.stages, stats.stages)
     for i, (stage, stage_stats) in enumerate(zip(weights.stages, stats.stages, strict=True)):
@@ -213,11 +182,13 @@ def check_params(caller: str, params: Params) -> None:
         blocks, blocks_stats = blocks_of(stage), blocks_of(stage_stats)
         walk.same_length(where, blocks, blocks_stats)
         for j, (block, block_stats) in enumerate(zip(blocks, blocks_stats, strict=True)):
-            walk.node(f"{where}[{j}]", block, block_stats, BLOCKS)
+            place = f"{where}[{j}]"
+            walk.node(place, walk.under(DropPath, place, block), block_stats, BLOCKS)
     walk.node("last", weights.last, stats.last, LASTS)
-    if type(weights.head) not in HEADS:
-        walk.fail("weights.head", "Head or NoHead", describe(weights.head))
-    for field, leaf in zip(weights.head._fields, weights.head, strict=True):
+    head = walk.under(Dropout, "head", weights.head)
+    if type(head) not in HEADS:
+        walk.fail("weights.head", "Head or NoHead", describe(head))
+    for field, leaf in zip(head._fields, head, strict=True):
         walk.leaf("weights", "head", field, leaf, walk.dtype)
 
 
@@ -228,9 +199,25 @@ class _Walk(NamedTuple):
     """
 
     caller: str
+    masks: bool
     dtype: torch.dtype
     stats_dtype: torch.dtype
     device: torch.device
+
+    def under(self, mask: type[Any], where: str, node: Any) -> Any:
+        """The node itself, or what is under the mask, if it is one of this type."""
+        if type(node) is not mask:
+            return node
+        if not self.masks:
+            raise FresnetError(
+                f"{self.caller} expects weights without masks, which are of one batch; got a "
+                f"{mask.__name__} at weights.{where}: hand in the weights from before `masked`"
+            )
+        inner, keep = node
+        self.leaf("weights", where, "keep", keep, self.dtype)
+        if isinstance(inner, NoHead) or isinstance(getattr(inner, "shortcut", ()), NoShortcut):
+            self.fail(f"weights.{where}", "something that can be dropped", describe(inner))
+        return inner
 
     def node(self, where: str, node: Any, stats: Any, kinds: tuple[type, ...]) -> None:
         if type(node) not in kinds:
@@ -254,7 +241,7 @@ class _Walk(NamedTuple):
             self.fail(f"weights.{where}.norm", expected, describe(norm))
         for field, leaf in zip(norm._fields, norm, strict=True):
             self.leaf("weights", f"{where}.norm", field, leaf, self.dtype)
-        if type(norm) in (Norm, FrozenNorm):
+        if isinstance(norm, BATCH_NORMS):
             if type(stats) is not NormStats:
                 expected = f"NormStats beside {type(norm).__name__}"
                 self.fail(f"stats.{where}", expected, describe(stats))

@@ -14,7 +14,7 @@ derivatives are made of the same two functions.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,24 +115,6 @@ def pull_back(
     return tuple(grads_)
 
 
-class _Context(Protocol):
-    """What `torch.autograd` keeps from the pass forward for the pass back."""
-
-    geometry: Geometry
-    saved_tensors: tuple[Tensor, ...]
-    needs_input_grad: tuple[bool, ...]
-
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
-
-    def set_materialize_grads(self, value: bool) -> None: ...
-
-
-class _Mapped(Protocol):
-    """What a rule for vmap is told."""
-
-    batch_size: int
-
-
 class _Convolve(torch.autograd.Function):
     """`convolve` with a rule for vmap, but without a jvp.
 
@@ -144,20 +126,18 @@ class _Convolve(torch.autograd.Function):
         return convolve(x, weight, geometry)
 
     @staticmethod
-    def setup_context(
-        ctx: _Context, inputs: tuple[Tensor, Tensor, Geometry], output: Tensor
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Geometry], output: Tensor) -> None:
         *tensors, ctx.geometry = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: _Context, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad[:2]
         return *pull_back(cotangent, x, weight, ctx.geometry, *needed), None
 
     @staticmethod
     def vmap(
-        info: _Mapped,
+        info: Any,
         in_dims: tuple[int | None, ...],
         x: Tensor,
         weight: Tensor,
@@ -180,7 +160,7 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def setup_context(
-        ctx: _Context,
+        ctx: Any,
         inputs: tuple[Tensor, Tensor, Tensor, Geometry, bool, bool],
         output: Gradients,
     ) -> None:
@@ -189,7 +169,7 @@ class _PullBack(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: _Context, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
         """The derivatives of <g, convolve(u, w)> + <g, convolve(x, v)>."""
         cotangent, x, weight = ctx.saved_tensors
         need_cotangent, need_x, need_weight, *_ = ctx.needs_input_grad
@@ -205,7 +185,7 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: _Mapped,
+        info: Any,
         in_dims: tuple[int | None, ...],
         cotangent: Tensor,
         x: Tensor,

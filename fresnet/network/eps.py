@@ -6,31 +6,27 @@ from typing import Any
 from fresnet.errors import FresnetError, shown
 from fresnet.network.check import check_params
 from fresnet.network.nodes import (
+    AFFINE,
     BARE_STEMS,
     EPS,
     PREACTIVATIONS,
     Bias,
-    FrozenNorm,
-    GroupNorm,
     LastNorm,
     Layer,
-    NoNorm,
-    Norm,
     NormStats,
     Params,
+    Rescale,
     StandardisedLayer,
     Unit,
     beside,
     kinds,
     replaced,
+    units_of,
 )
 from fresnet.numbers import as_number
 
 LEAST = 1e-12
 """The least eps: of a smaller one statistics would overflow."""
-
-NORMALISING = (Norm, FrozenNorm, GroupNorm)
-"""The norms that divide by a standard deviation."""
 
 
 def with_eps(params: Params, eps: float) -> Params:
@@ -65,7 +61,8 @@ def with_eps(params: Params, eps: float) -> Params:
     if number is None or not LEAST <= number < inf:
         raise FresnetError(f"with_eps expects eps to be a number from {LEAST} on; got {shown(eps)}")
     found = kinds(params.weights)
-    if found.isdisjoint(NORMALISING) or StandardisedLayer in found:
+    norms = [unit.norm for unit in units_of(params.weights)]
+    if all(isinstance(norm, AFFINE) for norm in norms) or StandardisedLayer in found:
         got = "StandardisedLayer" if StandardisedLayer in found else "no norms"
         raise FresnetError(f"with_eps expects norms after convolutions with a scale; got {got}")
     parts = [not found.isdisjoint(part) for part in (PREACTIVATIONS, BARE_STEMS, (LastNorm,))]
@@ -73,10 +70,10 @@ def with_eps(params: Params, eps: float) -> Params:
         raise FresnetError("with_eps expects a network all of ResNet V2 or all of V1; got both")
     factor = sqrt(EPS / number)
     # What V2's norms see are sums of convolutions that no norm follows.
-    scales = (*NORMALISING, NoNorm) if all(parts) else NORMALISING
+    kept = (Bias, Rescale) if all(parts) else AFFINE
 
     def scaled(unit: Unit) -> Unit:
-        if isinstance(unit, Layer) and isinstance(unit.norm, scales):
+        if isinstance(unit, Layer) and not isinstance(unit.norm, kept):
             return unit._replace(conv=unit.conv * factor)
         if isinstance(unit, Layer) and isinstance(unit.norm, Bias) and all(parts):
             return Layer(unit.conv * factor, Bias(unit.norm.bias * factor))  # once folded

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, reason, shown, suggestion
-from fresnet.network.check import DTYPES, stats_dtype
+from fresnet.errors import FresnetError, reason, shown, suggestion
+from fresnet.network.check import DTYPES, check_params, first_conv, stats_dtype
 from fresnet.network.family import RESNET50, SPECS
 from fresnet.network.nodes import (
+    BATCH_NORMS,
     Bias,
-    FrozenNorm,
-    GroupNorm,
     Head,
     Layer,
     NoHead,
@@ -23,13 +22,13 @@ from fresnet.network.nodes import (
     Normed,
     NormStats,
     Params,
-    Rescale,
     Stats,
     Unit,
     Weights,
     beside,
     blocks_of,
     last_layer,
+    norm_shape,
 )
 from fresnet.network.specs import Spec
 from fresnet.numbers import as_integer
@@ -74,11 +73,7 @@ def init(
       FresnetError: if generator, spec, num_classes, in_channels, dtype or device is not as above.
     Source: He et al. 2015, arXiv:1502.01852, Eq. 14, in the backward direction.
     """
-    seed = as_integer(generator)
-    if seed is not None and -(2**63) <= seed < 2**64:
-        generator = torch.Generator().manual_seed(seed)
-    if not isinstance(generator, torch.Generator):
-        raise FresnetError(f"init expects a torch.Generator or an int; got {shown(generator)}")
+    generator = _generator("init", generator)
     if not isinstance(spec, Spec):
         hint = ""
         if isinstance(spec, str):
@@ -108,12 +103,36 @@ def init(
     return Params(weights, fresh_stats(weights))
 
 
-def fresh_head(seed: int, weights: Weights, classes: int) -> Head | NoHead:
-    """A head as `init` draws it, for a network that was trained on other classes or on none."""
-    generator = torch.Generator().manual_seed(seed)
+def with_head(params: Params, *, num_classes: int, generator: torch.Generator | int) -> Params:
+    """The same network with a new head, drawn as `init` draws it: to train it for other classes.
+
+    >>> import fresnet
+    >>> params = fresnet.init(0, fresnet.RESNET18)
+    >>> fresnet.with_head(params, num_classes=2, generator=1)
+    Params(ResNet of BasicBlock (2, 2, 2, 2), 2 classes, 11,177,538 parameters, float32, cpu)
+
+    Args:
+      params: the network, with a head or without.
+      num_classes: the number of logits, from 1 on. A network without a head has
+        `fresnet.nodes.NoHead()` in its place.
+      generator: the source of randomness, which the call advances; an int seeds a new one.
+    Returns:
+      The network. Its other weights and its statistics are those of params, not copies.
+    Raises:
+      FresnetError: if params is not a network, or if num_classes or generator is not as above.
+    """
+    check_params("with_head", params)
+    source, classes = _generator("with_head", generator), as_integer(num_classes)
+    if not classes or not 0 < classes < 2**31:
+        raise FresnetError(
+            "with_head expects num_classes to be an integer from 1 on, below 2**31; "
+            f"got {shown(num_classes)}"
+        )
+    weights, stem = params.weights, first_conv(params.weights)
     block = blocks_of(weights.stages[-1])[-1]
     channels = len(getattr(block, last_layer(block)).conv)
-    return _Values(generator, torch.float32, generator.device).head(channels, classes)
+    head = _Values(source, stem.dtype, stem.device).head(channels, classes)
+    return params._replace(weights=weights._replace(head=head))
 
 
 def fresh_stats(weights: Weights) -> Stats:
@@ -122,16 +141,20 @@ def fresh_stats(weights: Weights) -> Stats:
 
 
 def _fresh(unit: Unit) -> NormStats | tuple[()]:
-    match unit.norm:
-        case Norm() | FrozenNorm():
-            scale = unit.norm.scale
-            dtype = stats_dtype(scale.dtype)
-            return NormStats(
-                mean=torch.zeros_like(scale, dtype=dtype), var=torch.ones_like(scale, dtype=dtype)
-            )
-        case GroupNorm() | Bias() | Rescale() | NoNorm():
-            return ()
-    raise FresnetError(f"there are no statistics beside {describe(unit.norm)}")
+    if not isinstance(unit.norm, BATCH_NORMS):
+        return ()
+    like = unit.norm.scale
+    dtype = stats_dtype(like.dtype)
+    return NormStats(torch.zeros_like(like, dtype=dtype), torch.ones_like(like, dtype=dtype))
+
+
+def _generator(caller: str, generator: torch.Generator | int) -> torch.Generator:
+    seed = as_integer(generator)
+    if seed is not None and -(2**63) <= seed < 2**64:
+        return torch.Generator().manual_seed(seed)
+    if not isinstance(generator, torch.Generator):
+        raise FresnetError(f"{caller} expects a torch.Generator or an int; got {shown(generator)}")
+    return generator
 
 
 @dataclass(frozen=True)
@@ -185,7 +208,7 @@ class _Values:
         return weight.contiguous(memory_format=torch.channels_last)
 
     def _norm(self, channels: int, scale: float) -> Any:
-        shape = self.norm.shape(channels)
+        shape = norm_shape(self.norm, channels)
         return self.norm(scale=self._full(shape, scale), bias=self._full(shape, 0.0))
 
     def _full(self, shape: tuple[int, ...], value: float) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe
-from fresnet.network.check import check_group, check_momentum
+from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.network.nodes import Moments, NormStats, over
+from fresnet.network.options import check_momentum
+from fresnet.numbers import as_number
 from fresnet.pytorch.collectives import Group, all_sum
 
 Tree = TypeVar("Tree")
@@ -60,7 +61,7 @@ def merge_across(moments: Tree, group: Group) -> Tree:
     Raises:
       FresnetError: if the tree holds anything but moments, or as `forward_train` does for a group.
     """
-    check_group("merge_across", group)
+    check_type("merge_across", Group, "a process group of torch.distributed", group=group)
     own: list[Moments] = []
     _map("merge_across", own.append, moments)
     if not own:
@@ -133,6 +134,13 @@ def statistics(stats: Tree, moments: object, *, correction: int = 0) -> Tree:
     With these in place of the running statistics, `forward` gives the logits of `forward_train` on
     the same batch, and the batch's statistics are constants.
 
+    >>> import torch, fresnet
+    >>> params, x = fresnet.init(0, fresnet.RESNET18), torch.randn(4, 3, 64, 64)
+    >>> logits, batch = fresnet.forward_moments(params, x)
+    >>> params = params._replace(stats=fresnet.moments.statistics(params.stats, batch))
+    >>> torch.allclose(fresnet.forward(params, x), logits, atol=1e-3)
+    True
+
     Args:
       stats: a tree of `NormStats`, such as `params.stats`. They are kept where there were no
         values, as at a frozen norm.
@@ -141,8 +149,13 @@ def statistics(stats: Tree, moments: object, *, correction: int = 0) -> Tree:
     Returns:
       A tree like stats.
     Raises:
-      FresnetError: if the trees differ.
+      FresnetError: if the trees differ, or if correction is no number from 0 on.
     """
+    number = as_number(correction)
+    if number is None or not number >= 0:
+        raise FresnetError(
+            f"statistics expects correction to be a number from 0 on; got {shown(correction)}"
+        )
 
     def of_batch(old: NormStats, seen: Moments) -> NormStats:
         new = (seen.mean, seen.m2 / (seen.n - correction).clamp(min=1))

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.network.check import check_call, check_group, check_momentum
+from fresnet.errors import FresnetError, describe
+from fresnet.network.check import check_call, check_params, first_conv
 from fresnet.network.moments import update
 from fresnet.network.nodes import (
     Block,
@@ -23,6 +24,7 @@ from fresnet.network.nodes import (
     paired,
     with_blocks,
 )
+from fresnet.network.options import check_group, check_momentum
 from fresnet.network.recompute import recomputed
 from fresnet.network.regimes import INFERENCE, TRAINING, training
 from fresnet.pytorch.collectives import Group
@@ -75,6 +77,38 @@ def embed(params: Params, x: Tensor) -> Tensor:
     """
     check_call("embed", params, x)
     return INFERENCE.mean(run_network(params, x, INFERENCE).y)
+
+
+def forward_head(params: Params, x: Tensor) -> Tensor:
+    """Classify the activations of the last stage by the running statistics: the end of `forward`.
+
+    So logits can be differentiated by what `features` returns, as class activation maps need it.
+
+    >>> import torch, fresnet
+    >>> params, x = fresnet.init(0, fresnet.RESNET18, num_classes=10), torch.ones(2, 3, 32, 48)
+    >>> *_, last = fresnet.features(params, x)
+    >>> torch.equal(fresnet.forward_head(params, last), fresnet.forward(params, x))
+    True
+
+    Args:
+      params: the network.
+      x: activations, float `[b c h w]`, the last of `features`.
+    Returns:
+      As `forward`: logits `[b k]`; without a head, features `[b c]`.
+    Raises:
+      FresnetError: if params is not a network, or if x is not what its last stage puts out.
+    """
+    check_params("forward_head", params, masks=True)
+    like = first_conv(params.weights)
+    if not isinstance(x, Tensor) or x.ndim != 4 or (x.dtype, x.device) != (like.dtype, like.device):
+        raise FresnetError(
+            "forward_head expects the last of features, activations [b c h w] of the weights' "
+            f"{like.dtype} on {like.device}; got {describe(x)}"
+        )
+    at = paired(*params)
+    y, _ = at.last.run(x, INFERENCE)
+    logits: Tensor = params.weights.head.run(y, INFERENCE)
+    return logits
 
 
 def forward_train(

@@ -6,7 +6,7 @@
 `training_norm` normalises by the batch and returns the batch's moments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -17,6 +17,8 @@ from fresnet.network.check import stats_dtype
 from fresnet.network.group_norm import group_norm
 from fresnet.network.moments import merge_across
 from fresnet.network.nodes import (
+    AFFINE,
+    BATCH_NORMS,
     EPS,
     AnyNorm,
     Bias,
@@ -58,11 +60,11 @@ def inference_norm(
       FresnetError: if the channels differ, or if the type is none of `fresnet.nodes.NORMS`.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2.
     """
-    if isinstance(norm, (Norm, FrozenNorm)) and isinstance(stats, NormStats):
+    if isinstance(norm, BATCH_NORMS) and isinstance(stats, NormStats):
         _check_channels(x, norm, stats)
         return _affine(x, norm.scale, norm.bias, *stats), stats
-    if isinstance(norm, (GroupNorm, Bias, Rescale, NoNorm)):
-        return _without_statistics(norm, x), ()
+    if type(norm) in WITHOUT_STATISTICS:
+        return norm_without_statistics(norm, x), ()
     _refuse("inference", norm, stats)
 
 
@@ -98,9 +100,9 @@ def training_norm(
         if the type is none of `fresnet.nodes.NORMS`.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 1.
     """
-    if isinstance(norm, (GroupNorm, Bias, Rescale, NoNorm)):
-        return _without_statistics(norm, x), ()
-    if not isinstance(norm, (Norm, FrozenNorm)) or not isinstance(stats, NormStats):
+    if type(norm) in WITHOUT_STATISTICS:
+        return norm_without_statistics(norm, x), ()
+    if not isinstance(norm, BATCH_NORMS) or not isinstance(stats, NormStats):
         _refuse("training", norm, stats)
     _check_channels(x, norm, stats)
     if isinstance(norm, FrozenNorm):
@@ -200,6 +202,26 @@ def _affine(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -
     return torch.addcmul(shift[:, None, None], x, factor[:, None, None]).to(x.dtype)
 
 
+def norm_without_statistics(norm: AnyNorm, x: Tensor) -> Tensor:
+    """What a norm makes of x, by the type of the norm: one of `WITHOUT_STATISTICS`."""
+    return WITHOUT_STATISTICS[type(norm)](norm, x)
+
+
+def _affine_norm(norm: Bias | Rescale | NoNorm, x: Tensor) -> Tensor:
+    check_width(norm, x)
+    if isinstance(norm, NoNorm):
+        return x
+    *scale, bias = (leaf.to(x.dtype)[:, None, None] for leaf in norm)
+    return torch.addcmul(bias, x, *scale) if scale else add_over(x, bias)
+
+
+WITHOUT_STATISTICS: Mapping[type, Callable[[Any, Tensor], Tensor]] = {
+    GroupNorm: group_norm,
+    **dict.fromkeys(AFFINE, _affine_norm),
+}
+"""What each norm without statistics computes. Inference, training and backends look here."""
+
+
 def check_width(norm: Bias | Rescale | NoNorm, x: Tensor) -> None:
     """Refuse a norm without statistics whose leaves are not one value to a channel.
 
@@ -212,16 +234,6 @@ def check_width(norm: Bias | Rescale | NoNorm, x: Tensor) -> None:
         raise FresnetError(f"a {what} of activations {tuple(x.shape)} is [{x.shape[1]}]; got {got}")
 
 
-def _without_statistics(norm: GroupNorm | Bias | Rescale | NoNorm, x: Tensor) -> Tensor:
-    if isinstance(norm, GroupNorm):
-        return group_norm(norm, x)
-    check_width(norm, x)
-    if isinstance(norm, NoNorm):
-        return x
-    *scale, bias = (leaf.to(x.dtype)[:, None, None] for leaf in norm)
-    return torch.addcmul(bias, x, *scale) if scale else add_over(x, bias)
-
-
 def _check_channels(x: Tensor, norm: Norm | FrozenNorm, stats: NormStats) -> None:
     # Not by a set: where a call is traced, sizes are tensors, and each differs from all others.
     if any(leaf.shape != x.shape[1:2] for leaf in (*norm, *stats)):
@@ -232,7 +244,10 @@ def _check_channels(x: Tensor, norm: Norm | FrozenNorm, stats: NormStats) -> Non
 
 
 def _refuse(regime: str, norm: Any, stats: Any) -> NoReturn:
+    batch, other = (
+        ", ".join(kind.__name__ for kind in kinds) for kinds in (BATCH_NORMS, WITHOUT_STATISTICS)
+    )
     raise FresnetError(
         f"{regime} knows no norm such as {describe(norm)} beside {describe(stats)}; it has "
-        "Norm and FrozenNorm beside NormStats, and GroupNorm, Bias, Rescale and NoNorm beside ()"
+        f"{batch} beside NormStats, and {other} beside ()"
     )

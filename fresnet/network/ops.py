@@ -166,9 +166,27 @@ def add(y: Tensor, shortcut: Tensor) -> Tensor:
 
 def add_over(y: Tensor, term: Tensor) -> Tensor:
     """y + term, broadcast to y's shape and written over y."""
-    if torch.compiler.is_compiling() or transform_stack.active():
-        return y + term  # vmap refuses to write a mapped tensor over one that is not mapped
+    if torch.compiler.is_compiling() or not transform_stack.can_be_written_over(y, term):
+        return y + term
     return y.add_(term)
+
+
+def drop(x: Tensor, keep: Tensor) -> Tensor:
+    """Maps `[b c h w]` times keep `[b]`, or means `[b c]` times keep `[b c]`, written over x.
+
+    Raises:
+      FresnetError: if the sizes differ.
+    """
+    expected = x.shape[:1] if x.ndim == 4 else x.shape
+    if keep.shape != expected:
+        raise FresnetError(
+            f"a mask of activations {tuple(x.shape)} is {tuple(expected)}; got "
+            f"{tuple(keep.shape)}: draw one for these images"
+        )
+    factors = keep.to(x.dtype)[(..., *[None] * (x.ndim - keep.ndim))]
+    if torch.compiler.is_compiling() or transform_stack.active():
+        return x * factors
+    return x.mul_(factors)
 
 
 def gate(x: Tensor, gates: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ PyTorch's own checkpointing rests on hooks that `torch.func` refuses.
 """
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,18 +17,6 @@ from fresnet.pytorch import transform_stack
 Seen = TypeVar("Seen")
 Flat: TypeAlias = Callable[..., tuple[Tensor, ...]]
 """A function from leaves to leaves, y first."""
-
-
-class _Context(Protocol):
-    """What `torch.autograd` keeps from the pass forward for the pass back."""
-
-    function: Flat
-    saved_tensors: tuple[Tensor, ...]
-    needs_input_grad: tuple[bool, ...]
-
-    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
-
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 def recomputed(function: Callable[..., tuple[Tensor, Seen]], *trees: object) -> tuple[Tensor, Seen]:
@@ -65,7 +53,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def setup_context(
-        ctx: _Context, inputs: tuple[Flat, Unpack[tuple[Tensor, ...]]], output: tuple[Tensor, ...]
+        ctx: Any, inputs: tuple[Flat, Unpack[tuple[Tensor, ...]]], output: tuple[Tensor, ...]
     ) -> None:
         ctx.function, *tensors = inputs
         _, *seen = output
@@ -73,7 +61,7 @@ class _Recompute(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: _Context, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # The result will be differentiated again, or is mapped, where leaves cannot be made.
         if torch.is_grad_enabled() or transform_stack.active():
             pull = vjp(lambda *inputs: ctx.function(*inputs)[0], *ctx.saved_tensors)[1]

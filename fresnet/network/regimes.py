@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from fresnet.errors import FresnetError
 from fresnet.network import ops
 from fresnet.network.nodes import Geometry, Head, Pair, Regime
 from fresnet.network.norm import fused_norm, inference_norm, training_norm
@@ -18,8 +19,15 @@ Normalise: TypeAlias = Callable[[Any, Any, Tensor], tuple[Tensor, Any]]
 class Floating(Regime):
     """A regime whose steps between the layers are those of `ops`."""
 
+    def dropping(self, keep: Tensor) -> Regime:
+        raise FresnetError(f"{type(self).__name__} runs networks without masks")
+
+    def add(self, y: Tensor, add: Tensor) -> Tensor:
+        """The sum of a branch and its shortcut."""
+        return ops.add(y, add)
+
     def join(self, y: Tensor, add: Tensor | None) -> Tensor:
-        return ops.relu(y if add is None else ops.add(y, add))
+        return ops.relu(y if add is None else self.add(y, add))
 
     def max_pool(self, x: Tensor, stride: int = 2, padding: int = 1) -> Tensor:
         return ops.max_pool(x, stride, padding)
@@ -48,15 +56,27 @@ class Floating(Regime):
     def gate(self, x: Tensor, gates: Tensor) -> Tensor:
         return ops.gate(x, gates)
 
+    def drop(self, x: Tensor, keep: Tensor) -> Tensor:
+        return ops.drop(x, keep)
+
     def head(self, at: Head, x: Tensor) -> Tensor:
         return ops.linear(x, *at)
 
 
 class Composed(Floating):
-    """Convolution, norm, sum and ReLU one after the other, with the norm handed in."""
+    """Convolution, norm, sum and ReLU one after the other, with the norm handed in.
 
-    def __init__(self, normalise: Normalise) -> None:
-        self.normalise = normalise
+    If there is a `keep`, `[b]`, branches count so many times in sums.
+    """
+
+    def __init__(self, normalise: Normalise, keep: Tensor | None = None) -> None:
+        self.normalise, self.keep = normalise, keep
+
+    def dropping(self, keep: Tensor) -> Regime:
+        return Composed(self.normalise, keep)
+
+    def add(self, y: Tensor, add: Tensor) -> Tensor:
+        return ops.add(y if self.keep is None else ops.drop(y, self.keep), add)
 
     def layer(
         self,
@@ -70,7 +90,7 @@ class Composed(Floating):
         # Rounded here, not all in advance: so each gradient is widened as soon as it is there.
         y = ops.conv2d(x, at.unit.kernel().to(x.dtype), how)
         y, seen = self.normalise(at.unit.norm, at.beside, y)
-        y = y if add is None else ops.add(y, add)
+        y = y if add is None else self.add(y, add)
         return (ops.relu(y) if relu else y), seen
 
     def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Any]:

@@ -19,7 +19,6 @@ from fresnet.network.nodes import (
     Bias,
     DilatedStage,
     FrozenNorm,
-    GroupNorm,
     Layer,
     NoNorm,
     Norm,
@@ -36,6 +35,7 @@ from fresnet.network.nodes import (
     blocks_of,
     replaced,
 )
+from fresnet.network.norm import WITHOUT_STATISTICS
 from fresnet.numbers import as_integer
 
 T = TypeVar("T")
@@ -64,7 +64,10 @@ def freeze(params: Params, where: Callable[[tree.Path], bool] = lambda path: Tru
     """
     check_params("freeze", params)
     if not callable(where):
-        raise FresnetError(f"freeze expects where to be a function of paths; got {describe(where)}")
+        raise FresnetError(
+            "freeze expects where to be a function of paths, such as tree.matching('stem'); "
+            f"got {shown(where)}"
+        )
     weights = params.weights
     places = tree.unflatten(weights, tree.paths(weights))
     at_units = Stats(*places[:-1])
@@ -126,8 +129,6 @@ def _folded(unit: Unit, stats: Any) -> Unit:
     match unit:
         case StandardisedLayer():
             return _folded(Layer(unit.kernel(), unit.norm), stats)
-        case Layer(_, GroupNorm()) | Normed(GroupNorm()):
-            return unit
         case Layer(conv, Norm() | FrozenNorm() as norm):
             factor, bias = _affine(norm, stats, conv)
             return Layer((conv * factor[:, None, None, None]).to(conv.dtype), Bias(bias))
@@ -138,7 +139,7 @@ def _folded(unit: Unit, stats: Any) -> Unit:
             return Normed(Rescale(factor.to(bias.dtype), bias))
         case Layer(conv, Rescale(scale, bias)):
             return Layer((conv * scale[:, None, None, None]).to(conv.dtype), Bias(bias))
-        case Layer(_, Bias()) | Normed(Rescale()):
+        case Layer() | Normed() if type(unit.norm) in WITHOUT_STATISTICS:
             return unit
     raise FresnetError(f"fold knows no {type(unit).__name__} with {describe(unit.norm)}")
 
@@ -172,7 +173,7 @@ def dilate(params: Params, *, output_stride: int) -> Params:
       output_stride: pixels from one of the last activations to the next; a ResNet-50's is 32,
         and here 16, 8 or 4.
     Returns:
-      The same weights and statistics; the last stages are `DilatedStage`s.
+      The same weights and statistics; the last stages are of the type `DilatedStage`.
     Raises:
       FresnetError: if params is not a network, if it has no such stride, or if a stage pools its
         shortcuts (ResNet-D) or against aliasing, or projects by more than 1x1 (SENet-154), which
@@ -248,6 +249,7 @@ def recalibrate(params: Params, batches: Iterable[Tensor | Sequence[object]]) ->
     Raises:
       FresnetError: if batches is a tensor or holds none, or as `forward_train` does.
     """
+    check_params("recalibrate", params)
     merged = merge_over("recalibrate", batches, partial(_moments, params), moments.merge)
     return params._replace(stats=moments.statistics(params.stats, merged, correction=1))
 

@@ -8,6 +8,7 @@ from fresnet.network.nodes import (
     ATTENTIONS,
     BARE_STEMS,
     BLOCKS,
+    DRAWN_NORMS,
     LASTS,
     LAYERS,
     PLACES,
@@ -22,7 +23,6 @@ from fresnet.network.nodes import (
     Bottleneck,
     CentredZeroPad,
     DeepStem,
-    GroupNorm,
     Identity,
     Last,
     Layer,
@@ -103,9 +103,9 @@ class Spec:
             ("stage", (tuple, *POOLED)),
             ("stem_pool", (None, *POOLED_STEMS)),
             ("layer", LAYERS),
-            ("norm", (Norm, GroupNorm)),
+            ("norm", DRAWN_NORMS),
         ):
-            if getattr(self, field) not in kinds:
+            if not any(getattr(self, field) is kind for kind in kinds):
                 names = " or ".join(getattr(kind, "__name__", "None") for kind in kinds)
                 raise FresnetError(
                     f"Spec expects {field} {names}; got {shown(getattr(self, field))}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fresnet import tree
-from fresnet.network.check import check_image_size, check_params, first_conv
+from fresnet.network.check import check_params, first_conv
 from fresnet.network.nodes import (
     LAYERS,
     Grid,
@@ -23,6 +23,7 @@ from fresnet.network.nodes import (
     paired,
     units_of,
 )
+from fresnet.network.options import check_image_size
 from fresnet.network.regimes import INFERENCE
 
 

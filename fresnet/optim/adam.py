@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError, shown
-from fresnet.optim.checks import checked_numbers, checked_rates
+from fresnet.optim.checks import check_where, checked_numbers, checked_rates
 from fresnet.optim.interface import Optimizer, Rate, everywhere, kernels
 from fresnet.optim.leafwise import Move, at_step, leafwise, plus
 from fresnet.tree import Where
@@ -78,6 +78,7 @@ def _adam(
         caller, learning_rate=learning_rate, weight_decay=weight_decay
     )
     means = _means(caller, betas, eps)
+    check_where(caller, decay_where=decay_where)
 
     def at(step: Tensor) -> Move:
         rate, decay = at_step(learning_rate, step), at_step(weight_decay, step)
@@ -112,9 +113,14 @@ def lamb(
         u = m / (1 - b1^t) / (sqrt(s / (1 - b2^t)) + eps) + weight_decay w
         w <- w - learning_rate |w| / |u| u
 
-    A leaf has the factor 1 in place of |w| / |u| if either is 0, or if `adapt_where` is false. It
+    A leaf has the factor 1 in place of `|w| / |u|` if either is 0, or if `adapt_where` is false. It
     does not decay in the second case. The paper clips no gradients; other implementations do, as
     `clip_by_norm(grads, 1.0)` does.
+
+    >>> import torch, fresnet
+    >>> optimizer, weights = fresnet.optim.lamb(0.1), {"conv": torch.ones(4)}
+    >>> optimizer.update({"conv": 100 * torch.ones(4)}, optimizer.init(weights), weights)[0]
+    {'conv': tensor([0.9000, 0.9000, 0.9000, 0.9000])}
 
     Args:
       learning_rate, weight_decay: numbers, 0-d tensors or schedules.
@@ -130,6 +136,7 @@ def lamb(
         "lamb", learning_rate=learning_rate, weight_decay=weight_decay
     )
     means = _means("lamb", betas, eps)
+    check_where("lamb", adapt_where=adapt_where)
 
     def at(step: Tensor) -> Move:
         rate, decay = at_step(learning_rate, step), at_step(weight_decay, step)

@@ -1,12 +1,14 @@
 """What optimizers take for a rate, for another number, and for gradients and moments."""
 
-from collections.abc import Sized
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, shown
+from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.numbers import as_scalar
+from fresnet.tree import leaves
+from fresnet.tree.walks import check_structures
 
 
 def checked_rates(caller: str, **values: Any) -> list[Any]:
@@ -36,20 +38,21 @@ def _number(caller: str, name: str, value: object, otherwise: str) -> Any:
     )
 
 
-def check_moments(moments: Sized, count: int) -> None:
-    """Refuse the state of another optimizer, which keeps more or fewer moments."""
-    if len(moments) != count:
-        raise FresnetError(
-            f"update expects a state with {count} moments, as its own init makes it; "
-            f"got one with {len(moments)}"
-        )
+def check_where(caller: str, **choices: object) -> None:
+    """Refuse choices of leaves that are no functions."""
+    check_type(caller, Callable, "a function of the path to a leaf, such as kernels", **choices)
 
 
-def check_shapes(w: Tensor, *others: Tensor) -> None:
-    """Refuse what would be broadcast: a gradient or a moment of another shape than its weight's."""
-    for other in others:
-        if other.shape != w.shape:
-            raise FresnetError(
-                "update expects gradients and moments of the weights' shapes; "
-                f"got {describe(other)} for {describe(w)}"
-            )
+def check_like(weights: object, *others: object) -> None:
+    """Refuse gradients and moments of another structure than the weights', or of other shapes.
+
+    Those would be broadcast.
+    """
+    check_structures("update, of weights, grads and moments,", weights, *others)
+    for w, *beside in zip(*map(leaves, (weights, *others)), strict=True):
+        for other in beside:
+            if other.shape != w.shape:
+                raise FresnetError(
+                    "update expects gradients and moments of the weights' shapes; "
+                    f"got {describe(other)} for {describe(w)}"
+                )

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, check_type, describe
 from fresnet.optim.schedules import Schedule
 from fresnet.tree import Tree, Where
 from fresnet.tree.text import register
+from fresnet.tree.walks import check_floats
 
 Rate: TypeAlias = float | Tensor | Schedule
 
@@ -22,7 +23,11 @@ class Update(Protocol):
 
 
 def everywhere(path: tree.Path) -> bool:
-    """Select every leaf. This is what PyTorch's optimizers decay."""
+    """Select every leaf. This is what PyTorch's optimizers decay.
+
+    >>> everywhere(("head", "bias"))
+    True
+    """
     return True
 
 
@@ -41,9 +46,10 @@ class Optimizer(NamedTuple):
 class State(NamedTuple):
     """What an optimizer carries along: the number of updates, and means of past gradients.
 
-    step: the number of updates so far, `[]`.
-    moments: trees like the weights; none, or the velocity, or Adam's two, the mean gradient and
-      the mean square. `by_path` has a tuple of them for each part of the weights.
+    Args:
+      step: the number of updates so far, `[]`.
+      moments: trees like the weights; none, or the velocity, or Adam's two, the mean gradient and
+        the mean square. `by_path` has a tuple of them for each part of the weights.
     """
 
     step: Tensor
@@ -60,7 +66,7 @@ def kernels(path: tree.Path) -> bool:
     >>> kernels((*layer, "conv")), kernels((*layer, "norm", "scale")), kernels(("head", "bias"))
     (True, False, False)
     """
-    return path[-1] not in ("scale", "bias")
+    return path[-1:] not in (("scale",), ("bias",))
 
 
 def all_but_norms(path: tree.Path) -> bool:
@@ -76,9 +82,28 @@ def first_step(weights: object) -> Tensor:
     """The number of updates before the first one, `[]`.
 
     Raises:
-      FresnetError: if the weights have no leaf.
+      FresnetError: if the weights have no leaf, or one that is no float tensor.
     """
-    if not (leaves := tree.leaves(weights)):
-        raise FresnetError("init expects weights with a leaf; got none")
-    dtype = torch.promote_types(leaves[0].dtype, torch.float32)
-    return torch.zeros((), dtype=dtype, device=leaves[0].device)
+    check_floats("init", weights)
+    first = tree.leaves(weights)[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return torch.zeros((), dtype=dtype, device=first.device)
+
+
+def check_optimizer(caller: str, optimizer: object) -> None:
+    """Refuse what is not an optimizer, such as a learning rate."""
+    check_type(caller, Optimizer, "such as fresnet.optim.sgd(0.1)", optimizer=optimizer)
+
+
+def check_state(state: State, count: int) -> None:
+    """Refuse what is no state, and that of an optimizer that keeps more or fewer moments."""
+    if not isinstance(state, State):
+        raise FresnetError(
+            "update expects grads, a state as init makes it, and weights, in this order; "
+            f"got {describe(state)} for the state"
+        )
+    if len(state.moments) != count:
+        raise FresnetError(
+            f"update expects a state with {count} moments, as its own init makes it; "
+            f"got one with {len(state.moments)}"
+        )

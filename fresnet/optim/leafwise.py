@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.optim.checks import check_moments, check_shapes
-from fresnet.optim.interface import Optimizer, Rate, State, first_step
+from fresnet.optim.checks import check_like
+from fresnet.optim.interface import Optimizer, Rate, State, check_state, first_step
 from fresnet.pytorch import transform_stack
 from fresnet.tree import Tree, Where
 
@@ -20,12 +20,12 @@ def leafwise(at: Callable[[Tensor], Move], *, moments: int, where: Where) -> Opt
     """An optimizer made of `at`, which gives the update of a leaf for each step."""
 
     def init(weights: object) -> State:
-        zeros = tuple(tree.map(torch.zeros_like, weights) for _ in range(moments))
-        return State(first_step(weights), zeros)
+        step = first_step(weights)
+        return State(step, tuple(tree.map(torch.zeros_like, weights) for _ in range(moments)))
 
     def update(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
-        check_moments(state.moments, moments)
-        tree.map(check_shapes, weights, grads, *state.moments)
+        check_state(state, moments)
+        check_like(weights, grads, *state.moments)
         chosen, move = map(where, tree.paths(weights)), at(state.step)
         taken = tree.leaves(grads)[::-1]
         del grads  # so gradients that only this call holds are freed one by one

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError
-from fresnet.optim.checks import checked_numbers, checked_rates
+from fresnet.optim.checks import check_where, checked_numbers, checked_rates
 from fresnet.optim.interface import Optimizer, Rate, everywhere, kernels
 from fresnet.optim.leafwise import Move, at_step, leafwise, plus, plus_over
 from fresnet.tree import Tree, Where
+from fresnet.tree.walks import check_floats
 
 
 def sgd(
@@ -47,6 +48,7 @@ def sgd(
         "sgd", learning_rate=learning_rate, weight_decay=weight_decay
     )
     (momentum,) = checked_numbers("sgd", momentum=momentum)
+    check_where("sgd", decay_where=decay_where)
     has_velocity = isinstance(momentum, Tensor) or momentum > 0
     if nesterov and not has_velocity:
         raise FresnetError("sgd expects a momentum above 0 with nesterov; got 0")
@@ -85,7 +87,12 @@ def lars(
         v <- momentum v + g
         w <- w - learning_rate v
 
-    A leaf has the factor 1 and does not decay if |w| or |g| is 0, or if `adapt_where` is false.
+    A leaf has the factor 1 and does not decay if `|w|` or `|g|` is 0, or if `adapt_where` is false.
+
+    >>> import torch, fresnet
+    >>> optimizer, weights = fresnet.optim.lars(1.0, momentum=0.0), {"conv": torch.ones(4)}
+    >>> optimizer.update({"conv": 100 * torch.ones(4)}, optimizer.init(weights), weights)[0]
+    {'conv': tensor([0.9990, 0.9990, 0.9990, 0.9990])}
 
     Args:
       learning_rate, weight_decay: numbers, 0-d tensors or schedules.
@@ -101,6 +108,7 @@ def lars(
         "lars", learning_rate=learning_rate, weight_decay=weight_decay
     )
     momentum, trust = checked_numbers("lars", momentum=momentum, trust=trust)
+    check_where("lars", adapt_where=adapt_where)
 
     def at(step: Tensor) -> Move:
         rate, decay = at_step(learning_rate, step), at_step(weight_decay, step)
@@ -127,10 +135,11 @@ def clip_by_norm(grads: Tree, max_norm: float | Tensor) -> Tree:
     (tensor([0.6000]), tensor([0.8000]))
 
     Raises:
-      FresnetError: if max_norm is negative.
+      FresnetError: if max_norm is negative, or if grads is no tree of float tensors.
     Source: Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063, Alg. 1.
     """
     (max_norm,) = checked_numbers("clip_by_norm", max_norm=max_norm)
+    check_floats("clip_by_norm", grads)
     norm = torch.stack([g.norm() for g in tree.leaves(grads)]).norm()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1)
     return tree.map(lambda g: g * factor, grads)

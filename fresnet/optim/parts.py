@@ -6,9 +6,8 @@ from functools import partial
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, listed, shown
-from fresnet.optim.checks import check_moments
-from fresnet.optim.interface import Optimizer, State, first_step
+from fresnet.errors import FresnetError, describe, listed, shown, suggestion
+from fresnet.optim.interface import Optimizer, State, check_state, first_step
 from fresnet.tree import Path, Tree, Where
 
 
@@ -18,7 +17,7 @@ def nowhere(path: Path) -> bool:
 
 
 def _untouched(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
-    check_moments(state.moments, 0)
+    check_state(state, 0)
     return weights, State(state.step + 1, ())
 
 
@@ -69,7 +68,7 @@ def by_path(optimizers: Mapping[str | Where, Optimizer]) -> Optimizer:
             if not own and key != "*":
                 raise FresnetError(
                     "by_path expects each key to choose a leaf that none before it chooses; "
-                    f"got {shown(key)}"
+                    f"got {shown(key)}{_hint(key, weights)}"
                 )
             rest = [path for path in rest if path not in own]
             found += [(optimizer, own)] if own else []
@@ -84,7 +83,7 @@ def by_path(optimizers: Mapping[str | Where, Optimizer]) -> Optimizer:
 
     def update(grads: object, state: State, weights: Tree) -> tuple[Tree, State]:
         found = shares(weights)
-        check_moments(state.moments, len(found))
+        check_state(state, len(found))
         parts = [*map(partial(_part, grads), (own for _, own in found))][::-1]
         del grads  # so each optimizer has the only reference to its gradients, and frees them
         updated = [
@@ -105,5 +104,15 @@ def _together(states: Iterable[State], step: Tensor) -> State:
     return State(step, tuple(state.moments for state in states))
 
 
+def _hint(key: str | Where, weights: object) -> str:
+    """What may have been meant by a pattern that matches no name."""
+    paths = tree.paths(weights)
+    if callable(key) or any(map(tree.matching(key), paths)):
+        return ""
+    nodes = [path[:end] for path in paths for end in range(1, len(path) + 1)]
+    return f"; {suggestion(key, dict.fromkeys(map(tree.dotted, nodes)))}"
+
+
 def _part(whole: Tree, own: set[Path]) -> Tree:
-    return tree.partition(whole, own.__contains__)[0]
+    places = zip(tree.paths(whole), tree.leaves(whole), strict=True)
+    return tree.unflatten(whole, [leaf if path in own else () for path, leaf in places])

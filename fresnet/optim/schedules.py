@@ -6,8 +6,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, shown
+from fresnet.errors import FresnetError, check_type, shown
 from fresnet.numbers import as_number
+from fresnet.optim.checks import checked_numbers
 
 Schedule: TypeAlias = Callable[[Tensor], float | Tensor]
 """From the step, `[]`, to a rate. The step is 0 at the first update."""
@@ -21,7 +22,13 @@ def steps(peak: float | Tensor, *, at: Sequence[int], factor: float = 0.1) -> Sc
     >>> rate = steps(1.0, at=(2, 4))
     >>> [round(float(rate(torch.tensor(step))), 3) for step in range(5)]
     [1.0, 1.0, 0.1, 0.1, 0.01]
+
+    Raises:
+      FresnetError: if `at` is not a list of numbers, or if another number is negative.
     """
+    checked_numbers("steps", peak=peak, factor=factor)
+    if not isinstance(at, Sequence) or any(as_number(step) is None for step in at):
+        raise FresnetError(f"steps expects at to be a list of steps; got {shown(at)}")
     return lambda step: peak * factor ** sum((step >= a) * 1.0 for a in at)
 
 
@@ -29,9 +36,10 @@ def cosine(peak: float | Tensor, *, over: int, end: float | Tensor = 0.0) -> Sch
     """A schedule that falls from `peak` to `end` by half a cosine in `over` steps, and then stays.
 
     Raises:
-      FresnetError: if `over` is not at least 1.
+      FresnetError: if `over` is not at least 1, or if another number is negative.
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts.
     """
+    checked_numbers("cosine", peak=peak, end=end)
     if not (as_number(over) or 0) >= 1:
         raise FresnetError(f"cosine expects over to be at least 1 step; got {shown(over)}")
 
@@ -53,9 +61,11 @@ def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
     [0.5, 0.75, 1.0, 0.854, 0.5, 0.146, 0.0]
 
     Raises:
-      FresnetError: if `over` is negative.
+      FresnetError: if `over` or `start` is negative, or if `schedule` is no function.
     Source: Goyal et al. 2017, arXiv:1706.02677, Sec. 2.2.
     """
+    check_type("warm_up", Callable, "a schedule, such as cosine(0.1, over=1000)", schedule=schedule)
+    checked_numbers("warm_up", start=start)
     number = as_number(over)
     if number is None or number < 0:
         raise FresnetError(

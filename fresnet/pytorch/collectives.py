@@ -6,7 +6,7 @@ PyTorch's own collectives raise under `torch.func.grad`.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -43,12 +43,6 @@ for name, value in {
     setattr(all_sum, name, value)
 
 
-class _Context(Protocol):
-    """What `torch.autograd` keeps for the derivatives."""
-
-    group: Group
-
-
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, group: Group) -> Tensor:
@@ -57,15 +51,15 @@ class _AllSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def setup_context(ctx: _Context, inputs: tuple[Tensor, Group], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Group], output: Tensor) -> None:
         _, ctx.group = inputs
 
     @staticmethod
-    def backward(ctx: _Context, cotangent: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
         return all_sum(cotangent, ctx.group), None
 
     @staticmethod
-    def jvp(ctx: _Context, tangent: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         total: Tensor = all_sum(tangent, ctx.group)
         return total
 

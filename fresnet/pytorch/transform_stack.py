@@ -16,6 +16,7 @@ NAMES = (
     "get_interpreter_stack",
     "get_unwrapped",
     "is_functorch_wrapped_tensor",
+    "maybe_get_level",
 )
 """The names that this file reads from `torch._C._functorch`."""
 
@@ -49,6 +50,20 @@ def forward_mode(*inputs: Tensor) -> bool:
     if not READABLE or _functorch.TransformType.Jvp in _stack():
         return True
     return any(unpack_dual(_unwrapped(tensor)).tangent is not None for tensor in inputs)
+
+
+def can_be_written_over(y: Tensor, term: Tensor) -> bool:
+    """Whether PyTorch takes y for the place of its sum with a term, as far as one can tell.
+
+    It refuses where a derivative is taken within which the term is a variable and y is not, and
+    where a vmap maps the term and not y.
+    """
+    if not active():
+        return True
+    if not READABLE or _functorch.TransformType.Vmap in _stack():
+        return False
+    levels = [_functorch.maybe_get_level(tensor) for tensor in (y, term)]
+    return bool(levels[1] <= levels[0])
 
 
 def one_derivative(*inputs: Tensor) -> bool:

@@ -9,6 +9,7 @@ state, metrics = train_step(state, (x, y))
 from fresnet.training.backward import gradients
 from fresnet.training.checkpoint import Restored, restore_state, save_state
 from fresnet.training.evaluation import Evaluation, evaluate
+from fresnet.training.masks import Masks, draw_masks, masked
 from fresnet.training.mixing import cutmix, mixup, one_of
 from fresnet.training.processes import Processes, check_same, joined, share
 from fresnet.training.state import TrainState, start
@@ -17,6 +18,7 @@ from fresnet.training.targets import cross_entropy
 
 __all__ = [
     "Evaluation",
+    "Masks",
     "Metrics",
     "Processes",
     "Restored",
@@ -24,10 +26,12 @@ __all__ = [
     "check_same",
     "cross_entropy",
     "cutmix",
+    "draw_masks",
     "evaluate",
     "gradients",
     "joined",
     "make_train_step",
+    "masked",
     "mixup",
     "one_of",
     "restore_state",

@@ -1,23 +1,24 @@
-"""Gradients at the price of `torch.autograd`'s, within a process and across processes.
+"""Gradients of a batch in parts, summed within a process and across processes.
 
-`torch.func.grad` keeps the graph of a function until the gradient is complete, because that
-gradient may be differentiated again. Here each part of the graph is freed once the backward pass
-has gone through it, and processes send their sums during that pass. Under another derivative, a
-vmap or a compiler, `torch.func.grad` takes the gradient after all.
+Processes send their sums during the backward pass. Under another derivative, a vmap or a compiler
+they send them after it.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
 
 from fresnet import tree
+from fresnet.errors import FresnetError, check_type, shown
+from fresnet.gradients.reverse import grad_and_value
+from fresnet.network.options import check_group
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum, start_sum
+from fresnet.tree.walks import check_floats
 
 Weights = TypeVar("Weights")
 Seen = TypeVar("Seen")
@@ -56,41 +57,48 @@ def gradients(
     Returns:
       `(grads, found)`: grads, a tree like the weights, is the same to the bit on every process of
       the group; found holds `(loss, seen)` of each part.
+    Raises:
+      FresnetError: if an argument is not as described.
     """
+    check_type("gradients", Callable, "a function", loss_fn=loss_fn)
+    check_floats("gradients", weights)
+    check_group("gradients", group)
+    if not isinstance(parts, Sequence) or not parts or {*map(type, parts)} != {tuple}:
+        raise FresnetError(
+            f"gradients expects parts to be a list of tuples, such as [(x, y)]; got {shown(parts)}"
+        )
+    if group is None:
+        return _summed(loss_fn, weights, parts)
     if torch.compiler.is_compiling() or transform_stack.differentiated(
         *tree.leaves((weights, parts))
     ):
-        return _composed(loss_fn, weights, parts, group)
+        grads, found = _summed(loss_fn, weights, parts)
+        return tree.map(lambda leaf: all_sum(leaf, group), grads), found
     leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(weights)]
-    buckets = None if group is None else _Buckets(leaves, len(parts), group)
-    grads: list[Tensor] = []
+    buckets = _Buckets(leaves, len(parts), group)
     found = []
     for part in parts:
         with torch.enable_grad():
             loss, seen = loss_fn(tree.unflatten(weights, leaves), *part)
-        new = [*torch.autograd.grad(loss, leaves, materialize_grads=True)]
+        torch.autograd.grad(loss, leaves, materialize_grads=True)
         found.append((loss.detach(), tree.map(Tensor.detach, seen)))
         del loss, seen
-        if grads and not buckets:
-            # `pop` frees the terms of one sum before the next sum is taken.
-            new = [grads.pop() + new.pop() for _ in leaves][::-1]
-        grads = new
-    return tree.unflatten(weights, buckets.sums() if buckets else grads), found
+    return tree.unflatten(weights, buckets.sums()), found
 
 
-def _composed(
-    loss_fn: Callable[..., tuple[Tensor, Seen]],
-    weights: Weights,
-    parts: Sequence[tuple[Any, ...]],
-    group: Group | None,
+def _summed(
+    loss_fn: Callable[..., tuple[Tensor, Seen]], weights: Weights, parts: Sequence[tuple[Any, ...]]
 ) -> tuple[Weights, list[tuple[Tensor, Seen]]]:
-    each, found = zip(
-        *(grad_and_value(loss_fn, has_aux=True)(weights, *part) for part in parts), strict=True
-    )
-    grads = tree.map(lambda *leaves: reduce(torch.add, leaves), *each)
-    if group is not None:
-        grads = tree.map(lambda leaf: all_sum(leaf, group), grads)
-    return grads, list(found)
+    grads: list[Tensor] = []
+    found = []
+    for part in parts:
+        one, of_part = grad_and_value(loss_fn, has_aux=True)(weights, *part)
+        found.append(of_part)
+        new = tree.leaves(one)
+        del one
+        # `pop` frees the terms of one sum before the next sum is taken.
+        grads = [grads.pop() + new.pop() for _ in new[:]][::-1] if grads else new
+    return tree.unflatten(weights, grads), found
 
 
 class _Buckets:

@@ -19,6 +19,7 @@ from fresnet.errors import FresnetError, describe, reason, shown
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
 from fresnet.reading import as_path, from_json, spelt
+from fresnet.training.strides import are_strides, laid_out, strides_of
 from fresnet.tree.walks import children_of, steps_of
 from fresnet.weights.files import BESIDES, NETWORK, structure_of
 from fresnet.weights.names import names
@@ -28,13 +29,12 @@ from fresnet.weights.storage import read_safetensors, remove_leftovers, write_sa
 STATE = "fresnet.state"
 """The name of the metadata that hold step, notes, strides, and types of nodes."""
 
-GAPS = 64
-"""How many times the memory of its values a leaf may take, as a member of a stack does."""
-
 State = TypeVar("State")
 
 
 class Restored(NamedTuple, Generic[State]):
+    """A state from a checkpoint, with the step and the notes that it was saved with."""
+
     state: State
     step: int
     notes: Mapping[str, Any]
@@ -93,7 +93,7 @@ def save_state(
     about = {
         "step": number,
         "notes": dict(notes or {}),
-        "strides": {name: _strides(leaf) for name, leaf in entries.items()},
+        "strides": {name: strides_of(leaf) for name, leaf in entries.items()},
         "nodes": nodes_of(state),
     }
     try:
@@ -150,7 +150,7 @@ def restore_state(like: State, folder: str | os.PathLike[str]) -> Restored[State
         if damaged:
             warnings.warn(f"{'; '.join(damaged)}; going on from {path}", stacklevel=2)
         leaves = [
-            _laid_out(entries[name], about.strides[name], place.device)
+            laid_out(entries[name], about.strides[name], place.device)
             for name, place in places.items()
         ]
         return Restored(tree.unflatten(like, leaves), about.step, about.notes, path)
@@ -239,55 +239,10 @@ def _about(texts: Mapping[str, str], entries: Mapping[str, Tensor]) -> _About:
             as_integer(step) == step
             and 0 <= step < 2**63
             and isinstance(nodes, dict)
-            and all(_are_strides(strides.get(name), leaf) for name, leaf in entries.items())
+            and all(are_strides(strides.get(name), leaf) for name, leaf in entries.items())
         ):
             return _About(step, notes, strides, nodes)
     raise FresnetError("its metadata describe no training state")
-
-
-def _strides(leaf: Tensor) -> list[int]:
-    """The leaf's strides in memory of its own, or those of a dense one where they are no such."""
-    strides = list(leaf.stride())
-    if _lie_apart(leaf.shape, strides):
-        return strides
-    once = leaf[tuple(slice(None) if stride else slice(1) for stride in strides)]
-    dense = torch.empty_like(once, device="meta").stride()
-    return [new if old else 0 for new, old in zip(dense, strides, strict=True)]
-
-
-def _lie_apart(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether values lie line after line, without wide gaps; with stride 0 one is repeated.
-
-    Wide gaps would let a small file ask for any amount of memory. Without values there are none.
-    """
-    if not all(shape):
-        return True
-    last, values = 0, 1
-    for stride, n in sorted(zip(strides, shape, strict=True)):
-        if stride and n != 1:
-            if stride <= last:
-                return False
-            last, values = last + (n - 1) * stride, values * n
-    return last < GAPS * values
-
-
-def _are_strides(strides: object, leaf: Tensor) -> bool:
-    """Whether `save_state` can have written this of a leaf."""
-    return (
-        isinstance(strides, list)
-        and len(strides) == leaf.ndim
-        and all(type(stride) is int and 0 <= stride < 2**63 for stride in strides)
-        and _lie_apart(leaf.shape, strides)
-    )
-
-
-def _laid_out(leaf: Tensor, strides: Sequence[int], device: torch.device) -> Tensor:
-    """A copy with these strides on this device."""
-    result = torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=device)
-    # An expanded dimension has stride 0: the values that it repeats lie in memory once.
-    once = tuple(slice(None) if stride else slice(1) for stride in strides)
-    result[once].copy_(leaf[once])
-    return result
 
 
 def _described(entries: Mapping[str, Tensor]) -> dict[str, str]:

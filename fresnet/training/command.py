@@ -13,7 +13,7 @@ from fresnet.data.loading import OnBroken
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.check import first_conv
 from fresnet.network.family import SPECS
-from fresnet.network.init import fresh_head, init
+from fresnet.network.init import init, with_head
 from fresnet.network.nodes import NoHead, Params
 from fresnet.network.rewrites import cast
 from fresnet.training.course import CONFUSION, CURVES, LABELS, NETWORK, Course, Options, Outcome
@@ -102,13 +102,23 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         recipe = with_epochs(recipe, args.epochs)
     if args.crop is not None:
         recipe = with_crop(recipe, args.crop)
+    for name in ("drop_path", "dropout"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            option = name.replace("_", "-")
+            raise FresnetError(f"--{option} expects a number from 0 to below 1; got {value}")
+        if value is not None:
+            recipe = recipe._replace(**{name: value})
     return recipe._replace(head_rate=args.head_rate, frozen=tuple(args.freeze))
 
 
 def _folders(args: argparse.Namespace) -> tuple[Folder, Folder]:
     """The images to train on, and those to validate on."""
-    training = scan(args.folder / "train")
-    return training, scan(args.validation or args.folder / "val", classes=training.classes)
+    try:
+        training = scan(args.folder / "train")
+        return training, scan(args.validation or args.folder / "val", classes=training.classes)
+    except FresnetError as error:
+        raise FresnetError(str(error).removeprefix("scan ")) from error
 
 
 def _with_batch(recipe: Recipe, args: argparse.Namespace, training: Folder) -> Recipe:
@@ -157,9 +167,9 @@ def _network(args: argparse.Namespace, classes: int) -> tuple[str, Params]:
         )
     name = f"{args.weights} with its head"
     if isinstance(weights.head, NoHead) or len(weights.head.bias) != classes:
-        head = fresh_head(args.seed, weights, classes)
-        weights, name = weights._replace(head=head), f"{args.weights} with a fresh head"
-    return name, params._replace(weights=weights)
+        params = with_head(params, num_classes=classes, generator=args.seed)
+        name = f"{args.weights} with a fresh head"
+    return name, params
 
 
 def _told(outcome: Outcome, out: Path) -> str:

@@ -6,21 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError
-from fresnet.network.check import (
-    check_call,
-    check_group,
-    check_params,
-    check_values,
-    classes_of,
-    first_conv,
-)
+from fresnet.errors import FresnetError, check_type
+from fresnet.network.check import check_call, check_params, check_values, classes_of, first_conv
 from fresnet.network.net import forward
 from fresnet.network.nodes import Params
+from fresnet.network.options import check_group
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.step import Batch
-from fresnet.training.targets import check_classes, cross_entropy
+from fresnet.training.targets import check_classes, checked_batch, cross_entropy
+from fresnet.tree.text import register
 
 
 class Evaluation(NamedTuple):
@@ -41,6 +36,9 @@ class Evaluation(NamedTuple):
     """How many images of class i were classified as class j, int64 `[k k]`, on the CPU."""
 
 
+register(Evaluation)
+
+
 def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = None) -> Evaluation:
     """Classify batches by the running statistics, and compare the results with their classes.
 
@@ -56,8 +54,8 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
         `[b]`. A batch of `fresnet.data` holds more, which is left alone.
       group: processes that evaluate together. Each has a share of the batches, which may be empty.
     Raises:
-      FresnetError: if there is no image at all, or if images or classes are not what the network
-        takes.
+      FresnetError: if there is no image at all, if a batch is no pair of images and classes, or if
+        these are not what the network takes.
     """
     if transform_stack.READABLE and transform_stack.active():
         raise FresnetError(
@@ -67,11 +65,13 @@ def evaluate(params: Params, batches: Iterable[Batch], *, group: Group | None = 
     check_params("evaluate", params)
     check_values("evaluate", params)
     check_group("evaluate", group)
+    check_type("evaluate", Iterable, "an iterable of (x, y), such as a loader", batches=batches)
     classes, device = classes_of("evaluate", params.weights), first_conv(params.weights).device
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, hits among five
     with torch.no_grad():
-        for x, y, *_ in batches:
+        for batch in batches:
+            x, y, *_ = checked_batch("evaluate expects batches (x, y), as in [(x, y)]", batch)
             check_call("evaluate", params, x)
             check_classes("evaluate", x, y, classes)
             logits = forward(params, x).double()

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-from fresnet.errors import FresnetError, shown
+from fresnet.errors import FresnetError, check_type, describe, listed, shown
 from fresnet.numbers import as_number
 
 Mixing: TypeAlias = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
@@ -36,6 +36,11 @@ def cutmix(alpha: float) -> Mixing:
 
     The rectangle's share of the area is drawn from Beta(alpha, alpha).
 
+    >>> import fresnet
+    >>> from fresnet import training
+    >>> mixing = training.one_of(training.mixup(0.2), training.cutmix(1.0))
+    >>> train_step = training.make_train_step(fresnet.optim.sgd(0.1), mixing=mixing)
+
     Raises:
       FresnetError: if alpha is not a positive number.
     Source: Yun et al. 2019, arXiv:1905.04899.
@@ -44,11 +49,21 @@ def cutmix(alpha: float) -> Mixing:
 
 
 def one_of(*mixings: Mixing) -> Mixing:
-    """One of these mixings for each batch, all with the same probability."""
+    """One of these mixings for each batch, all with the same probability.
+
+    >>> mixing = one_of(mixup(0.2), cutmix(1.0))
+
+    Raises:
+      FresnetError: if there is none, or if one is no function.
+    """
+    if not mixings or not all(map(callable, mixings)):
+        got = listed([*map(describe, mixings)]) if mixings else "none"
+        raise FresnetError(f"one_of expects mixings, such as mixup(0.2); got {got}")
     return partial(_one_of, mixings)
 
 
 def _mixup(alpha: float, x: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    _check(x, targets, generator)
     share = _share(alpha, generator)
     return _blend(x, share), _blend(targets, share)
 
@@ -56,6 +71,7 @@ def _mixup(alpha: float, x: Tensor, targets: Tensor, generator: Generator) -> tu
 def _cutmix(
     alpha: float, x: Tensor, targets: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
+    _check(x, targets, generator)
     share = _share(alpha, generator)
     height, width = x.shape[2:]
     column, row = (
@@ -78,6 +94,16 @@ def _one_of(
     weights = torch.ones(len(mixings), dtype=torch.float32, device="cpu")
     chosen = int(torch.multinomial(weights, 1, generator=generator))
     return mixings[chosen](x, targets, generator)
+
+
+def _check(x: Tensor, targets: Tensor, generator: Generator) -> None:
+    check_type("a mixing", Generator, "a torch.Generator on the CPU", generator=generator)
+    tensors = isinstance(x, Tensor) and isinstance(targets, Tensor)
+    if not tensors or x.ndim != 4 or targets.ndim != 2 or len(x) != len(targets):
+        raise FresnetError(
+            "a mixing expects images [b c h w] and probabilities [b k]; "
+            f"got {describe(x)} and {describe(targets)}"
+        )
 
 
 def _share(alpha: float, generator: Generator) -> float:

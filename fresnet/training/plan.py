@@ -42,6 +42,8 @@ def assemble(
         optimizer,
         loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
         mixing=mixing_of(recipe),
+        drop_path=recipe.drop_path,
+        dropout=recipe.dropout,
         precision=run.precision,
         micro_batches=run.micro_batches,
         recompute=recompute,

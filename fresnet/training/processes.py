@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, distributed
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, shown
+from fresnet.network.options import check_group
+from fresnet.numbers import as_integer
 from fresnet.pytorch.collectives import Group, all_sum, answered
 from fresnet.training.checkpoint import nodes_of
+from fresnet.tree.walks import check_tensors
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables that torchrun sets for each process."""
@@ -104,6 +107,11 @@ def share(images: int, processes: int) -> int:
     Raises:
       FresnetError: if the processes cannot all take the same number.
     """
+    if as_integer(images) is None or (as_integer(processes) or 0) < 1:
+        raise FresnetError(
+            "share expects a number of images and one of processes, from 1 on; "
+            f"got {shown(images)} and {shown(processes)}"
+        )
     fewer = images // processes * processes
     if fewer != images or images < 1:
         fits = f"{fewer} or {fewer + processes}" if fewer > 0 else f"{processes}"
@@ -133,6 +141,9 @@ def check_same(state: Any, group: Group | None) -> None:
     Steps keep equal states equal. If states differ, the processes began with different checkpoints
     or options.
 
+    >>> import torch
+    >>> check_same((torch.ones(2),), group=None)  # A process alone has nothing to compare.
+
     Args:
       state: a tree of tensors, such as a `TrainState`.
       group: the processes that compare their states, which all call this; None for a process
@@ -141,6 +152,8 @@ def check_same(state: Any, group: Group | None) -> None:
       FresnetError: on every process. It names one process, and where its state differs from that of
         process 0.
     """
+    check_group("check_same", group)
+    check_tensors("check_same", state)
     if group is None:
         return
     kinds = nodes_of(state), [*map(describe, tree.leaves(state))]

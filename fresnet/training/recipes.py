@@ -42,6 +42,10 @@ class Recipe(NamedTuple):
     cutmix: float = 0.0
     """Alpha of their Beta distributions; 0 leaves one out. If both mix, each batch draws one."""
 
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    """The rates of stochastic depth and of dropout before the head, as for `draw_masks`."""
+
     repeats: int = 1
     """How often an epoch repeats an image. It then holds fewer different images."""
 

@@ -16,7 +16,7 @@ CHECKPOINTS = "checkpoints"
 
 Notes: TypeAlias = Mapping[str, int | str]
 
-UNSET = ("None", "()", "RGB")
+UNSET = ("None", "()", "RGB", "0.0")
 """What notes say of a setting that is not made. Older runs do not note what they did not know."""
 
 

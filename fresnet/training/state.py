@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fresnet import optim, tree
-from fresnet.errors import FresnetError, shown
+from fresnet.errors import FresnetError, check_type, shown
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.nodes import Params
 from fresnet.numbers import as_integer
+from fresnet.optim.interface import check_optimizer
 from fresnet.tree.text import register
 
 NoAverage: TypeAlias = tuple[()]
@@ -54,15 +55,18 @@ def start(
       seed: seeds the generator that steps draw from.
       average: whether steps keep an average of the network as well.
     Raises:
-      FresnetError: if params is not a network, or if its dtype is too narrow for small updates.
+      FresnetError: if params is not a network or optimizer is none, or if the network's dtype is
+        too narrow for small updates.
     """
     check_params("start", params)
+    check_optimizer("start", optimizer)
     stem = first_conv(params.weights)
     if stem.dtype not in (torch.float32, torch.float64):
         raise FresnetError(
             f"start expects weights in float32 or float64; got {stem.dtype}: make_train_step(..., "
             "precision=torch.bfloat16) computes in it, with float32 weights behind"
         )
+    check_type("start", optim.Optimizer, "one of fresnet.optim", optimizer=optimizer)
     number = as_integer(seed)
     if number is None or not -(2**63) <= number < 2**64:
         raise FresnetError(f"start expects seed to be an integer; got {shown(seed)}")

@@ -6,29 +6,32 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe, shown
+from fresnet.errors import FresnetError, check_type, describe, shown
 from fresnet.network.check import (
-    check_call,
+    check_device,
     check_differentiable,
-    check_group,
-    check_momentum,
+    check_images,
+    check_params,
     classes_of,
 )
 from fresnet.network.moments import merge, merge_across, update
 from fresnet.network.net import run_training
 from fresnet.network.nodes import Params, Regime, Stats, Weights
+from fresnet.network.options import check_group, check_momentum
 from fresnet.network.regimes import training_once
 from fresnet.numbers import as_integer, as_number
 from fresnet.optim import Optimizer, clip_by_norm, everywhere
-from fresnet.pytorch import transform_stack
+from fresnet.optim.checks import checked_numbers
+from fresnet.optim.interface import check_optimizer
 from fresnet.pytorch.collectives import Group, all_sum
 from fresnet.training.backward import gradients
+from fresnet.training.draws import drawn
+from fresnet.training.masks import Masks, NoMasks, check_rates, masked
 from fresnet.training.mixing import Mixing
 from fresnet.training.state import NoAverage, TrainState
-from fresnet.training.targets import check_classes, cross_entropy
+from fresnet.training.targets import check_classes, checked_batch, cross_entropy
 
 Batch: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, object, object]
 LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -59,6 +62,8 @@ def make_train_step(
     *,
     loss_fn: LossFn = cross_entropy,
     mixing: Mixing | None = None,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
     precision: torch.dtype | None = None,
     micro_batches: int = 1,
     recompute: bool = False,
@@ -73,7 +78,8 @@ def make_train_step(
     x `[b c h w]` are images in the dtype of the weights. y are their classes, int64 `[b]`, or the
     probabilities of all classes `[b k]`. A batch of `fresnet.data` holds more, which the step
     leaves alone. The step is pure: the same state and batch give the same bits, and neither is
-    written to. So it maps over ensembles, unless it mixes: a generator's state cannot be mapped.
+    written to. So it maps over ensembles, unless it mixes or drops: a generator's state cannot be
+    mapped.
 
     >>> import torch, fresnet
     >>> optimizer = fresnet.optim.sgd(0.1, momentum=0.9)
@@ -92,6 +98,8 @@ def make_train_step(
         example, is `lambda logits, targets: binary_cross_entropy_with_logits(logits, targets,
         reduction="none").mean(1)`.
       mixing: how each batch is mixed, from `fresnet.training.mixing`.
+      drop_path, dropout: the rates of stochastic depth and of dropout before the head, as for
+        `draw_masks`. Each step draws masks for the images of this process.
       precision: the dtype that the network computes in, by default that of the weights. In bfloat16
         the network reads rounded weights, except those of norms. The weights themselves, their
         gradients, the optimizer, the statistics and the loss keep their dtype.
@@ -113,24 +121,31 @@ def make_train_step(
         the classes are not what the network takes, or if a share has fewer images than
         micro_batches.
     """
+    check_optimizer("make_train_step", optimizer)
+    check_type("make_train_step", Callable, "a function", loss_fn=loss_fn)
+    check_type("make_train_step", Callable | None, "a function, such as mixup(0.2)", mixing=mixing)
+    if max_norm is not None:
+        checked_numbers("make_train_step", max_norm=max_norm)
     _check_options(precision, group, norms_across)
     weight = check_momentum("make_train_step", momentum)
     average_decay, micro_batches = _share(average_decay), _parts(micro_batches)
+    rates = check_rates("make_train_step", drop_path=drop_path, dropout=dropout)
+    draw = partial(drawn, mixing, rates, 0 if group is None else group.rank())
     do = training_once(group if norms_across else None)
     loss_of = partial(_loss_of, loss_fn, do, precision, recompute)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        x, y, *_ = batch
+        x, y, *_ = checked_batch("a train step expects a batch (x, y)", batch)
         _check(state, x, y, micro_batches)
         weights, stats = state.params
-        x, targets, rng = _mixed(mixing, state, x, y)
+        x, targets, masks, rng = draw(state, x, y)
         images = torch.full_like(state.step, len(x))
         if group is not None:
             images = all_sum(images, group)
         count = micro_batches if group is not None else min(micro_batches, len(x))
-        shares = zip(x.tensor_split(count), targets.tensor_split(count), strict=True)
+        shares = _cut((masks, x, targets), count)
         trained, rest = _trained(weights, optimizer)
-        parts = [(rest, stats, part, part_targets, images) for part, part_targets in shares]
+        parts = [(rest, stats, *share, images) for share in shares]
         grads: list[Any] = [*gradients(loss_of, trained, parts, group=group)]
         moments, sums = _together(grads.pop(), images, group, norms_across)
         if max_norm is not None:
@@ -156,10 +171,14 @@ def _trained(weights: Weights, optimizer: Optimizer) -> tuple[Weights, Any]:
     """The weights that the optimizer changes, and the rest."""
     if optimizer.trains is everywhere:
         return weights, ()  # nothing to combine
-    trained, rest = tree.partition(weights, optimizer.trains)
-    if not tree.leaves(trained):
+    if not any(map(optimizer.trains, tree.paths(weights))):
         raise FresnetError("a train step expects an optimizer that changes a weight; got frozen")
-    return trained, rest
+    return tree.partition(weights, optimizer.trains)
+
+
+def _cut(batch: Any, count: int) -> list[Any]:
+    """The batch in so many parts, each leaf cut along its images."""
+    return [tree.map(lambda leaf, i=i: leaf.tensor_split(count)[i], batch) for i in range(count)]
 
 
 def _loss_of(
@@ -170,6 +189,7 @@ def _loss_of(
     trained: Weights,
     rest: Any,
     stats: Stats,
+    masks: Masks | NoMasks,
     x: Tensor,
     targets: Tensor,
     images: Tensor,
@@ -177,6 +197,7 @@ def _loss_of(
     """What a part of the batch adds to the mean loss over all `images`, and what was seen."""
     x_narrow = x.to(precision or x.dtype)
     weights = tree.combine(trained, rest)
+    weights = masked(weights, masks) if masks else weights
     logits, moments = run_training(Params(weights, stats), x_narrow, do, recompute=recompute)
     logits = logits.to(x.dtype)
     classes = targets if targets.ndim == 1 else targets.argmax(1)
@@ -201,21 +222,6 @@ def _together(
     if group is None:
         return merged, sums
     return merged if norms_across else merge_across(merged, group), all_sum(sums, group)
-
-
-def _mixed(
-    mixing: Mixing | None, state: TrainState, x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The images and targets, mixed, and the generator's state after that."""
-    if mixing is None:
-        return x, y, state.rng
-    if transform_stack.READABLE and transform_stack.active():
-        raise FresnetError("a train step that mixes does not map: a generator's state does not")
-    generator = torch.Generator("cpu")
-    generator.set_state(state.rng.cpu())
-    probabilities = y if y.ndim == 2 else F.one_hot(y, len(state.params.weights.head.bias))
-    x, targets = mixing(x, probabilities.to(x.dtype), generator)
-    return x, targets, generator.get_state().to(state.rng.device)
 
 
 def _averaged(state: TrainState, params: Params, decay: float) -> Params | NoAverage:
@@ -260,14 +266,18 @@ def _check_options(precision: torch.dtype | None, group: Group | None, norms_acr
 def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:
     """Refuse a state, images or targets that do not fit, and parts without an image."""
     if type(state) is not TrainState:
-        raise FresnetError(f"a train step expects a TrainState; got {describe(state)}")
+        raise FresnetError(
+            f"a train step expects a TrainState, as training.start makes it; got {describe(state)}"
+        )
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise FresnetError("a train step expects to be outside of torch.inference_mode; got it on")
-    check_call("a train step", state.params, x)
+    check_params("a train step", state.params)
+    check_images("a train step", state.params, x)
     check_differentiable("a train step", state.params, state.optimizer, x)
     classes = classes_of("a train step", state.params.weights)
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.shape != (len(x), classes):
-        check_classes("a train step", x, y, classes)
+        check_classes("a train step", x, y, classes, or_probabilities=True)
+    check_device("a train step", x, y)
     if len(x) < micro_batches:
         raise FresnetError(
             f"a train step of {micro_batches} micro-batches expects as many images; got {len(x)}"

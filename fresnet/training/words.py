@@ -24,6 +24,7 @@ def rows(run: Run, per_epoch: int, processes: int) -> Mapping[str, str]:
     """The rows of the table about the recipe."""
     recipe = run.recipe
     steps = recipe.epochs * per_epoch
+    drops = {"paths": recipe.drop_path, "features": recipe.dropout}
     labels = {
         "smoothed by": recipe.label_smoothing,
         "mixup": recipe.mixup,
@@ -38,11 +39,16 @@ def rows(run: Run, per_epoch: int, processes: int) -> Mapping[str, str]:
         **_parts(recipe, per_epoch),
         "decay": f"{recipe.weight_decay:g}" + ("" if recipe.decay_norms else ", of all but norms"),
         "training": _words(recipe.augmentation),
-        "labels": ", ".join(f"{name} {value:g}" for name, value in labels.items() if value)
-        or "as they are",
+        "labels": _named(labels) or "as they are",
+        **({"dropped": _named(drops)} if any(drops.values()) else {}),
         "average": f"decay {average_decay_of(recipe):.6g} a step" if recipe.average else "none",
         "evaluation": _words(recipe.preset),
     }
+
+
+def _named(values: Mapping[str, float]) -> str:
+    """Those values that are not 0."""
+    return ", ".join(f"{name} {value:g}" for name, value in values.items() if value)
 
 
 def _parts(recipe: Recipe, per_epoch: int) -> Mapping[str, str]:

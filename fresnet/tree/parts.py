@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe, listed, shown, suggestion
+from fresnet.errors import FresnetError, check_type, describe, listed, shown, suggestion
 from fresnet.tree.walks import (
     Path,
     Tree,
@@ -135,13 +135,17 @@ def partition(tree: Tree, where: Where) -> tuple[Tree, Tree]:
     Returns:
       `(chosen, rest)`, two trees of the same nodes.
     Raises:
-      FresnetError: if where is not a function.
+      FresnetError: if where is not a function, or if it chooses no leaf.
     """
-    if not callable(where):
+    words = "a function of paths, such as tree.matching('head')"
+    check_type("tree.partition", Callable, words, where=where)
+    places = paths(tree)
+    pairs = [*zip(leaves(tree), map(where, places), strict=True)]
+    if not any(chosen for _, chosen in pairs):
+        example = f", such as {dotted(places[0])}" if places else ""
         raise FresnetError(
-            f"tree.partition expects where to be a function of paths; got {describe(where)}"
+            f"tree.partition expects where to choose a leaf; got none of {len(places)}{example}"
         )
-    pairs = [*zip(leaves(tree), map(where, paths(tree)), strict=True)]
     return (
         unflatten(tree, [leaf if chosen else () for leaf, chosen in pairs]),
         unflatten(tree, [() if chosen else leaf for leaf, chosen in pairs]),

@@ -8,10 +8,12 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from fresnet.errors import FresnetError, describe
+from fresnet.errors import FresnetError, describe, listed, shown
+from fresnet.numbers import as_number
 from fresnet.tree.walks import (
     Tree,
     check_structures,
+    check_tensors,
     leaves,
     map,  # noqa: A004
     paths,
@@ -30,18 +32,21 @@ def stack(trees: Sequence[Tree]) -> Tree:
     (tensor([1, 3]), tensor([2, 4]))
 
     Raises:
-      FresnetError: if there is no tree, or if they differ in structure or in a leaf's shape or
-        dtype.
+      FresnetError: if there is no tree, or if they differ in structure or in a leaf's shape, dtype
+        or device.
     """
     if type(trees) not in (list, tuple):
         raise FresnetError(f"tree.stack expects a list or tuple of trees; got {describe(trees)}")
     if not trees:
         raise FresnetError("tree.stack expects at least one tree; got none")
     check_structures("tree.stack", *trees)
+    check_tensors("tree.stack", trees)
     for path, *places in zip(paths(trees[0]), *(leaves(tree) for tree in trees), strict=True):
-        if len({(leaf.shape, leaf.dtype) for leaf in places}) > 1:
-            got = ", ".join(describe(leaf) for leaf in places)
-            raise FresnetError(f"tree.stack expects equal shapes and dtypes at {path}; got {got}")
+        if len({(leaf.shape, leaf.dtype, leaf.device) for leaf in places}) > 1:
+            got = ", ".join(f"{describe(leaf)} on {leaf.device}" for leaf in places)
+            raise FresnetError(
+                f"tree.stack expects equal shapes, dtypes and devices at {path}; got {got}"
+            )
     return map(lambda *places: torch.stack(places), *trees)
 
 
@@ -51,6 +56,7 @@ def unstack(tree: Tree) -> list[Tree]:
     Raises:
       FresnetError: if the leaves have no common first dimension.
     """
+    check_tensors("tree.unstack", tree)
     sizes = {leaf.shape[:1] for leaf in leaves(tree)}
     if len(sizes) != 1 or () in sizes:
         got = ", ".join(str(tuple(size)) for size in sizes)
@@ -69,11 +75,13 @@ def ravel(tree: object) -> Tensor:
     tensor([1, 2, 3, 4, 5])
 
     Raises:
-      FresnetError: if the leaves are not of one dtype.
+      FresnetError: if the leaves are not tensors of one dtype on one device.
     """
-    dtypes = {leaf.dtype for leaf in leaves(tree)}
-    if len(dtypes) != 1:
-        raise FresnetError(f"tree.ravel expects leaves of one dtype; got {dtypes or 'no leaves'}")
+    check_tensors("tree.ravel", tree)
+    kinds = {f"{leaf.dtype} on {leaf.device}": None for leaf in leaves(tree)}
+    if len(kinds) != 1:
+        got = listed([*kinds]) if kinds else "no leaves"
+        raise FresnetError(f"tree.ravel expects leaves of one dtype on one device; got {got}")
     return torch.cat([leaf.flatten() for leaf in leaves(tree)])
 
 
@@ -88,11 +96,12 @@ def unravel(like: Tree, vector: Tensor) -> Tree:
             [1]]), tensor(2))
 
     Raises:
-      FresnetError: if the vector does not have as many values as all leaves together.
+      FresnetError: if vector is no vector of as many values as all leaves have together.
     """
+    check_tensors("tree.unravel", like)
     shapes = [leaf.shape for leaf in leaves(like)]
     sizes = [shape.numel() for shape in shapes]
-    if vector.shape != (sum(sizes),):
+    if not isinstance(vector, Tensor) or vector.shape != (sum(sizes),):
         raise FresnetError(
             f"tree.unravel expects a vector of {sum(sizes)} values; got {describe(vector)}"
         )
@@ -115,34 +124,49 @@ def equal(one: object, other: object) -> bool:
     False
 
     Raises:
-      FresnetError: if a leaf is not a tensor.
+      FresnetError: if a leaf is not a tensor, or has no value to compare, as on meta.
     """
     return _compared("tree.equal", torch.equal, one, other)
 
 
 def allclose(one: object, other: object, *, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-    """Whether two trees are equal, but for differences of values up to atol + rtol |other|.
+    """Whether two trees are equal, but for differences of values up to `atol + rtol |other|`.
 
     >>> import torch, fresnet
     >>> fresnet.tree.allclose((torch.ones(2),), (1.001 * torch.ones(2),), rtol=0.01)
     True
 
     Raises:
-      FresnetError: if a leaf is not a tensor.
+      FresnetError: if a leaf is not a tensor, or has no value to compare, as on meta, or if rtol or
+        atol is not a number from 0 on.
     """
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        number = as_number(value)
+        if number is None or not number >= 0:
+            raise FresnetError(
+                f"tree.allclose expects {name} to be a number from 0 on; got {shown(value)}"
+            )
     return _compared("tree.allclose", partial(torch.allclose, rtol=rtol, atol=atol), one, other)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether this is neither on meta nor made under PyTorch's `FakeTensorMode`."""
+    return not tensor.is_meta and not hasattr(tensor, "fake_mode")
 
 
 def _compared(
     caller: str, same: Callable[[Tensor, Tensor], bool], one: object, other: object
 ) -> bool:
+    for tree in (one, other):
+        check_tensors(caller, tree)
     if not same_structure(one, other):
         return False
     pairs = [*zip(leaves(one), leaves(other), strict=True)]
-    for leaf in chain(*pairs):
-        if not isinstance(leaf, Tensor):
-            raise FresnetError(f"{caller} expects leaves to be tensors; got {describe(leaf)}")
-    return all(
-        (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and same(a, b)
-        for a, b in pairs
-    )
+    if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
+        return False
+    if not all(has_values(leaf) for leaf in chain(*pairs)):
+        raise FresnetError(
+            f"{caller} expects tensors with values; got some that are on meta or were made under "
+            "FakeTensorMode"
+        )
+    return all(same(a, b) for a, b in pairs)

@@ -4,14 +4,14 @@
 because PyTorch's pytree module is private and takes several times as long.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, ValuesView
 from copy import copy
 from itertools import zip_longest
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from fresnet.errors import FresnetError
+from fresnet.errors import FresnetError, check_type, describe
 
 Tree = TypeVar("Tree")
 Path: TypeAlias = tuple[str | int, ...]
@@ -38,8 +38,9 @@ def map(function: Callable[..., object], tree: Tree, *rest: object) -> Tree:  # 
     (tensor(11), tensor(22))
 
     Raises:
-      FresnetError: if the trees differ in structure, node types included.
+      FresnetError: if the trees differ in structure, node types included, or if `function` is none.
     """
+    check_type("tree.map", Callable, "a function", function=function)
     check_structures("tree.map", tree, *rest)
     return _map(function, tree, *rest)
 
@@ -52,8 +53,9 @@ def map_with_path(function: Callable[..., object], tree: Tree, *rest: object) ->
     {'a': ('a', 1), 'b': [('b', 0, 2)]}
 
     Raises:
-      FresnetError: if the trees differ in structure, node types included.
+      FresnetError: if the trees differ in structure, node types included, or if `function` is none.
     """
+    check_type("tree.map_with_path", Callable, "a function", function=function)
     check_structures("tree.map_with_path", tree, *rest)
     route = iter(paths(tree))
     return _map(lambda *places: function(next(route), *places), tree, *rest)
@@ -83,6 +85,7 @@ def unflatten(like: Tree, new_leaves: Sequence[object]) -> Tree:
     Raises:
       FresnetError: if there are more or fewer new leaves than places.
     """
+    check_type("tree.unflatten", (Sequence, ValuesView), "a list", new_leaves=new_leaves)
     rest = iter(new_leaves)
     places = len(leaves(like))
     if places != len(new_leaves):
@@ -91,7 +94,11 @@ def unflatten(like: Tree, new_leaves: Sequence[object]) -> Tree:
 
 
 def rebuild(node: Tree, children: Iterable[object]) -> Tree:
-    """A node of the same type, with the same keys if it is a dict, and with these children."""
+    """A node of the same type, with the same keys if it is a dict, and with these children.
+
+    >>> rebuild({"scale": 1, "bias": 2}, [3, 4])
+    {'scale': 3, 'bias': 4}
+    """
     if isinstance(node, dict):
         new = copy(node)  # some types of dict hold more than their keys
         new.update(zip(node, children, strict=True))
@@ -138,6 +145,32 @@ def check_structures(caller: str, first: object, *rest: object) -> None:
             )
 
 
+def check_tensors(caller: str, tree: object) -> None:
+    """Refuse a tree with a leaf that is no tensor.
+
+    Raises:
+      FresnetError: saying what it is, and where.
+    """
+    for number, leaf in enumerate(leaves(tree)):
+        if not isinstance(leaf, Tensor):
+            path = paths(tree)[number]
+            place = f" at {path}" if path else ""
+            raise FresnetError(f"{caller} expects a tree of tensors; got {describe(leaf)}{place}")
+
+
+def check_floats(caller: str, tree: object) -> None:
+    """Refuse a tree that is none of float tensors, or that has no leaf.
+
+    Raises:
+      FresnetError: saying what came.
+    """
+    check_tensors(caller, tree)
+    others = [leaf for leaf in leaves(tree) if not leaf.is_floating_point()]
+    if others or not leaves(tree):
+        got = describe(others[0]) if others else "no leaf"
+        raise FresnetError(f"{caller} expects a tree of float tensors; got {got}")
+
+
 def _map(function: Callable[..., Any], tree: Tree, *rest: object) -> Tree:
     children = children_of(tree)
     if children is None:
@@ -149,8 +182,10 @@ def _map(function: Callable[..., Any], tree: Tree, *rest: object) -> Tree:
 
 def _difference(first: object, other: object) -> str:
     for a, b in zip_longest(paths(first), paths(other)):
+        if a is None or b is None:
+            return f"at {a or b}, which {'the first' if a is None else 'it'} lacks"
         if a != b:
-            return f"at {a or b}"
+            return f"at {a}, where it has {b}"
     for path in paths(first):
         for depth in range(len(path)):
             kinds = [type(_node_at(tree, path[:depth])) for tree in (first, other)]

@@ -15,7 +15,6 @@ from fresnet.network.net import run_network
 from fresnet.network.nodes import (
     LAYERS,
     Geometry,
-    GroupNorm,
     Head,
     NormStats,
     Pair,
@@ -23,6 +22,7 @@ from fresnet.network.nodes import (
     Stats,
     beside,
     blocks_of,
+    norm_shape,
     units_of,
 )
 from fresnet.network.norm import inference_norm
@@ -107,10 +107,10 @@ def _expected(
             sizes = sizes_of(unit.conv, 4)
         else:
             sizes = sizes_of(unit.norm.scale, 1)
+        in_groups = len(norm_shape(type(unit.norm), 1)) == 2  # of which no other entry tells
         for name in unit.norm:
-            weights[name] = _Entry("[c]", sizes, 1, dtype)
-            if isinstance(unit.norm, GroupNorm):  # how many groups there are, no other entry tells
-                weights[name] = _Entry("[g c/g]", None, 2, dtype)
+            entry = ("[g c/g]", None, 2) if in_groups else ("[c]", sizes, 1)
+            weights[name] = _Entry(*entry, dtype)
         for name in unit_stats:
             stats[name] = _Entry("[c]", sizes, 1, stats_dtype(dtype))
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fresnet.network.nodes import (
+    BATCH_NORMS,
     Bias,
-    FrozenNorm,
     Layer,
     NoNorm,
     Norm,
@@ -55,7 +55,7 @@ BLANKS = Blanks()
 
 def blank_stats(unit: Unit) -> NormStats | tuple[()]:
     """The statistics beside a unit, with blanks for leaves."""
-    return NormStats(BLANK, BLANK) if isinstance(unit.norm, Norm | FrozenNorm) else ()
+    return NormStats(BLANK, BLANK) if isinstance(unit.norm, BATCH_NORMS) else ()
 
 
 def blank_block(

@@ -144,7 +144,10 @@ def _check_place(path: object) -> None:
             f"it is the name of a network and no file: fresnet.init(0, fresnet.SPECS[{path!r}]) "
             f"draws one, and python -m fresnet models {path} lists published weights"
         )
-    if "_Weights." in path and path in {weights.name for weights in published()}:
+    known = {weights.name for weights in published()}
+    if (repository := f"timm/{path}") in known:
+        raise FresnetError(f"there is no such file; did you mean {repository!r}, a repository?")
+    if "_Weights." in path and path in known:
         raise FresnetError(
             f"torchvision has these weights: torchvision.models.get_weight({path!r}).url is the "
             "address of their file"

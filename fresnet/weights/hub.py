@@ -89,7 +89,9 @@ def local(path: Path) -> tuple[Path, Spec | None]:
         if path.is_dir():
             found = [path / name for name in WEIGHTS if (path / name).exists()]
             if not found:
-                raise refusal(path, f"the folder has none of {', '.join(WEIGHTS)}")
+                others = sorted(map(str, path.glob("*.safetensors")))
+                hint = f"; did you mean {others[-1]}?" if others else ""
+                raise refusal(path, f"the folder has none of {', '.join(WEIGHTS)}{hint}")
             path = found[0]
         config = path.parent / CONFIG
         if path.name in WEIGHTS and os.path.lexists(config):

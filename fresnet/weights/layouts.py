@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fresnet.errors import FresnetError
 from fresnet.network.nodes import (
+    AFFINE,
     BARE_STEMS,
+    BATCH_NORMS,
     LAYERS,
+    NORMS,
     POOLED,
     PREACTIVATIONS,
     BareDeepStem,
-    FrozenNorm,
-    GroupNorm,
     LastNorm,
     Norm,
     Params,
@@ -30,6 +31,7 @@ from fresnet.network.nodes import (
     beside,
     blocks_of,
     kinds,
+    norm_shape,
     units_of,
     with_blocks,
 )
@@ -51,10 +53,10 @@ def foreign_to(layout: str, params: Params) -> str:
     }
     beside(lambda unit, drawn: foreign.update(_foreign_norm(unit, drawn)), *_and_as_drawn(params))
     found = kinds(params.weights)
-    if GroupNorm in found and not all(map(_is_grouped_as_usual, units_of(params.weights))):
+    if not all(map(_is_shaped_as_usual, units_of(params.weights))):
         return "norms of another number of groups than 32"
     if layout == "huggingface":
-        foreign |= found & {GroupNorm}
+        foreign |= found.intersection(NORMS) - {*BATCH_NORMS, *AFFINE}
     if not is_v2(params):
         foreign |= found & {StandardisedLayer}
     if foreign:
@@ -84,15 +86,14 @@ def _and_as_drawn(params: Params) -> tuple[Weights, Stats]:
 def _foreign_norm(unit: Unit, drawn: Unit) -> set[type]:
     """The type of the unit's norm, if others do not have that there."""
     same = type(unit.norm) is type(drawn.norm)
-    other = isinstance(unit.norm, FrozenNorm | GroupNorm) and isinstance(drawn.norm, Norm)
+    other = isinstance(drawn.norm, Norm) and not isinstance(unit.norm, AFFINE)
     return set() if same or other else {type(unit.norm)}
 
 
-def _is_grouped_as_usual(unit: Unit) -> bool:
+def _is_shaped_as_usual(unit: Unit) -> bool:
     """Whether a norm has as many groups as what reads `[c]` makes of it."""
-    return not isinstance(unit.norm, GroupNorm) or all(
-        leaf.shape == GroupNorm.shape(leaf.numel()) for leaf in unit.norm
-    )
+    kind = type(unit.norm)
+    return all(leaf.shape == norm_shape(kind, leaf.numel()) for leaf in unit.norm)
 
 
 def is_v2(params: Params) -> bool:

@@ -1,10 +1,14 @@
 """A network as a module, for libraries that ask for one."""
 
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
 from torch import Tensor, nn
 
 from fresnet import tree
 from fresnet.errors import FresnetError
-from fresnet.network.check import check_params
+from fresnet.network.check import check_params, stats_dtype
 from fresnet.network.net import forward
 from fresnet.network.nodes import Norm, Params, kinds
 from fresnet.pytorch import transform_stack
@@ -58,13 +62,13 @@ class Network(nn.Module):
         check_distinct(names(params))
         trained = set(tree.leaves(self.names.weights))
         for name, leaf in zip(names(params), tree.leaves(params), strict=True):
-            *parents, entry = name.split(".")
             module: nn.Module = self
-            for parent in parents:
+            for parent, below in pairwise(name.split(".")):
                 if parent not in dict(module.named_children()):
-                    module.add_module(parent, nn.Module())
+                    module.add_module(parent, nn.ModuleList() if below == "0" else nn.Module())
+                    module.get_submodule(parent).register_load_state_dict_pre_hook(_as_here)
                 module = module.get_submodule(parent)
-            copy = leaf.detach().clone()
+            entry, copy = name.rpartition(".")[2], leaf.detach().clone()
             if name in trained:
                 module.register_parameter(entry, nn.Parameter(copy))
             else:
@@ -75,12 +79,16 @@ class Network(nn.Module):
         return f"Network({self.params()!r})"
 
     def params(self) -> Params:
-        """The network as a tree of the module's own tensors."""
-        entries = {
-            **dict(self.named_parameters(remove_duplicate=False)),
-            **dict(self.named_buffers(remove_duplicate=False)),
-        }
-        return tree.map(entries.__getitem__, self.names)
+        """The network as a tree of the module's own tensors, or of what is computed of them."""
+        for layer in [*self.modules()][1:]:
+            for hook in layer._forward_pre_hooks.values():  # pruning computes its weights there
+                hook(layer, ())
+        return tree.map(self._entry, self.names)
+
+    def _entry(self, name: str) -> Tensor:
+        layer, _, entry = name.rpartition(".")
+        found: Tensor = getattr(self.get_submodule(layer), entry)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """`fresnet.forward`."""
@@ -99,3 +107,24 @@ class Network(nn.Module):
                 "as_module(freeze(params)) keeps their statistics; forward_train trains them"
             )
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Network":
+        """What `to`, `half` and the like do; statistics stay as wide as `cast` leaves them."""
+        listed: list[Any] = tree.leaves(self.names.stats)
+        before = [self._entry(name) for name in listed]
+        super()._apply(fn, recurse)
+        for name, wide in zip(listed, before, strict=True):
+            layer, _, entry = name.rpartition(".")
+            moved = self._entry(name)
+            if moved.dtype != stats_dtype(moved.dtype):
+                kept = wide.to(moved.device, stats_dtype(moved.dtype))
+                setattr(self.get_submodule(layer), entry, kept)
+        return self
+
+
+def _as_here(layer: nn.Module, entries: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Change entries to a layer's: without a count of batches, and with norms in their groups."""
+    entries.pop(f"{prefix}num_batches_tracked", None)
+    for name, leaf in layer.named_parameters(prefix.rstrip("."), recurse=False):
+        if leaf.ndim == 2 and name in entries and entries[name].shape == (leaf.numel(),):
+            entries[name] = entries[name].view_as(leaf)

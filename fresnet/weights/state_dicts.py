@@ -18,13 +18,13 @@ from fresnet.network.family import SPECS
 from fresnet.network.nodes import (
     DilatedStage,
     FrozenNorm,
-    GroupNorm,
     NoHead,
     Norm,
     Params,
     Unit,
     beside,
     kinds,
+    norm_shape,
     replaced,
 )
 from fresnet.network.specs import Spec
@@ -64,13 +64,13 @@ def from_state_dict(
     granted:
 
     - that bottlenecks stride in their 3x3 convolution ("resnet50"), not in the first 1x1
-      ("resnet50_v1");
+      ("resnet50_v1"). Where the mapping lists no modules, as safetensors do not, a warning says so;
     - that a network with a 3x3 stem and no projections pads new channels at the end ("resnet20"),
       and not on both sides ("resnet20_centred"), nor has no shortcuts ("plain20"). A warning says
       so;
     - that maps are made smaller by the strides of convolutions ("resnet50d"), and not by pooling
-      against aliasing ("resnetaa50d", "resnetblur50d"). Where a state dict lists timm's modules, a
-      warning says so, and a blur is refused;
+      against aliasing ("resnetaa50d", "resnetblur50d"). Where the mapping lists no modules or
+      timm's, a warning says so, and a blur among timm's is refused;
     - that norms without running statistics are norms in groups ("resnet50_gn"), and in ResNet V2
       with a 7x7 stem BiT's, with standardised weights ("resnetv2_50x1_bit"). A warning says so;
     - that projections in ResNet V2 pool after a deep stem ("resnetv2_50d") and else stride;
@@ -101,7 +101,7 @@ def from_state_dict(
         params = assemble("from_state_dict", nodes, _in_groups(nodes, given), layout)
     check_modules(params, network.modules)
     if spec is None:
-        tell_what_is_assumed(params, network.modules)
+        tell_what_is_assumed(params, layout, network.modules)
     check_architecture("from_state_dict", params, architecture, spec)
     return params
 
@@ -231,10 +231,10 @@ def _in_groups(nodes: Params, given: Mapping[str, Any]) -> dict[str, Any]:
     shaped = dict(given)
 
     def look(unit: Unit) -> None:
-        for name in map(str, unit.norm) if isinstance(unit.norm, GroupNorm) else ():
+        for name in map(str, unit.norm):
             value = given.get(name)
             if isinstance(value, Tensor) and value.ndim == 1:
-                shaped[name] = value.reshape(GroupNorm.shape(len(value)))
+                shaped[name] = value.reshape(norm_shape(type(unit.norm), len(value)))
 
     beside(look, name_tree(nodes).weights)
     return shaped

@@ -16,6 +16,7 @@ from fresnet.network.nodes import (
     AveragedStem,
     BlurredStage,
     BlurredStem,
+    Bottleneck,
     BottleneckV1,
     FramedStem7x7,
     FrozenNorm,
@@ -54,15 +55,16 @@ def check_modules(params: Params, modules: Set[str]) -> None:
     if blurs and kinds(params.weights).isdisjoint((BlurredStem, StridedStem)):
         raise FresnetError(
             "the modules of this state dict blur, against aliasing, which names do not tell: pass "
-            f"architecture={' or '.join(map(repr, _twins(params, BlurredStage))) or 'a Spec'}"
+            f"architecture={' or '.join(map(repr, _twins(params, (BlurredStage,)))) or 'a Spec'}"
         )
 
 
-def tell_what_is_assumed(params: Params, modules: Set[str]) -> None:
+def tell_what_is_assumed(params: Params, layout: str, modules: Set[str]) -> None:
     """Warn where several published networks share the names that were found.
 
     Args:
       params: the network that fresnet takes them for.
+      layout: whose the names are.
       modules: those of the network, where a state dict lists them.
     """
     found = kinds(params.weights)
@@ -80,17 +82,23 @@ def tell_what_is_assumed(params: Params, modules: Set[str]) -> None:
         )
     if GroupNorm in found:
         bit = " and weights for standardised, as in BiT" if StandardisedLayer in found else ""
-        named = [name for name, spec in SPECS.items() if _is_like(spec, params)]
+        named = [name for name, spec in SPECS.items() if _is_of(spec, params)]
         _tell(
             f"there are no running statistics, so norms are taken for GroupNorm of 32 groups{bit}. "
             f"An architecture says so, such as {', '.join(map(repr, named)) or 'a Spec'}; if they "
             "are BatchNorm, its statistics are missing"
         )
-    if _is_of_timm(modules) and (twins := _twins(params, AveragedStage)):
+    twins = []
+    if _is_of_timm(modules):  # which has no strides in first convolutions, and whose blurs show
+        twins = _twins(params, (AveragedStage,))
+    elif layout == "torchvision" and not modules:
+        twins = _twins(params, (AveragedStage, BlurredStage, tuple))
+    if twins:
+        plain = _plain(SPECS[twins[0]])
+        named = [repr(name) for name, spec in SPECS.items() if spec == plain] or ["a Spec"]
         _tell(
-            f"names do not tell whether this network pools against aliasing, as {listed(twins)} "
-            "does. fresnet takes it for one that does not; an architecture says so, such as "
-            f"{', '.join(_plain_ones(SPECS[twins[0]]))}"
+            f"names do not tell this network from {listed(twins)}. fresnet takes it for the usual "
+            f"one; architecture={' or '.join(named)} says so"
         )
 
 
@@ -99,25 +107,30 @@ def _is_of_timm(modules: Set[str]) -> bool:
     return any(name.endswith(".aa") for name in modules)
 
 
-def _twins(params: Params, stage: type[Any]) -> list[str]:
-    """The members of the family that are this network but for pooling in such stages."""
-    pooling = {name: spec for name, spec in SPECS.items() if spec.stage is stage}
-    return [name for name, spec in pooling.items() if _is_like(spec, params)]
+def _twins(params: Params, stages: tuple[type[Any], ...]) -> list[str]:
+    """The members of the family with such stages that are not this network, but for its names."""
+    twins = {
+        name: _plain(spec)
+        for name, spec in SPECS.items()
+        if spec.stage in stages and spec != _plain(spec)
+    }
+    ours = {plain for plain in set(twins.values()) if _is_of(plain, params)}
+    return [name for name, plain in twins.items() if plain in ours]
 
 
-def _plain_ones(spec: Spec) -> list[str]:
-    """The names of the network that is like this one but for the pooling."""
-    plain = replace(spec, stage=tuple, stem_pool=None)
-    return [repr(name) for name, one in SPECS.items() if one == plain] or [repr(plain)]
+def _plain(spec: Spec) -> Spec:
+    """The usual one of those architectures that names do not tell from this one."""
+    block = Bottleneck if spec.block is BottleneckV1 else spec.block
+    return replace(spec, block=block, stage=tuple, stem_pool=None)
 
 
-def _is_like(spec: Spec, params: Params) -> bool:
-    """Whether this is the spec's network but for the pooling."""
+def _is_of(spec: Spec, params: Params) -> bool:
+    """Whether this is a network of the spec, whatever its classes."""
     if spec.depths != tuple(len(blocks_of(stage)) for stage in params.weights.stages):
         return False
-    plain = like(replace(spec, stage=tuple, stem_pool=None), params)
-    shapes = [[leaf.shape for leaf in tree.leaves(one)] for one in (plain, params)]
-    return shapes[0] == shapes[1] and kinds(plain.weights) == kinds(params.weights)
+    drawn = like(spec, params)
+    shapes = [[leaf.shape for leaf in tree.leaves(one)] for one in (drawn, params)]
+    return shapes[0] == shapes[1] and kinds(drawn.weights) == kinds(params.weights)
 
 
 def like(spec: Spec, params: Params) -> Params:

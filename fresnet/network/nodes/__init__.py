@@ -26,8 +26,12 @@ from fresnet.network.nodes.blocks import (
     last_layer,
 )
 from fresnet.network.nodes.layers import (
+    AFFINE,
+    BATCH_NORMS,
+    DRAWN_NORMS,
     EPS,
     LAYERS,
+    NORMS,
     UNITS,
     AnyNorm,
     Bias,
@@ -46,9 +50,11 @@ from fresnet.network.nodes.layers import (
     T,
     Unit,
     kinds,
+    norm_shape,
     over,
     units_of,
 )
+from fresnet.network.nodes.masks import MASKS, Dropout, DropPath
 from fresnet.network.nodes.params import (
     Head,
     NoHead,
@@ -120,12 +126,11 @@ LASTS = (NoLastNorm, LastNorm)
 HEADS = (Head, NoHead)
 SHORTCUTS = (Identity, Projection, PooledProjection, ZeroPad, CentredZeroPad, NoShortcut)
 ATTENTIONS = (NoAttention, SqueezeExcite, EfficientAttention)
-NORMS = (Norm, FrozenNorm, GroupNorm, Bias, Rescale, NoNorm)
 NODES = (*STEMS, *BLOCKS, *LASTS, *SHORTCUTS, *ATTENTIONS)
 
 register(*NODES, *STAGES, *UNITS, *NORMS, NormStats, Moments, Pair, *HEADS)
-register(Weights, Stats, Params, Quantized)
-pytrees.register(*NODES)
+register(Weights, Stats, Params, Quantized, *MASKS)
+pytrees.register(*NODES, *MASKS)
 
 
 def _places(kind: type) -> dict[str, tuple[type, ...]]:
@@ -142,18 +147,22 @@ def _places(kind: type) -> dict[str, tuple[type, ...]]:
 PLACES: Mapping[type, Mapping[str, tuple[type, ...]]] = {
     **{kind: _places(kind) for kind in NODES},
     **{kind: {"norm": NORMS} for kind in LAYERS},
-    Normed: {"norm": (Norm, FrozenNorm, GroupNorm, Rescale)},
+    Normed: {"norm": tuple(norm for norm in NORMS if norm not in (Bias, NoNorm))},
 }
 """For each type of node, which fields hold nodes, and of which types; other fields hold leaves."""
 
 __all__ = [
+    "AFFINE",
     "ATTENTIONS",
     "BARE_STEMS",
+    "BATCH_NORMS",
     "BLOCKS",
+    "DRAWN_NORMS",
     "EPS",
     "HEADS",
     "LASTS",
     "LAYERS",
+    "MASKS",
     "NODES",
     "NORMS",
     "PLACES",
@@ -182,6 +191,8 @@ __all__ = [
     "DeepStem",
     "DilatedStage",
     "Drawer",
+    "DropPath",
+    "Dropout",
     "EfficientAttention",
     "FramedStem7x7",
     "FrozenNorm",
@@ -230,6 +241,7 @@ __all__ = [
     "grids",
     "kinds",
     "last_layer",
+    "norm_shape",
     "over",
     "paired",
     "replaced",

@@ -29,11 +29,6 @@ class Norm(NamedTuple):
     scale: Tensor
     bias: Tensor
 
-    @staticmethod
-    def shape(channels: int) -> tuple[int]:
-        """Of each leaf."""
-        return (channels,)
-
 
 class FrozenNorm(NamedTuple):
     """A batch normalisation that uses its running moments in training too; each `[c]`."""
@@ -76,6 +71,23 @@ class GroupNorm(NamedTuple):
 
 
 AnyNorm: TypeAlias = Norm | FrozenNorm | GroupNorm | Bias | Rescale | NoNorm
+
+BATCH_NORMS = (Norm, FrozenNorm)
+"""The norms that have running moments beside them."""
+
+DRAWN_NORMS = (Norm, GroupNorm)
+"""The norms that a network may be drawn with."""
+
+AFFINE = (Bias, Rescale, NoNorm)
+"""What stands in a norm's place and normalises nothing: a function of each value by itself."""
+
+NORMS = (*BATCH_NORMS, GroupNorm, *AFFINE)
+
+
+def norm_shape(norm: type[Any], channels: int) -> tuple[int, ...]:
+    """The shape of each leaf of a norm."""
+    shape: tuple[int, ...] = norm.shape(channels) if hasattr(norm, "shape") else (channels,)
+    return shape
 
 
 class NormStats(NamedTuple):

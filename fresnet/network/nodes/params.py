@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.network.nodes.fields import AnyLast, AnyStage, AnyStem
-from fresnet.network.nodes.layers import Pair, over
+from fresnet.network.nodes.layers import UNITS, Pair, kinds, over
+from fresnet.network.nodes.masks import MASKS, DropPath, bare
 from fresnet.network.nodes.protocols import Drawer, Names, Regime
 from fresnet.network.nodes.stages import blocks_of
 
@@ -92,10 +93,11 @@ class Params(NamedTuple):
 class Quantized(NamedTuple):
     """A network in int8, for inference alone.
 
-    weights: folded; convolutions are int8 `[o c/groups k k]`, each beside its `Rescale`; the head
-      is as it was.
-    ranges: the least and the greatest of each layer's results, `[2]`, in the layer's place.
-    images: the same of what the network is given.
+    Args:
+      weights: folded; convolutions are int8 `[o c/groups k k]`, each beside its `Rescale`; the head
+        is as it was.
+      ranges: the least and the greatest of each layer's results, `[2]`, in the layer's place.
+      images: the same of what the network is given.
     """
 
     weights: Weights
@@ -105,23 +107,36 @@ class Quantized(NamedTuple):
 
 def _told(weights: Weights) -> list[str]:
     """Of what kind a network is, and how large; of trees like one, what can be said."""
-    stages = [blocks_of(stage) for stage in weights.stages if isinstance(stage, tuple)]
-    kinds = dict.fromkeys(type(block).__name__ for blocks in stages for block in blocks)
-    told = [f"ResNet of {' and '.join(kinds)} {tuple(map(len, stages))}"]
-    bias = getattr(weights.head, "bias", None)
+    stages = [
+        [bare(block) for block in blocks_of(stage)]
+        for stage in weights.stages
+        if isinstance(stage, tuple)
+    ]
+    head = bare(weights.head)
+    names = dict.fromkeys(type(block).__name__ for blocks in stages for block in blocks)
+    told = [f"ResNet of {' and '.join(names)} {tuple(map(len, stages))}"]
+    if not kinds(weights).isdisjoint(MASKS):
+        told.append("masked")
+    bias = getattr(head, "bias", None)
     if isinstance(bias, Tensor) and bias.ndim:
         told.append(f"{bias.shape[-1]} classes")
-    tensors = [leaf for leaf in tree.leaves(weights) if isinstance(leaf, Tensor)]
+    leaves = tree.leaves((weights.stem, stages, weights.last, head))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if tensors:
         told.append(f"{sum(leaf.numel() for leaf in tensors):,} parameters")
     dtypes = (str(leaf.dtype).removeprefix("torch.") for leaf in tensors)
     return [*told, *dict.fromkeys(dtypes), *dict.fromkeys(str(leaf.device) for leaf in tensors)]
 
 
-def beside(function: Callable[..., Any], weights: Weights, *rest: Stats) -> Stats:
+def beside(
+    function: Callable[..., Any],
+    weights: Weights,
+    *rest: Stats,
+    units: tuple[type, ...] = UNITS,
+) -> Stats:
     """What the function makes of each unit of a network and of what stands beside it."""
     body = (weights.stem, weights.stages, weights.last)
-    return Stats(*(over(function, *at) for at in zip(body, *rest, strict=True)))
+    return Stats(*(over(function, *at, units=units) for at in zip(body, *rest, strict=True)))
 
 
 def replaced(function: Callable[..., Any], weights: Weights, *rest: Stats) -> Weights:
@@ -131,4 +146,11 @@ def replaced(function: Callable[..., Any], weights: Weights, *rest: Stats) -> We
 
 def paired(weights: Weights, stats: Stats) -> Stats:
     """The tree that runs: beside each unit what stands in its place in the other tree."""
-    return beside(Pair, weights, stats)
+    return beside(_pair, weights, stats, units=(*UNITS, DropPath))
+
+
+def _pair(node: Any, beside: Any) -> Any:
+    """A unit and what is beside it, or a mask around a block of such pairs."""
+    if isinstance(node, DropPath):
+        return node._replace(block=over(Pair, node.block, beside))
+    return Pair(node, beside)

@@ -13,6 +13,7 @@ from fresnet.network.nodes.layers import Layer, N, Normed, T
 from fresnet.network.nodes.protocols import PLAIN, Drawer, Geometry, Grid, Names, Plan, Regime
 from fresnet.network.nodes.shortcuts import Identity, Shortcut
 from fresnet.network.nodes.stages import strided
+from fresnet.network.nodes.stems import DeepStem, deep, deep_names, deep_widths
 
 
 class PreActivation(NamedTuple, Generic[T, N]):
@@ -167,34 +168,25 @@ class BareDeepStem(NamedTuple, Generic[T]):
     layer3: T
 
     def run(self, x: Tensor, do: Regime) -> tuple[Tensor, "BareDeepStem[Any]"]:
-        y, one = do.layer(self.layer1, x, Geometry(2))
-        y, two = do.layer(self.layer2, y, PLAIN)
-        y, three = do.layer(self.layer3, y, PLAIN, relu=False)
-        return do.max_pool(y), BareDeepStem(one, two, three)
+        y, stem = deep(self, x, do, relu=False)
+        return do.max_pool(y), stem
 
     @staticmethod
     def draw(d: Drawer, channels: int, *widths: int) -> "BareDeepStem[Layer]":
-        *before, width = widths
-        one, two = before or (width // 2, width // 2)
-        first, second = d.layer(channels, one, 3), d.layer(one, two, 3)
-        return BareDeepStem(first, second, d.bare(two, width, 3))
+        one, two, width = deep_widths(*widths)
+        return BareDeepStem(d.layer(channels, one, 3), d.layer(one, two, 3), d.bare(two, width, 3))
 
     @staticmethod
     def names() -> Names:
-        units = {
-            "layer1": ("conv1.0", "conv1.1"),
-            "layer2": ("conv1.3", "conv1.4"),
-            "layer3": ("conv1.6", "conv1.6"),
-        }
-        return Names(units, ("timm",))
+        return deep_names("conv1.6")
 
     @staticmethod
     def note() -> str:
-        return "the first stride 2; 3x3 max pool, stride 2"
+        return DeepStem.note()
 
     @staticmethod
     def stride() -> int:
-        return 4
+        return DeepStem.stride()
 
 
 class LastNorm(NamedTuple, Generic[N]):

@@ -54,6 +54,9 @@ class Regime(Protocol):
     def normed(self, at: Any, x: Tensor) -> tuple[Tensor, Any]:
         """relu(norm(x)), and what the norm leaves behind."""
 
+    def dropping(self, keep: Tensor) -> "Regime":
+        """The same, but that a block's branch counts keep times, `[b]`, in the sum."""
+
     def join(self, y: Tensor, add: Tensor | None) -> Tensor:
         """relu(y + add), where a node stands between the last layer and the sum."""
 
@@ -83,6 +86,9 @@ class Regime(Protocol):
 
     def gate(self, x: Tensor, gates: Tensor) -> Tensor:
         """x times the sigmoid of gates `[b c 1 1]`."""
+
+    def drop(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Means x `[b c]` times keep `[b c]`."""
 
     def head(self, at: Any, x: Tensor) -> Tensor:
         """The logits `[b k]` of a `Head` on means x `[b c]`."""

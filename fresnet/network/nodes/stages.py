@@ -62,7 +62,13 @@ STAGES = (DilatedStage, *POOLED)
 
 
 def blocks_of(stage: Any) -> tuple[Any, ...]:
-    """The blocks of a stage of whatever type."""
+    """The blocks of a stage of whatever type.
+
+    >>> import fresnet
+    >>> params = fresnet.dilate(fresnet.init(0, fresnet.RESNET18), output_stride=8)
+    >>> len(fresnet.nodes.blocks_of(params.weights.stages[3]))
+    2
+    """
     blocks: tuple[Any, ...] = stage.blocks if isinstance(stage, STAGES) else stage
     return blocks
 

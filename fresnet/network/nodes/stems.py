@@ -52,25 +52,16 @@ class DeepStem(NamedTuple, Generic[T]):
         return do.max_pool(y), stem
 
     def convolve(self, x: Tensor, do: Regime) -> tuple[Tensor, "DeepStem[Any]"]:
-        y, one = do.layer(self.layer1, x, Geometry(2))
-        y, two = do.layer(self.layer2, y, PLAIN)
-        y, three = do.layer(self.layer3, y, PLAIN)
-        return y, DeepStem(one, two, three)
+        return deep(self, x, do)
 
     @staticmethod
     def draw(d: Drawer, channels: int, *widths: int) -> "DeepStem[Layer]":
-        *before, width = widths
-        one, two = before or (width // 2, width // 2)
+        one, two, width = deep_widths(*widths)
         return DeepStem(d.layer(channels, one, 3), d.layer(one, two, 3), d.layer(two, width, 3))
 
     @staticmethod
     def names() -> Names:
-        units = {
-            "layer1": ("conv1.0", "conv1.1"),
-            "layer2": ("conv1.3", "conv1.4"),
-            "layer3": ("conv1.6", "bn1"),
-        }
-        return Names(units, ("timm",))
+        return deep_names("bn1")
 
     @staticmethod
     def note() -> str:
@@ -79,6 +70,31 @@ class DeepStem(NamedTuple, Generic[T]):
     @staticmethod
     def stride() -> int:
         return 4
+
+
+def deep(stem: Any, x: Tensor, do: Regime, *, relu: bool = True) -> tuple[Tensor, Any]:
+    """What the convolutions of a deep stem put out, and the stem of what they left behind."""
+    y, one = do.layer(stem.layer1, x, Geometry(2))
+    y, two = do.layer(stem.layer2, y, PLAIN)
+    y, three = do.layer(stem.layer3, y, PLAIN, relu=relu)
+    return y, type(stem)(one, two, three)
+
+
+def deep_widths(*widths: int) -> tuple[int, int, int]:
+    """The channels that each of the three puts out; half of the last's if one number is given."""
+    *before, last = widths
+    one, two = before or (last // 2, last // 2)
+    return one, two, last
+
+
+def deep_names(last_norm: str) -> Names:
+    """What timm calls its entries."""
+    units = {
+        "layer1": ("conv1.0", "conv1.1"),
+        "layer2": ("conv1.3", "conv1.4"),
+        "layer3": ("conv1.6", last_norm),
+    }
+    return Names(units, ("timm",))
 
 
 class Stem3x3(NamedTuple, Generic[T]):
