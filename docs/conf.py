@@ -62,13 +62,19 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 
 
-def literal(
+def docstring(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Have what a docstring indents by four, a formula or code, shown as it stands."""
+    """Have names lead to their pages, and what is indented by four shown as it stands."""
     for i in reversed(range(2, len(lines))):
         if lines[i].startswith("    ") and not lines[i - 1] and not lines[i - 2].startswith("  "):
             lines[i:i] = ["::", ""]
+    lines[:] = [re.sub(r"(?<!`)`[A-Za-z_][\w.]*`(?!`)", r":py:obj:\g<0>", line) for line in lines]
+
+
+def pages_of_tutorials(app: Sphinx, name: str, source: list[str]) -> None:
+    """Have a link to a tutorial's file lead to its page."""
+    source[0] = re.sub(r"\(tutorials/(\w+)\.py\)", r"(gallery/\1)", source[0])
 
 
 def types_by_name(
@@ -86,5 +92,6 @@ def types_by_name(
 
 def setup(app: Sphinx) -> None:
     app.add_lexer("imports", TextLexer)  # the list in CONTRIBUTING.md
-    app.connect("autodoc-process-docstring", literal, priority=100)  # before napoleon
+    app.connect("source-read", pages_of_tutorials)
+    app.connect("autodoc-process-docstring", docstring, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", types_by_name)

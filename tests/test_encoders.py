@@ -24,6 +24,7 @@ SPEC = Spec(nodes.BasicBlock, (1, 1), width=4)
 ENCODER = fresnet.init(0, SPEC, num_classes=0)
 X = torch.randn(3, 3, 40, 36, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2])
+LAST = fresnet.features(ENCODER, X)[-1]
 
 
 def without_head(params: Params) -> Params:
@@ -121,11 +122,14 @@ def test_forward_is_features_and_then_its_end(params: Params, x: Tensor) -> None
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        ((X, X), r"the last of features, activations \[b c h w\] .*; got a tuple"),
-        (X[0], r"of the weights' torch.float32 on cpu; got float32 \(3, 40, 36\)"),
-        (X.double(), r"got float64 \(3, 3, 40, 36\)"),
-        (X.to("meta"), r"got float32 \(3, 3, 40, 36\)"),
-        (X, r"a head on activations \(3, 3\) expects a weight \[k 3\]"),
+        ((LAST, LAST), r"the last of features, activations \[b \d+ h w\] .*; got a tuple"),
+        (LAST[0], r"at least one value; got float32 \(\d+, \d, \d\)"),
+        (LAST[:0], r"at least one value; got float32 \(0, "),
+        (LAST[..., :0], "at least one value; got float32"),
+        (LAST[:, 1:], "at least one value; got float32"),
+        (LAST.to_sparse(), "got sparse_coo float32"),
+        (LAST.double(), "of the weights' torch.float32 on cpu; got torch.float64 on cpu"),
+        (LAST.to("meta"), "got torch.float32 on meta"),
     ],
 )
 def test_what_is_not_the_last_activations_is_refused(x: Any, message: str) -> None:
@@ -134,6 +138,13 @@ def test_what_is_not_the_last_activations_is_refused(x: Any, message: str) -> No
         fresnet.forward_head(params, x)
     with pytest.raises(FresnetError, match="forward_head expects Params"):
         fresnet.forward_head(params.weights, x)  # type: ignore[arg-type]
+
+
+def test_the_end_of_forward_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = fresnet.features(ENCODER, X)[-1]
+        assert maps.dtype is torch.bfloat16
+        assert_same(fresnet.forward_head(ENCODER, maps), fresnet.forward(ENCODER, X))
 
 
 @examples(5)

@@ -327,6 +327,10 @@ def forward_of(*, block: Any = BLOCK, head: Any = HEAD) -> Tensor:
         (lambda: masked(wear(PARAMS, MASKS).weights, MASKS), "weights without masks"),
         (lambda: masked(ANY, MASKS), "masked expects Weights; got a Spec"),
         (lambda: masked(PLAIN.weights, MASKS), r"Masks of \[1, 1\] blocks .* got \[1, 2\]"),
+        (
+            lambda: masked(PARAMS.weights, MASKS._replace(features=MASKS.features[:, 1:])),
+            r"Masks of \d+ features before the head; got float64",
+        ),
         (lambda: masked(PLAIN.weights, ANY), r"Masks of \[1, 1\] blocks in each stage; got a Spec"),
         (
             lambda: forward_of(block=DropPath(BLOCK, X[:, 0, 0, 0].float())),

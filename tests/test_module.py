@@ -145,6 +145,13 @@ def test_weights_that_others_compute(change: Callable[[nn.Module], Any]) -> None
     assert_close(moved, g * v / norms, 1e-12)
 
 
+def test_hooks_of_others_are_not_called() -> None:
+    """They expect the layer's input, and no layer of the module is run."""
+    module = fresnet.as_module(PARAMS)
+    kernel_of(module).register_forward_pre_hook(lambda layer, inputs: inputs[0])
+    assert_same(module(X), fresnet.forward(PARAMS, X))
+
+
 def test_pruned_weights() -> None:
     contiguous = tree.map(Tensor.contiguous, fresnet.freeze(PARAMS))  # it takes views as vectors
     module = fresnet.as_module(contiguous).train()

@@ -10,8 +10,10 @@ import pytest
 import torch
 from assertions import assert_identical, assert_trees_close, unmutated
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import grad, jvp, vmap
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import register_pytree_node
 
 import fresnet
 from fresnet import FresnetError, Params, tree
@@ -75,6 +77,8 @@ TRANSFORMS: dict[str, Callable[[Transform, Tensor], Any]] = {
     "unused": lambda take, a: take(lambda v, w: w.sum(), (0, 1))(a, a),
     "constant": lambda take, a: take(lambda v: torch.ones((), dtype=v.dtype))(a),
     "itself": lambda take, a: take(lambda v: v)(a.sum()),
+    "inference mode": lambda take, a: torch.inference_mode()(take(lambda v: (v**3).sum()))(a),
+    "no leaves": lambda take, a: take(lambda v: a.sum())({}),
     "integer aux": lambda take, a: take(lambda v: (v.sum(), {"n": v.argmax()}), has_aux=True)(a),
 }
 
@@ -105,6 +109,63 @@ def test_autograd_goes_on_through_arguments_and_through_what_the_loss_reads() ->
     for as_argument in (True, False):
         check = partial(around, a=VECTOR, scale=VECTOR + 1, as_argument=as_argument)
         assert_identical(check(grad_and_value), check(torch.func.grad_and_value))
+
+
+def test_tensors_of_inference_mode_stand_beside() -> None:
+    """As cached features do in a linear probe."""
+    with torch.inference_mode():
+        features = VECTOR * 2
+    found, expected = (
+        take(lambda v, x: (v**2 * x).sum())(VECTOR, features)
+        for take in (grad_and_value, torch.func.grad_and_value)
+    )
+    assert_identical(found, expected)
+
+
+def test_what_the_loss_reads_may_have_a_tangent() -> None:
+    """Forward mode goes on through gradient, loss and aux."""
+    with dual_level():
+        scale = make_dual(VECTOR, VECTOR + 1)
+
+        def function(v: Tensor) -> tuple[Tensor, Tensor]:
+            return (v * scale).sum() ** 2, (v * scale).sum()
+
+        each = [
+            [
+                unpack_dual(leaf).tangent
+                for leaf in tree.leaves(take(function, has_aux=True)(VECTOR))
+            ]
+            for take in (grad_and_value, torch.func.grad_and_value)
+        ]
+    assert_identical(*each)
+
+
+class Record:
+    """A container of which only torch.func knows."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def test_aux_in_containers_that_torch_func_knows() -> None:
+    register_pytree_node(Record, lambda r: ([r.value], None), lambda children, _: Record(*children))
+    _, (_, record) = grad_and_value(lambda v: (v.sum(), Record(2 * v)), has_aux=True)(VECTOR)
+    assert not record.value.requires_grad
+    assert torch.equal(record.value, 2 * VECTOR)
+
+
+@pytest.mark.parametrize("reads_in_loss", [True, False])
+def test_what_depends_on_others_alone_goes_on(reads_in_loss: bool) -> None:
+    scale = VECTOR.clone().requires_grad_()
+
+    def function(v: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return (v * (scale if reads_in_loss else 1)).sum(), (2 * v, 3 * scale)
+
+    found = (
+        [leaf.requires_grad for leaf in tree.leaves(take(function, has_aux=True)(VECTOR))]
+        for take in (grad_and_value, torch.func.grad_and_value)
+    )
+    assert [*found] == 2 * [[reads_in_loss, reads_in_loss, False, True]]
 
 
 def test_aux_alone_may_depend_on_what_requires_a_gradient() -> None:
@@ -155,8 +216,11 @@ def test_it_runs_where_everything_is_compiled() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: grad_and_value(torch.sum, 1)(VECTOR), r"argnums of 1 positional arguments; got 1"),
-        (lambda: grad_and_value(torch.sum, ())(VECTOR), "argnums of 1 positional"),
+        (lambda: grad_and_value(torch.sum, 1)(VECTOR), "different numbers from -1 to 0, .* got 1"),
+        (lambda: grad_and_value(torch.sum, ())(VECTOR), "different numbers from -1 to 0"),
+        (lambda: grad_and_value(torch.sum, (0, -1))(VECTOR), r"different .*; got \(0, -1\)"),
+        (lambda: grad_and_value(torch.sum)(input=VECTOR), "called with 0 arguments by position"),
+        (lambda: vmap(grad_and_value(torch.exp))(VECTOR[None]), r"a float tensor \[\]"),
         (lambda: grad_and_value(torch.exp)(VECTOR), r"a float tensor \[\]; got float64 \(3,\)"),
         (lambda: grad_and_value(lambda v: (v.sum(), v))(VECTOR), "or has_aux=True if it"),
         (lambda: grad_and_value(torch.sum, has_aux=True)(VECTOR), r"return \(loss, aux\); got"),

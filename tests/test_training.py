@@ -541,9 +541,12 @@ OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, grou
         ),
         (
             lambda: make_train_step(OTHER.group),
-            "make_train_step expects an optimizer, .*; got 'all",
+            "make_train_step expects optimizer to be one of fresnet.optim, .*; got 'all",
         ),
-        (lambda: start(PARAMS, optim.sgd), "start expects an optimizer, .*; got a function"),  # type: ignore[arg-type]
+        (
+            lambda: start(PARAMS, optim.sgd),  # type: ignore[arg-type]
+            "start expects optimizer to be one of fresnet.optim, .*; got a function",
+        ),
         (
             lambda: make_train_step(SGD, micro_batches=5)(STATE, (X, Y)),
             "of 5 micro-batches expects as many images; got 4",
@@ -560,6 +563,16 @@ OTHER: Any = SimpleNamespace(x=None, params=PARAMS, weights=PARAMS.weights, grou
         (
             lambda: make_train_step(SGD, loss_fn=lambda logits, y: logits)(STATE, (X, Y)),
             r"a loss for each image, \(4,\); got \(4, 5\)",
+        ),
+        (
+            lambda: make_train_step(SGD, loss_fn=lambda logits, y: 1.0)(STATE, (X, Y)),  # type: ignore[arg-type,return-value]
+            r"a loss for each image, \(4,\); got a float",
+        ),
+        (
+            lambda: make_train_step(SGD, loss_fn=lambda logits, y: logits.detach().sum(1))(
+                STATE, (X, Y)
+            ),
+            "gradients expects a loss that depends on the weights",
         ),
         (lambda: make_train_step(SGD, precision=torch.float16), "got torch.float16"),
         (lambda: make_train_step(SGD, average_decay=2.0), "average_decay from 0 to 1; got 2.0"),
@@ -596,6 +609,17 @@ SMALL = fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=4)
 TINY = fresnet.init(0, SMALL, num_classes=3)
 TINY_X = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(0))
 TINY_Y = torch.tensor([0, 1, 2, 1])
+
+
+def test_a_state_keeps_no_graph_of_what_a_loss_reads() -> None:
+    """Whatever the loss depends on besides is a constant, so a run does not grow."""
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def loss_fn(logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits * factor, y, reduction="none")
+
+    found = make_train_step(SGD, loss_fn=loss_fn)(STATE, (X, Y))
+    assert not any(leaf.requires_grad for leaf in tree.leaves(found))
 
 
 def test_inference_mode_is_refused_in_words() -> None:

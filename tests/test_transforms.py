@@ -9,7 +9,7 @@ from assertions import assert_close, assert_same
 from hypothesis import assume, given
 from strategies import examples, targets, tiny_params, training_images
 from torch import Tensor
-from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.func import functionalize, grad, jacfwd, jacrev, jvp, vmap
 from torch.nn.functional import cross_entropy
 
 import fresnet
@@ -176,6 +176,20 @@ def test_sums_are_written_over_where_pytorch_takes_it() -> None:
     assert written == [True, True, True, True, False]
     grad(lambda w: ops.add(v, w).sum())(v)
     assert torch.equal(v, torch.ones(2, 3))
+
+
+def test_functionalised_gradients_by_some_of_the_weights() -> None:
+    """PyTorch refuses to write a functional tensor over one that is not."""
+    spec = fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=4)
+    params = fresnet.fold(fresnet.init(0, spec, num_classes=3, dtype=torch.float64))
+    x = torch.ones(2, 3, 16, 16, dtype=torch.float64)
+    biases, rest = tree.partition(params.weights, lambda path: path[-1] == "bias")
+
+    def loss(biases: Weights) -> Tensor:
+        weights = tree.combine(biases, rest)
+        return fresnet.forward(params._replace(weights=weights), x).square().sum()
+
+    assert_same(functionalize(grad(loss))(biases), grad(loss)(biases))
 
 
 @examples(8)

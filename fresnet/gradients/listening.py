@@ -14,6 +14,7 @@ from torch.func import vmap
 
 from fresnet import tree
 from fresnet.gradients.per_sample import LossFunction
+from fresnet.gradients.reverse import reaches_further
 from fresnet.network import ops
 from fresnet.network.check import stats_dtype
 from fresnet.network.convolution import squared_norms, weight_gradient
@@ -80,7 +81,7 @@ class Pass:
             seen, logits = run.seen, params.weights.head.run(run.y, do)
             cut = logits.detach().requires_grad_()
             total = vmap(loss_fn, randomness=randomness)(cut, y).sum()
-        self.loss_reaches_further = _reaches_further(total, cut)
+        self.loss_reaches_further = reaches_further(total, [cut])
         del run
         if total.requires_grad:
             (cotangent,) = torch.autograd.grad(total, cut, materialize_grads=True)
@@ -92,19 +93,6 @@ class Pass:
     def sum(self, factors: Tensor) -> Weights:
         """The sum of the images' gradients, each times its factor."""
         return tree.map(lambda leaf, told: told.sum(leaf, factors), self._weights, self._told)
-
-
-def _reaches_further(total: Tensor, cut: Tensor) -> bool:
-    """Whether a value depends on a leaf that wants a gradient, other than `cut`."""
-    waiting, seen = [total.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            if getattr(node, "variable", cut) is not cut:
-                return True
-            waiting += [following for following, _ in node.next_functions]
-    return False
 
 
 class _Told:

@@ -1,8 +1,6 @@
 """Gradients of each image's own loss, with a choice of what BatchNorm is to one image."""
 
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -16,8 +14,7 @@ from fresnet.network.moments import statistics
 from fresnet.network.net import forward, forward_moments
 from fresnet.network.nodes import Params, Weights
 from fresnet.numbers import as_integer
-
-P = ParamSpec("P")
+from fresnet.pytorch.inference_mode import outside_inference_mode
 
 MEANINGS = ("running", "batch", "coupled")
 
@@ -159,20 +156,7 @@ def apart(params: Params, x: Tensor, norms: str | None) -> Params:
     return params._replace(stats=statistics(params.stats, seen))
 
 
-def _outside_inference_mode(function: Callable[P, Weights]) -> Callable[P, Weights]:
-    """The function, which leaves inference mode: in it, older PyTorch says that gradients are 0."""
-
-    @wraps(function)
-    def outside(*args: P.args, **kwargs: P.kwargs) -> Weights:
-        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return outside
-
-
-@_outside_inference_mode
+@outside_inference_mode
 def grads_apart(
     loss_fn: LossFunction,
     params: Params,
@@ -192,7 +176,7 @@ def grads_apart(
     return grads
 
 
-@_outside_inference_mode
+@outside_inference_mode
 def _coupled(
     loss_fn: LossFunction,
     params: Params,

@@ -32,6 +32,7 @@ from fresnet.network.nodes import (
     Stats,
     Weights,
     blocks_of,
+    features_in,
 )
 from fresnet.tree.tensors import has_values
 
@@ -82,6 +83,24 @@ def check_images(caller: str, params: Params | Quantized, x: Tensor, *, least: i
         raise FresnetError(f"{expected} in the weights' {like.dtype}; got {x.dtype}")
     if x.device != like.device:
         raise FresnetError(f"{expected} on the weights' device {like.device}; got {x.device}")
+
+
+def check_features(caller: str, params: Params, x: Tensor) -> None:
+    """Refuse what the last stage of this network does not put out, under autocast or without.
+
+    Raises:
+      FresnetError: naming what was expected and what came.
+    """
+    like, channels = first_conv(params.weights), features_in(params.weights)
+    expected = f"{caller} expects the last of features, activations [b {channels} h w]"
+    fits = isinstance(x, Tensor) and x.layout is torch.strided and x.ndim == 4
+    if not fits or x.shape[1] != channels or not x.numel():
+        raise FresnetError(f"{expected} with at least one value; got {describe(x)}")
+    same = x.device == like.device
+    narrow = same and torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+    if not same or not (narrow or x.dtype == like.dtype):
+        got = f"{x.dtype} on {x.device}"
+        raise FresnetError(f"{expected} of the weights' {like.dtype} on {like.device}; got {got}")
 
 
 def check_device(caller: str, x: Tensor, y: Tensor) -> None:

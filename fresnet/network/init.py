@@ -26,8 +26,7 @@ from fresnet.network.nodes import (
     Unit,
     Weights,
     beside,
-    blocks_of,
-    last_layer,
+    features_in,
     norm_shape,
 )
 from fresnet.network.specs import Spec
@@ -129,9 +128,7 @@ def with_head(params: Params, *, num_classes: int, generator: torch.Generator | 
             f"got {shown(num_classes)}"
         )
     weights, stem = params.weights, first_conv(params.weights)
-    block = blocks_of(weights.stages[-1])[-1]
-    channels = len(getattr(block, last_layer(block)).conv)
-    head = _Values(source, stem.dtype, stem.device).head(channels, classes)
+    head = _Values(source, stem.dtype, stem.device).head(features_in(weights), classes)
     return params._replace(weights=weights._replace(head=head))
 
 

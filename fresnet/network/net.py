@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fresnet import tree
-from fresnet.errors import FresnetError, describe
-from fresnet.network.check import check_call, check_params, first_conv
+from fresnet.network.check import check_call, check_features, check_params
 from fresnet.network.moments import update
 from fresnet.network.nodes import (
     Block,
@@ -99,12 +98,7 @@ def forward_head(params: Params, x: Tensor) -> Tensor:
       FresnetError: if params is not a network, or if x is not what its last stage puts out.
     """
     check_params("forward_head", params, masks=True)
-    like = first_conv(params.weights)
-    if not isinstance(x, Tensor) or x.ndim != 4 or (x.dtype, x.device) != (like.dtype, like.device):
-        raise FresnetError(
-            "forward_head expects the last of features, activations [b c h w] of the weights' "
-            f"{like.dtype} on {like.device}; got {describe(x)}"
-        )
+    check_features("forward_head", params, x)
     at = paired(*params)
     y, _ = at.last.run(x, INFERENCE)
     logits: Tensor = params.weights.head.run(y, INFERENCE)

@@ -166,9 +166,11 @@ def add(y: Tensor, shortcut: Tensor) -> Tensor:
 
 def add_over(y: Tensor, term: Tensor) -> Tensor:
     """y + term, broadcast to y's shape and written over y."""
-    if torch.compiler.is_compiling() or not transform_stack.can_be_written_over(y, term):
-        return y + term
-    return y.add_(term)
+    return y.add_(term) if _can_be_written_over(y, term) else y + term
+
+
+def _can_be_written_over(y: Tensor, other: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and transform_stack.can_be_written_over(y, other)
 
 
 def drop(x: Tensor, keep: Tensor) -> Tensor:
@@ -184,9 +186,7 @@ def drop(x: Tensor, keep: Tensor) -> Tensor:
             f"{tuple(keep.shape)}: draw one for these images"
         )
     factors = keep.to(x.dtype)[(..., *[None] * (x.ndim - keep.ndim))]
-    if torch.compiler.is_compiling() or transform_stack.active():
-        return x * factors
-    return x.mul_(factors)
+    return x.mul_(factors) if _can_be_written_over(x, factors) else x * factors
 
 
 def gate(x: Tensor, gates: Tensor) -> Tensor:

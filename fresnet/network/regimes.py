@@ -1,6 +1,7 @@
 """Regimes in floating point: inference, training, and what others build on."""
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -73,7 +74,9 @@ class Composed(Floating):
         self.normalise, self.keep = normalise, keep
 
     def dropping(self, keep: Tensor) -> Regime:
-        return Composed(self.normalise, keep)
+        dropping = copy(self)
+        dropping.keep = keep
+        return dropping
 
     def add(self, y: Tensor, add: Tensor) -> Tensor:
         return ops.add(y if self.keep is None else ops.drop(y, self.keep), add)

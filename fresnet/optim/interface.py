@@ -92,7 +92,7 @@ def first_step(weights: object) -> Tensor:
 
 def check_optimizer(caller: str, optimizer: object) -> None:
     """Refuse what is not an optimizer, such as a learning rate."""
-    check_type(caller, Optimizer, "such as fresnet.optim.sgd(0.1)", optimizer=optimizer)
+    check_type(caller, Optimizer, "one of fresnet.optim, such as sgd(0.1)", optimizer=optimizer)
 
 
 def check_state(state: State, count: int) -> None:

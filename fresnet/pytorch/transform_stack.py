@@ -39,28 +39,33 @@ def mapped() -> bool:
 def differentiated(*inputs: Tensor) -> bool:
     """Whether code outside may differentiate or map what is computed here from these tensors."""
     return active() or any(
-        unpack_dual(tensor).tangent is not None
-        or (torch.is_grad_enabled() and tensor.requires_grad)
+        has_tangent(tensor) or (torch.is_grad_enabled() and tensor.requires_grad)
         for tensor in inputs
     )
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether code outside differentiates this tensor in forward mode, without torch.func."""
+    return unpack_dual(tensor).tangent is not None
 
 
 def forward_mode(*inputs: Tensor) -> bool:
     """Whether what is computed here from these tensors may be differentiated in forward mode."""
     if not READABLE or _functorch.TransformType.Jvp in _stack():
         return True
-    return any(unpack_dual(_unwrapped(tensor)).tangent is not None for tensor in inputs)
+    return any(has_tangent(_unwrapped(tensor)) for tensor in inputs)
 
 
 def can_be_written_over(y: Tensor, term: Tensor) -> bool:
     """Whether PyTorch takes y for the place of its sum with a term, as far as one can tell.
 
-    It refuses where a derivative is taken within which the term is a variable and y is not, and
-    where a vmap maps the term and not y.
+    It refuses where a derivative is taken within which the term is a variable and y is not, where a
+    vmap maps the term and not y, and where one of the two is functional.
     """
     if not active():
         return True
-    if not READABLE or _functorch.TransformType.Vmap in _stack():
+    kinds = _functorch.TransformType if READABLE else None
+    if kinds is None or not {kinds.Vmap, kinds.Functionalize}.isdisjoint(_stack()):
         return False
     levels = [_functorch.maybe_get_level(tensor) for tensor in (y, term)]
     return bool(levels[1] <= levels[0])
@@ -78,7 +83,7 @@ def one_derivative(*inputs: Tensor) -> bool:
     if not READABLE:
         return False
     stack, inputs = _stack(), tuple(map(_unwrapped, inputs))
-    if any(unpack_dual(tensor).tangent is not None for tensor in inputs):
+    if any(map(has_tangent, inputs)):
         return False
     if stack and any(tensor.requires_grad for tensor in inputs):
         return False  # autograd comes later; without transforms the operation asks how often

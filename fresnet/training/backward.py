@@ -1,11 +1,12 @@
 """Gradients of a batch in parts, summed within a process and across processes.
 
-Processes send their sums during the backward pass. Under another derivative, a vmap or a compiler
-they send them after it.
+Each part of the graph is freed once the backward pass has gone through it, as in `grad_and_value`,
+and processes send their sums during that pass. Under another derivative, a vmap or a compiler,
+`torch.func` takes the gradient, and sums are sent after it.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, check_type, shown
-from fresnet.gradients.reverse import grad_and_value
 from fresnet.network.options import check_group
 from fresnet.pytorch import transform_stack
 from fresnet.pytorch.collectives import Group, all_sum, start_sum
@@ -67,38 +67,43 @@ def gradients(
         raise FresnetError(
             f"gradients expects parts to be a list of tuples, such as [(x, y)]; got {shown(parts)}"
         )
-    if group is None:
-        return _summed(loss_fn, weights, parts)
     if torch.compiler.is_compiling() or transform_stack.differentiated(
         *tree.leaves((weights, parts))
     ):
-        grads, found = _summed(loss_fn, weights, parts)
-        return tree.map(lambda leaf: all_sum(leaf, group), grads), found
+        return _composed(loss_fn, weights, parts, group)
     leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(weights)]
-    buckets = _Buckets(leaves, len(parts), group)
+    buckets = None if group is None else _Buckets(leaves, len(parts), group)
+    grads: list[Tensor] = []
     found = []
     for part in parts:
         with torch.enable_grad():
             loss, seen = loss_fn(tree.unflatten(weights, leaves), *part)
-        torch.autograd.grad(loss, leaves, materialize_grads=True)
+        if not loss.requires_grad:
+            raise FresnetError(
+                "gradients expects a loss that depends on the weights; got one that does not"
+            )
+        new = [*torch.autograd.grad(loss, leaves, materialize_grads=True)]
         found.append((loss.detach(), tree.map(Tensor.detach, seen)))
         del loss, seen
-    return tree.unflatten(weights, buckets.sums()), found
+        if grads and not buckets:
+            # `pop` frees the terms of one sum before the next sum is taken.
+            new = [grads.pop() + new.pop() for _ in leaves][::-1]
+        grads = new
+    return tree.unflatten(weights, buckets.sums() if buckets else grads), found
 
 
-def _summed(
-    loss_fn: Callable[..., tuple[Tensor, Seen]], weights: Weights, parts: Sequence[tuple[Any, ...]]
+def _composed(
+    loss_fn: Callable[..., tuple[Tensor, Seen]],
+    weights: Weights,
+    parts: Sequence[tuple[Any, ...]],
+    group: Group | None,
 ) -> tuple[Weights, list[tuple[Tensor, Seen]]]:
-    grads: list[Tensor] = []
-    found = []
-    for part in parts:
-        one, of_part = grad_and_value(loss_fn, has_aux=True)(weights, *part)
-        found.append(of_part)
-        new = tree.leaves(one)
-        del one
-        # `pop` frees the terms of one sum before the next sum is taken.
-        grads = [grads.pop() + new.pop() for _ in new[:]][::-1] if grads else new
-    return tree.unflatten(weights, grads), found
+    gradient = torch.func.grad_and_value(loss_fn, has_aux=True)
+    each, found = zip(*(gradient(weights, *part) for part in parts), strict=True)
+    grads = tree.map(lambda *leaves: reduce(torch.add, leaves), *each)
+    if group is not None:
+        grads = tree.map(lambda leaf: all_sum(leaf, group), grads)
+    return grads, list(found)
 
 
 class _Buckets:

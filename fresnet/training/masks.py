@@ -15,6 +15,7 @@ from fresnet.network.nodes import (
     MASKS,
     Dropout,
     DropPath,
+    Head,
     NoHead,
     NoShortcut,
     Weights,
@@ -143,6 +144,13 @@ def masked(weights: Weights, masks: Masks) -> Weights:
         for stage, keeps in zip(weights.stages, masks.paths, strict=True)
     )
     head = weights.head
+    if not isinstance(masks.features, tuple):
+        seen = head.weight.shape[-1] if isinstance(head, Head) else 0
+        if masks.features.shape[-1:] != (seen,):
+            raise FresnetError(
+                f"masked expects Masks of {seen} features before the head; "
+                f"got {describe(masks.features)}"
+            )
     if not isinstance(masks.features, tuple):
         head = Dropout(head, masks.features)
     return weights._replace(stages=stages, head=head)

@@ -203,10 +203,11 @@ def _loss_of(
     classes = targets if targets.ndim == 1 else targets.argmax(1)
     right = (logits.argmax(1) == classes).sum()
     losses = loss_fn(logits, targets)
-    if losses.shape != x.shape[:1]:
+    if not isinstance(losses, Tensor) or losses.shape != x.shape[:1]:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else describe(losses)
         raise FresnetError(
             f"a train step expects loss_fn to return a loss for each image, ({len(x)},); got "
-            f'{tuple(losses.shape)}: reduction="none", and a mean over classes?'
+            f'{got}: reduction="none", and a mean over classes?'
         )
     return losses.sum() / images, (moments, right)
 

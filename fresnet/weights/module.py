@@ -5,6 +5,9 @@ from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fresnet import tree
 from fresnet.errors import FresnetError
@@ -52,6 +55,10 @@ def as_module(params: Params) -> "Network":
     return Network(params)
 
 
+COMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)
+"""The hooks of PyTorch that compute a layer's weights before it runs."""
+
+
 class Network(nn.Module):
     """`forward` as a module. `as_module` makes it, and says what it is."""
 
@@ -81,8 +88,9 @@ class Network(nn.Module):
     def params(self) -> Params:
         """The network as a tree of the module's own tensors, or of what is computed of them."""
         for layer in [*self.modules()][1:]:
-            for hook in layer._forward_pre_hooks.values():  # pruning computes its weights there
-                hook(layer, ())
+            for hook in layer._forward_pre_hooks.values():
+                if isinstance(hook, COMPUTING):
+                    hook(layer, ())
         return tree.map(self._entry, self.names)
 
     def _entry(self, name: str) -> Tensor:

@@ -64,6 +64,7 @@ from fresnet.network.nodes.params import (
     Stats,
     Weights,
     beside,
+    features_in,
     paired,
     replaced,
 )
@@ -238,6 +239,7 @@ __all__ = [
     "attention_of",
     "beside",
     "blocks_of",
+    "features_in",
     "grids",
     "kinds",
     "last_layer",

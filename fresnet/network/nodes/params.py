@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fresnet import tree
+from fresnet.network.nodes.blocks import last_layer
 from fresnet.network.nodes.fields import AnyLast, AnyStage, AnyStem
 from fresnet.network.nodes.layers import UNITS, Pair, kinds, over
 from fresnet.network.nodes.masks import MASKS, DropPath, bare
@@ -126,6 +127,12 @@ def _told(weights: Weights) -> list[str]:
         told.append(f"{sum(leaf.numel() for leaf in tensors):,} parameters")
     dtypes = (str(leaf.dtype).removeprefix("torch.") for leaf in tensors)
     return [*told, *dict.fromkeys(dtypes), *dict.fromkeys(str(leaf.device) for leaf in tensors)]
+
+
+def features_in(weights: Weights) -> int:
+    """The channels of the last stage: how many features a head sees."""
+    block = bare(blocks_of(weights.stages[-1])[-1])
+    return len(getattr(block, last_layer(block)).conv)
 
 
 def beside(
