@@ -18,7 +18,7 @@ test-fast: .venv/ready  ## the development loop
 	FRESNET_DEVELOPMENT_LOOP=1 $(PYTEST) -m "not slow and not long"
 
 test-oldest: .venv-oldest/ready  ## what runs eagerly, on the oldest PyTorch, two minutes
-	$(OLDEST) tests/versions.py eager transforms
+	$(OLDEST) tests/versions.py eager transforms training
 
 test-long: .venv/ready  ## what repeats at greater length: an hour
 	$(PYTEST) -m long

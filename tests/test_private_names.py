@@ -212,6 +212,17 @@ def test_a_pytorch_that_does_not_tell_of_exports_is_refused(
         fresnet.export(PARAMS, tmp_path / "a.pt2")
 
 
+def test_a_pytorch_that_cannot_rewrite_programs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rewrite(program: object, rules: object) -> None:
+        raise RuntimeError("cannot mutate tensors with frozen storage")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", rewrite)
+    with pytest.raises(FresnetError, match=r"ONNX takes 2\.8 or newer"):
+        fresnet.export(PARAMS, tmp_path / "a.onnx")
+
+
 class Leaflike(tuple[Any, ...]):
     """To PyTorch a leaf, as a Generic NamedTuple is before PyTorch 2.8."""
 

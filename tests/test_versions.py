@@ -23,7 +23,7 @@ def test_the_oldest_pytorch_is_the_same_everywhere() -> None:
 
 def test_everything_eager_works_on_every_version() -> None:
     for version, entry in RECORD.items():
-        for area in ("eager", "transforms"):
+        for area in ("eager", "transforms", "training"):
             assert entry[area]["passed"] > 10, (version, area)
             assert entry[area]["failed"] == 0, (version, area)
 

@@ -2,7 +2,7 @@
 
     python tests/versions.py            # runs them (four minutes) and writes docs/versions.json
     python tests/versions.py --table    # writes the table in docs/versions.md from what is recorded
-    python tests/versions.py eager      # runs an area and records nothing; fails if a test does
+    python tests/versions.py eager      # runs an area, and fails if a test does
 
 `tests/test_versions.py` holds the table to the record.
 """
@@ -39,6 +39,7 @@ PROGRAM, ONNX = (
 AREAS: Mapping[str, Sequence[str]] = {
     "eager": ("tests/test_forward.py", "tests/test_tree.py", "tests/test_group_norm.py", *QUICK),
     "transforms": ("tests/test_matrix.py", *QUICK),
+    "training": ("tests/test_order.py", "tests/test_clipping.py", "tests/test_parts.py", *QUICK),
     "torch.compile": (
         "tests/test_module.py::test_it_compiles_in_one_graph",
         "tests/test_training.py::test_a_compiled_step_is_the_step",

@@ -147,4 +147,4 @@ def keyed_generator(*key: int) -> torch.Generator:
     1 at epoch 0.
     """
     digest = blake2b(" ".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))

@@ -172,9 +172,15 @@ def _write_onnx(
         raise FresnetError("it takes onnx: pip install 'fresnet[export]'") from error
     if (dtype := first_conv(params.weights).dtype) == torch.bfloat16:
         raise FresnetError(f"ONNX expects float32, float16 or float64 weights; got {dtype}")
-    program = _program(params, size)
+    program, rules = _program(params, size), {torch.ops.aten.addcmul.default: _multiply_add}
+    try:
+        rewritten = program.run_decompositions(rules)
+    except RuntimeError as error:
+        raise FresnetError(
+            f"PyTorch {torch.__version__} cannot rewrite the program: ONNX takes 2.8 or newer"
+        ) from error
     exported = torch.onnx.export(
-        program.run_decompositions({torch.ops.aten.addcmul.default: _multiply_add}),
+        rewritten,
         output_names=["features" if isinstance(params.weights.head, NoHead) else "logits"],
         dynamic_shapes=(_dynamic(size),),
         verbose=False,
