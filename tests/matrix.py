@@ -214,7 +214,8 @@ def is_long(cell: Cell) -> bool:
     if cell.mode == "eager":
         return False
     if cell.mode == "aot_eager":
-        return cell.dtype != "float64" or cell.transform not in (*COMPILED_NARROW, "vjp of grad")
+        seen = (*COMPILED_NARROW, "vjp of grad") if cell.forward == "forward_train" else ("grad",)
+        return cell.dtype != "float64" or cell.transform not in seen
     if cell.forward == "forward" or cell.dtype == "float64":
         return True
     return cell.dtype == "bfloat16" and cell.transform != "grad"

@@ -86,7 +86,14 @@ class Exported(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(scope="module", params=list(NETWORKS))
+LONG = ("few channels", "plain", "v1, frozen")
+"""Networks whose nodes others have too; each takes ten seconds to export."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in NETWORKS],
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A network in both kinds of files."""
     params, folder = NETWORKS[request.param], tmp_path_factory.mktemp("exported")
@@ -432,7 +439,12 @@ def test_fresnet_needs_none_of_it() -> None:
 
 @pytest.mark.parametrize(
     ("opset", "name"),
-    [(13, "grouped resnet-d"), (13, "cifar, zero padding"), (17, "v2, folded"), (21, "attention")],
+    [
+        pytest.param(13, "grouped resnet-d", marks=pytest.mark.long),
+        (13, "cifar, zero padding"),
+        pytest.param(17, "v2, folded", marks=pytest.mark.long),
+        (21, "attention"),
+    ],
 )
 def test_an_opset_for_older_runtimes(opset: int, name: str, tmp_path: Path) -> None:
     attention = Spec(BasicBlock, (1, 1), 8, attention=SqueezeExcite)

@@ -144,7 +144,7 @@ def winograds() -> None:
         pytest.skip(missing)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("winograds")
 def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)

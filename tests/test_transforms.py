@@ -267,7 +267,13 @@ def test_bfloat16_keeps_float32_statistics_under_every_transform() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["forward", "forward_train", "features", "grad", "jvp", "vmap"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("forward", "forward_train", "features", "grad"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("jvp", "vmap")),
+    ],
+)
 def test_compiled_in_one_graph_is_eager(name: str) -> None:
     params = fresnet.init(
         0, fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=4), dtype=torch.float64
