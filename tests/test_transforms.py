@@ -225,8 +225,10 @@ def test_per_sample_gradients_through_forward_are_a_loop(params: Params, x: Tens
 
     together = vmap(gradient)(x)
     for i, image in enumerate(x):
-        for a, b in zip(tree.leaves(together), tree.leaves(gradient(image)), strict=True):
-            assert (a[i] - b).norm() <= 1e-10 * b.norm() + 1e-14
+        alone = gradient(image)
+        rounding = 1e-13 * tree.ravel(alone).norm() + 1e-14  # where hardly any of a leaf is left
+        for a, b in zip(tree.leaves(together), tree.leaves(alone), strict=True):
+            assert (a[i] - b).norm() <= 1e-10 * b.norm() + rounding
 
 
 BFLOAT16 = fresnet.init(
