@@ -45,12 +45,12 @@ for _ in range(60):
     members, loss = train_all(members, rates, train.images[chosen], train.labels[chosen])
     losses.append(loss)
 
-figure, axes = plt.subplots()
+figure, axes = plt.subplots(layout="constrained")
 curves = torch.stack(losses).unfold(0, 5, 1).mean(2)
 for i, (rate, curve) in enumerate(zip(rates, curves.T, strict=True)):
     axes.semilogy(curve, label=f"{rate:.3f}", color=plt.cm.viridis(i / 8))
 axes.set(title="eight learning rates in one step", xlabel="step", ylabel="loss, mean of 5 steps")
-axes.legend(title="rate", ncols=2)
+figure.legend(title="rate", ncols=4, loc="outside lower center")
 
 # %%
 # The mean of the members' probabilities is the ensemble's (Lakshminarayanan et al. 2017,

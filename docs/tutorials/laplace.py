@@ -82,7 +82,7 @@ axes.plot(angles, curves["right"], ".-", color="black", label="digits right")
 axes.set(
     title="test digits, turned", xlabel="degrees", ylabel="%", xticks=angles[::2], ylim=(0, 102)
 )
-axes.legend(loc="lower right", fontsize=10)
+axes.legend(loc="upper right", fontsize=10)
 for i in (0, 6):
     print(
         f"{angles[i]:2d}°: {curves['right'][i]:.0f}% right, "
