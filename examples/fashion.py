@@ -14,8 +14,9 @@ that the first network gets wrong, those with the longest gradients: mislabelled
 With --networks and no name after it, nothing is trained, and it shows the logs alone.
 
 The images lie on the device as bytes, and are cropped there. On a GPU, steps compute in bfloat16
-and are recorded in CUDA graphs, because each kernel of so small a network takes less time than its
-launch. Evaluation is in float32, with TF32 convolutions. On a CPU all is in float32.
+unless --no-bfloat16 is given, and are recorded in CUDA graphs, because each kernel of so small a
+network takes less time than its launch. On a CPU they do so with --bfloat16, which is faster where
+the processor multiplies in it. Evaluation is in float32, on a GPU with TF32 convolutions.
 """
 
 import argparse
@@ -63,12 +64,12 @@ class Epoch(NamedTuple):
     rows: list[Row]
 
 
-def steps_on(clothes: Clothes, optimizer: optim.Optimizer) -> Several:
+def steps_on(clothes: Clothes, optimizer: optim.Optimizer, *, bfloat16: bool = False) -> Several:
     """A function of a state and draws `[n b 4]` that takes n steps.
 
     It returns the new state, and the mean loss and the error of each batch, `[n 2]`.
     """
-    precision = torch.bfloat16 if clothes.images.is_cuda else None
+    precision = torch.bfloat16 if bfloat16 else None
     train_step = training.make_train_step(optimizer, precision=precision)
 
     def several(state: TrainState, draws: Tensor) -> tuple[TrainState, Tensor]:
@@ -109,7 +110,13 @@ def captured(function: Callable[..., Outputs], *examples: Any) -> Callable[..., 
 
 
 def train(
-    name: str, data: tuple[Clothes, Clothes], *, epochs: int, seed: int, out: Path
+    name: str,
+    data: tuple[Clothes, Clothes],
+    *,
+    epochs: int,
+    seed: int,
+    bfloat16: bool = False,
+    out: Path,
 ) -> Iterator[Epoch]:
     """Train a network, and yield it with its log after every epoch.
 
@@ -129,18 +136,19 @@ def train(
     params = fresnet.init(seed, spec, num_classes=len(CLASSES), in_channels=1, device=device)
     state, rows = training.start(params, optimizer), list[Row]()
 
-    folder, run = out / "checkpoints" / name, {"epochs": epochs, "seed": seed}
+    folder = out / "checkpoints" / name
+    run = {"epochs": epochs, "seed": seed, "bfloat16": bfloat16}
     if found := training.restore_state(state, folder):
         for option, value in run.items():
             if (was := found.notes[option]) != value:
-                raise FresnetError(f"{folder} was started with --{option} {was}, not {value}")
+                raise FresnetError(f"{folder} was started with {option} {was}, not {value}")
         state, rows = found.state, [Row(*row) for row in found.notes["rows"]]
         write(rows, out / f"{name}.csv")
         yield Epoch(state.params, rows)
 
     together = math.gcd(TOGETHER, per_epoch)
     first = drawn(size, seed, 0)[:together].to(device)
-    several = captured(steps_on(clothes, optimizer), state, first)
+    several = captured(steps_on(clothes, optimizer, bfloat16=bfloat16), state, first)
     for epoch in range(len(rows), epochs):
         began, seen = time.perf_counter(), []
         for draws in drawn(size, seed, epoch).to(device).split(together):
@@ -249,6 +257,12 @@ def main() -> None:
     )
     option("--epochs", type=int, default=164, help="passes over the training images")
     option("--seed", type=int, default=0, help="random seed")
+    option(
+        "--bfloat16",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="compute steps in bfloat16",
+    )
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     option("--device", choices=devices, default=devices[0], help="where to compute")
     option("--data", type=Path, default=FOLDER, help="the folder of the four idx files")
@@ -275,8 +289,9 @@ def main() -> None:
 def train_all(args: argparse.Namespace) -> None:
     """Train the networks one after the other, and draw the suspects of the first one."""
     data = tree.map(lambda leaf: leaf.to(args.device), load(args.data))
+    run = {option: getattr(args, option) for option in ("epochs", "seed", "bfloat16", "out")}
     for name in args.networks:
-        for epoch in train(name, data, epochs=args.epochs, seed=args.seed, out=args.out):
+        for epoch in train(name, data, **run):
             row = epoch.rows[-1]
             print(
                 f"{name:9} epoch {row.epoch:3} of {args.epochs}: training error "

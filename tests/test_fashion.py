@@ -200,8 +200,8 @@ def test_the_command_trains_draws_and_refuses(
     assert (out / "curves.png").is_file()
 
     for arguments, message in (
-        (("--epochs", "2"), "resnet20 was started with --epochs 1, not 2"),
-        (("--epochs", "1", "--seed", "1"), "was started with --seed 0, not 1"),
+        (("--epochs", "2"), "resnet20 was started with epochs 1, not 2"),
+        (("--epochs", "1", "--seed", "1"), "was started with seed 0, not 1"),
         (("--data", tmp_path), "there is no train-images-idx3-ubyte"),
         (("--networks", "--out", tmp_path), "there is no log in"),
     ):
