@@ -49,13 +49,13 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 10) -> tuple[
     return mean_confidence[count > 0], accuracy[count > 0], gap
 
 
-def draw(curves: dict[str, tuple[Tensor, ...]], path: Path) -> None:
+def draw(curves: dict[str, tuple[Tensor, ...]], path: Path, *, title: str) -> None:
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="black", linestyle=":", label="as right as confident")
     for name, (confidence, accuracy, gap) in curves.items():
         axes.plot(confidence, accuracy, marker="o", label=f"{name}: calibration error {gap:.1%}")
-    axes.set(title="calibration on 360 test digits", xlabel="mean confidence", ylabel="accuracy")
+    axes.set(title=title, xlabel="mean confidence", ylabel="accuracy")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -87,7 +87,8 @@ def main() -> None:
     print(f"ensemble: {(together.argmax(1) == test.labels).float().mean():.1%}")
     best = probabilities[accuracies.argmax()]
     curves = {"best member": reliability(best, test.labels)}
-    draw(curves | {"ensemble": reliability(together, test.labels)}, args.out / "calibration.png")
+    curves |= {"ensemble": reliability(together, test.labels)}
+    draw(curves, args.out / "calibration.png", title="calibration on 360 test digits")
     print(f"wrote calibration.png to {args.out}")
 
 

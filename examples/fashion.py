@@ -10,7 +10,8 @@ padded by 4 pixels, cropped and mirrored at random. The paper's run has 164 epoc
 After each epoch a network adds a line to its log in --out, and saves its state. The same command
 goes on with a run that was stopped, to the bit as if it had never been. At the end the example
 prints a table and draws two pictures: the errors in all logs of --out, and, of the training images
-that the first network gets wrong, those with the longest gradients: mislabelled, odd, or hard.
+that the first network gets wrong, those with the longest gradients: mislabelled, odd, or hard. The
+trained networks lie in --out too, for `fresnet.load` and for `fashion_ensemble.py`.
 With --networks and no name after it, nothing is trained, and it shows the logs alone.
 
 The images lie on the device as bytes, and are cropped there. On a GPU, steps compute in bfloat16
@@ -298,6 +299,7 @@ def train_all(args: argparse.Namespace) -> None:
                 f"{row.train_error:.2%}, test error {row.test_error:.2%}, {row.seconds:.1f} s",
                 flush=True,
             )
+        fresnet.save(epoch.params, args.out / f"{name}.safetensors")
         if name == args.networks[0]:
             draw_suspects(epoch.params, data[0], args.out / "suspects.png")
 

@@ -1,12 +1,14 @@
 """The example on Fashion-MNIST: its data, its recipe, and runs that are stopped and resumed."""
 
 import gzip
+import re
 import struct
 import sys
 from pathlib import Path
 from typing import Any
 
 import fashion
+import fashion_ensemble
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from fresnet import FresnetError, tree
 from fresnet.weights.storage import read_safetensors
 
 TRAIN, TEST = 300, 50  # two batches, and images that fill none
+FILED = 600  # images for training that lie in files
 
 
 def synthetic(n: int, seed: int) -> Clothes:
@@ -32,6 +35,7 @@ def synthetic(n: int, seed: int) -> Clothes:
 
 
 DATA = synthetic(TRAIN, 0), synthetic(TEST, 1)
+FILES = synthetic(FILED, 0), DATA[1]
 
 
 def idx(values: Tensor) -> bytes:
@@ -44,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
     """A folder of the four files, of which those for training are gzipped."""
     path = tmp_path / "data"
     path.mkdir()
-    for name, (images, labels) in zip(("train", "t10k"), DATA, strict=True):
+    for name, (images, labels) in zip(("train", "t10k"), FILES, strict=True):
         for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
             file = path / f"{name}-{kind}-ubyte"
             if name == "train":
@@ -66,7 +70,7 @@ def states(out: Path) -> dict[str, Any]:
 
 
 def test_files_are_read_plain_and_gzipped(folder: Path) -> None:
-    assert_same(load(folder), DATA)
+    assert_same(load(folder), FILES)
 
 
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -192,8 +196,9 @@ def test_the_command_trains_draws_and_refuses(
     printed = capsys.readouterr().out
     assert "resnet20  epoch   1 of 1: training error " in printed
     assert "| resnet20 | 1 | " in printed
-    files = {"checkpoints", "curves.png", "resnet20.csv", "suspects.png"}
-    assert {path.name for path in out.iterdir()} == files
+    made = {"curves.png", "resnet20.csv", "resnet20.safetensors", "suspects.png"}
+    assert {path.name for path in out.iterdir()} == {"checkpoints", *made}
+    assert fresnet.load(out / "resnet20.safetensors").weights.head.bias.shape == (10,)
     (out / "curves.png").unlink()
     main(monkeypatch, "--out", out, "--networks")
     assert capsys.readouterr().out == printed[printed.index("| network") :]
@@ -207,6 +212,51 @@ def test_the_command_trains_draws_and_refuses(
     ):
         with pytest.raises(SystemExit, match=message):
             main(monkeypatch, "--data", folder, "--out", out, "--device", "cpu", *arguments)
+
+
+@pytest.mark.slow
+def test_an_ensemble_is_scored_as_its_networks_one_by_one(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Errors, losses and calibration errors are those of numpy, network by network."""
+    spec = fresnet.SPECS["resnet20"]
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(3)]
+    each = []
+    for seed, path in enumerate(paths):
+        params = fresnet.init(seed, spec, num_classes=10, in_channels=1)
+        fresnet.save(params, path)
+        each.append(fresnet.forward(params, normalised(DATA[1].images)).softmax(1).numpy())
+    arguments = ("--data", folder, "--out", tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["fashion_ensemble.py", *map(str, (*paths, *arguments))])
+    fashion_ensemble.main()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "calibration.png").is_file()
+
+    labels = DATA[1].labels.numpy()
+
+    def expected(probabilities: Any) -> tuple[float, float, float]:
+        confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+        place = np.floor(confidence * 15)
+        gaps = [abs((confidence - right)[place == i].sum()) for i in range(16)]
+        loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+        return 1 - right.mean(), loss, sum(gaps) / len(labels)
+
+    members = np.array([expected(one) for one in each])
+    rows = [members.min(0), members.mean(0), members.max(0), expected(np.mean(each, 0))]
+    found = [re.findall(r"[\d.]+(?=%? \|)", line)[-3:] for line in printed.splitlines()[2:]]
+    for row, (error, loss, gap) in zip(rows, found, strict=True):
+        assert float(error) / 100 == pytest.approx(row[0], abs=1e-4)
+        assert float(loss) == pytest.approx(row[1], abs=1e-4)
+        assert float(gap) / 100 == pytest.approx(row[2], abs=2e-4)
+    assert "| ensemble of 3 | " in printed
+
+    monkeypatch.setattr(sys, "argv", ["fashion_ensemble.py", str(paths[0])])
+    with pytest.raises(SystemExit):
+        fashion_ensemble.main()
+    assert "an ensemble has at least two networks; got one" in capsys.readouterr().err
 
 
 def test_too_few_images_are_refused(tmp_path: Path) -> None:
