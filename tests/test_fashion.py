@@ -233,7 +233,10 @@ def test_an_ensemble_is_scored_as_its_networks_one_by_one(
     monkeypatch.setattr(sys, "argv", ["fashion_ensemble.py", *map(str, (*paths, *arguments))])
     fashion_ensemble.main()
     printed = capsys.readouterr().out
-    assert (tmp_path / "out" / "calibration.png").is_file()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "calibration.png",
+        "ensemble.csv",
+    }
 
     labels = DATA[1].labels.numpy()
 
