@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,13 @@ import fresnet
 from fresnet import Params, tree
 from fresnet.network.nodes import units_of
 
-if find_spec("jax") is None or find_spec("flax") is None:
+try:
+    import jax
+    import optax
+    from flax import linen
+except ImportError:
     print("JAX and Flax are not installed, so they are left out.")
     sys.exit()
-
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])
-
-import jax
-import optax
-from flax import linen
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
@@ -102,7 +99,7 @@ def view(result: Any) -> Any:
     found = as_flax(result) if isinstance(result, tuple) else result
     leaves = jax.tree_util.tree_leaves_with_path(found)
     named = {jax.tree_util.keystr(path): torch.as_tensor(leaf) for path, leaf in leaves}
-    return named[""] if "" in named else named
+    return named.get("", named)
 
 
 def network(spec: fresnet.Spec, seed: int = 0) -> Params:
@@ -210,6 +207,7 @@ def nhwc(x: Tensor) -> Any:
 
 
 def comparisons(full: bool) -> Iterator[Comparison]:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])
     compare = partial(Comparison, view=view)
     for batch in (1, 8, 32) if full else (1,):
         title = f"Inference beside Flax, {batch} image{'s' * (batch > 1)}"

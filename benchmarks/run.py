@@ -6,8 +6,8 @@
 
 Each benchmark runs in a process of its own for each setting. With the default allocator only
 inference runs in all sizes. A full run leaves every time that it measured in
-`docs/performance.json`, with the date and the versions of each table; with --only it replaces the
-tables that it measured and keeps the others. From that it writes the measured part of `docs/performance.md` and its
+`docs/performance.json`, beside its date and its versions. With --only it measures some tables anew
+and keeps the others. From that file it writes the measured part of `docs/performance.md` and its
 picture, and --report does the same without measuring. The figures for a GPU are those that
 `make bench-gpu` left in `docs/performance_gpu.json`. The rest of the document is written by hand
 and quotes the tables.
@@ -55,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--full", action="store_true", help="all sizes and settings, and written")
     parser.add_argument("--report", action="store_true", help="write anew from the last full run")
-    parser.add_argument("--only", default="", help="a file above, or words of titles")
+    parser.add_argument("--only", default="", help="clipping.py or its like, or a part of a title")
     args = parser.parse_args()
     names = [args.only] if args.only in BENCHMARKS else BENCHMARKS
     words = "" if args.only in BENCHMARKS else args.only
@@ -68,6 +68,8 @@ def main() -> None:
             if args.full and (setting or name == "inference.py"):
                 command.append("--full")
             subprocess.run(command, env={**os.environ, **setting}, check=True)
+        if not read(path):
+            parser.error(f"no table that was measured is of {args.only}")
         results = {**(read(RESULTS) if args.full and args.only else {}), **read(path)}
         if args.full:
             RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in results.values()))
