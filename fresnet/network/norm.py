@@ -199,7 +199,8 @@ class _FusedNorm(torch.autograd.Function):
 def _by_given_moments(norm: Norm | FrozenNorm, stats: NormStats, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or transform_stack.differentiated(x, *norm, *stats):
         return _affine(x, norm.scale, norm.bias, *stats)
-    scale, bias = (v.to(stats.mean.dtype) for v in norm)
+    wide = stats.mean.dtype
+    scale, bias = norm if norm.scale.dtype == wide else (v.to(wide) for v in norm)
     return torch.batch_norm(x, scale, bias, *stats, False, 0.0, EPS, True)
 
 
@@ -244,7 +245,8 @@ def check_width(norm: Bias | Rescale | NoNorm, x: Tensor) -> None:
 
 def _check_channels(x: Tensor, norm: Norm | FrozenNorm, stats: NormStats) -> None:
     # Not by a set: where a call is traced, sizes are tensors, and each differs from all others.
-    if any(leaf.shape != x.shape[1:2] for leaf in (*norm, *stats)):
+    channels = x.shape[1:2]
+    if any(leaf.shape != channels for leaf in (*norm, *stats)):
         raise FresnetError(
             f"a norm of activations {tuple(x.shape)} expects scale, bias, mean and var "
             f"[{x.shape[1]}] each; got {', '.join(str(tuple(v.shape)) for v in (*norm, *stats))}"
