@@ -120,7 +120,7 @@ def draw(results: Results, path: Path) -> None:
     axis.set_axisbelow(True)
     axis.spines[:].set_visible(False)
     axis.axvline(1, color="black", linewidth=1.2)
-    above = {"y": -1.7, "size": 12}
+    above: dict[str, Any] = {"y": -1.7, "size": 12}
     axis.text(1, s="\N{LEFTWARDS ARROW} slower ", ha="right", color=SLOWER, **above)
     axis.text(1, s=" faster \N{RIGHTWARDS ARROW}", ha="left", color=FASTER, **above)
 

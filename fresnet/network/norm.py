@@ -47,8 +47,8 @@ def inference_norm(
 
     as one multiply-add per value: y = shift + x * factor. PyTorch's fused kernel takes a third of
     the time where maps are small, and is taken where nothing is differentiated or compiled. The
-    composed form is differentiable in `stats` too; on a CPU it rounds as the kernel does, to the
-    bit.
+    composed form is differentiable in `stats` too. On a CPU both round alike, to the bit, for maps
+    in channels first or last.
 
     Args:
       norm: scale and bias, each `[c]`; or another type of norm, which has no statistics.
