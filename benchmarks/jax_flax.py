@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transforms
 from einops import rearrange
 from harness import Comparison, Run, main
 from torch import Tensor
-from torch.func import vmap
-from torch.nn.functional import cross_entropy
 from training_step import DECAY, MOMENTUM, RATE
 from training_step import ours as training_step
-from transforms import images, ready
+from transforms import Contenders, images, ready
 
 import fresnet
 from fresnet import Params, tree
@@ -41,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
 
 SIDES = {"Bottleneck": (1, 3, 1), "BasicBlock": (3, 3)}
-"""The kernels of each block. The first 3x3 has the stride."""
+"""The kernels of each block, of which the first 3x3 has the stride."""
 
 
 class ResNet(linen.Module):  # type: ignore[misc]
@@ -63,8 +62,8 @@ class ResNet(linen.Module):  # type: ignore[misc]
         for i, depth in enumerate(self.spec.depths):
             for stride in [1 + (i > 0)] + [1] * (depth - 1):
                 width, y = 64 << i, x
-                for at, side in enumerate(sides[:-1]):
-                    y = linen.relu(layer(y, width, side, stride if at == sides.index(3) else 1))
+                for side in sides[:-1]:
+                    y = linen.relu(layer(y, width, side, stride if side == 3 else 1))
                 y = layer(y, width * expansion, sides[-1], 1)
                 x = x if x.shape == y.shape else layer(x, width * expansion, 1, stride)
                 x = linen.relu(x + y)
@@ -112,47 +111,41 @@ def jitted(function: Callable[..., Any], *inputs: Any) -> Run:
     return lambda: jax.block_until_ready(compiled(*inputs))
 
 
-def loss_of(model: ResNet, weights: Any, stats: Any, x: Any, y: Any) -> Any:
-    logits = model.apply({"params": weights, "batch_stats": stats}, x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+def applied(model: ResNet, weights: Any, stats: Any, x: Any, y: Any) -> Any:
+    """The loss, and the new statistics of a model in training."""
+    state = {"params": weights, "batch_stats": stats}
+    logits, new = model.apply(state, x, mutable=["batch_stats"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return losses.mean(), new["batch_stats"]
 
 
-def inference(x: Tensor) -> dict[str, Callable[[], Run]]:
+def gradient_of(model: ResNet) -> Callable[..., Any]:
+    gradient: Callable[..., Any] = jax.grad(lambda *inputs: applied(model, *inputs)[0])
+    return gradient
+
+
+def inference(x: Tensor) -> Contenders:
     params = network(fresnet.RESNET50)
-
-    def flax() -> Run:
-        return jitted(ResNet(fresnet.RESNET50).apply, variables(params), nhwc(x))
-
-    def ours() -> Run:
-        infer = fresnet.compile_inference(params, x)
-        return lambda: infer(x)
-
-    return {"Flax": flax, "fresnet": ours}
+    return {
+        "Flax": partial(jitted, ResNet(fresnet.RESNET50).apply, variables(params), nhwc(x)),
+        "fresnet": lambda: partial(fresnet.compile_inference(params, x), x),
+    }
 
 
-def training(x: Tensor, y: Tensor) -> dict[str, Callable[[], Run]]:
+def training(x: Tensor, y: Tensor) -> Contenders:
     def flax() -> Run:
         model = ResNet(fresnet.RESNET50, training=True)
         optimizer = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE, MOMENTUM))
-        state = variables(network(fresnet.RESNET50))
-        state["velocity"] = optimizer.init(state["params"])
-
-        def loss_fn(weights: Any, stats: Any, x: Any, y: Any) -> Any:
-            both = {"params": weights, "batch_stats": stats}
-            logits, new = model.apply(both, x, mutable="batch_stats")
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-            return losses.mean(), new["batch_stats"]
+        weights, stats = variables(network(fresnet.RESNET50)).values()
+        state, batch = (weights, stats, optimizer.init(weights)), (nhwc(x), as_array(y))
 
         @partial(jax.jit, donate_argnums=0)
         def train_step(state: Any, x: Any, y: Any) -> Any:
-            weights, stats, velocity = (state[k] for k in ("params", "batch_stats", "velocity"))
-            take = jax.value_and_grad(loss_fn, has_aux=True)
+            weights, stats, velocity = state
+            take = jax.value_and_grad(partial(applied, model), has_aux=True)
             (loss, stats), grads = take(weights, stats, x, y)
             updates, velocity = optimizer.update(grads, velocity, weights)
-            weights = optax.apply_updates(weights, updates)
-            return {"params": weights, "batch_stats": stats, "velocity": velocity}, loss
-
-        batch = nhwc(x), as_array(y)
+            return (optax.apply_updates(weights, updates), stats, velocity), loss
 
         def step() -> Any:
             nonlocal state
@@ -164,41 +157,22 @@ def training(x: Tensor, y: Tensor) -> dict[str, Callable[[], Run]]:
     return {"Flax": flax, "fresnet": partial(training_step, x, y)}
 
 
-def per_sample(x: Tensor, y: Tensor) -> dict[str, Callable[[], Run]]:
-    params = network(fresnet.RESNET50)
-
-    def flax() -> Run:
-        model, state = ResNet(fresnet.RESNET50), variables(params)
-        take = jax.vmap(jax.grad(partial(loss_of, model)), (None, None, 0, 0))
-        batch = nhwc(x)[:, None], as_array(y)[:, None]
-        return jitted(take, state["params"], state["batch_stats"], *batch)
-
-    def ours() -> Any:
-        return fresnet.per_sample_grads(cross_entropy, params, x, y, norms="running")
-
-    return {"Flax": flax, "fresnet": ready(ours)}
+def per_sample(batch: int, side: int) -> Contenders:
+    (x, y), state = images(batch, side), variables(network(fresnet.RESNET50))
+    each = jax.vmap(gradient_of(ResNet(fresnet.RESNET50)), (None, None, 0, 0))
+    flax = partial(jitted, each, *state.values(), nhwc(x)[:, None], as_array(y)[:, None])
+    return {"Flax": flax, "fresnet": ready(transforms.per_sample(batch, side)["fresnet running"])}
 
 
-def ensemble(x: Tensor, y: Tensor, *, gradient: bool) -> dict[str, Callable[[], Run]]:
-    stacked = tree.stack([network(fresnet.RESNET18, seed) for seed in range(8)])
-
-    def loss(weights: Any, stats: Any) -> Tensor:
-        return cross_entropy(fresnet.forward(Params(weights, stats), x), y)
-
-    def flax() -> Run:
-        model, state = ResNet(fresnet.RESNET18), variables(stacked)
-        batch = nhwc(x), as_array(y)
-        if not gradient:
-            return jitted(jax.vmap(model.apply, (0, None)), state, batch[0])
-        take = jax.vmap(jax.grad(partial(loss_of, model)), (0, 0, None, None))
-        return jitted(take, state["params"], state["batch_stats"], *batch)
-
-    def ours() -> Any:
-        if gradient:
-            return vmap(torch.func.grad(loss))(*stacked)
-        with torch.no_grad():
-            return vmap(lambda params: fresnet.forward(params, x))(stacked)
-
+def ensemble(*, gradient: bool) -> Contenders:
+    (x, y), model = images(16, 64), ResNet(fresnet.RESNET18)
+    state = variables(tree.stack([network(fresnet.RESNET18, seed) for seed in range(8)]))
+    if gradient:
+        each = jax.vmap(gradient_of(model), (0, 0, None, None))
+        flax = partial(jitted, each, *state.values(), nhwc(x), as_array(y))
+    else:
+        flax = partial(jitted, jax.vmap(model.apply, (0, None)), state, nhwc(x))
+    ours = transforms.ensembles(8, 16, 64, gradient=gradient)["fresnet vmap"]
     return {"Flax": flax, "fresnet": ready(ours)}
 
 
@@ -217,11 +191,10 @@ def comparisons(full: bool) -> Iterator[Comparison]:
         yield compare(title, training(*images(batch, side)), batch, agree=0.05)
     for batch, side in ((8, 64), (4, 224)) if full else ((8, 64),):
         title = f"Per-sample gradients beside Flax, {batch} images of {side} px"
-        yield compare(title, per_sample(*images(batch, side)), batch, agree=0.02)
-    for gradient in (False, True):
-        what = "gradients" if gradient else "logits"
+        yield compare(title, per_sample(batch, side), batch, agree=0.02)
+    for what in ("logits", "gradients"):
         title = f"Ensemble of 8 ResNet-18 beside Flax, {what}, 16 images of 64 px"
-        yield compare(title, ensemble(*images(16, 64), gradient=gradient), 16, agree=0.02)
+        yield compare(title, ensemble(gradient=what == "gradients"), 16, agree=0.02)
 
 
 if __name__ == "__main__":
