@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def measure(comparison: Comparison) -> list[Measured]:
         runs[name] = build()
         runs[name]()
         prepare[name] = time.perf_counter() - start
-    errors = _errors(comparison, runs)
+    errors = errors_of(comparison, runs)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(comparison.rounds):
         for name, run in runs.items():
@@ -98,7 +99,8 @@ def measure(comparison: Comparison) -> list[Measured]:
     ]
 
 
-def _errors(comparison: Comparison, runs: Mapping[str, Run]) -> dict[str, float]:
+def errors_of(comparison: Comparison, runs: Mapping[str, Run]) -> dict[str, float]:
+    """The error of each contender, none of which is beyond its bound."""
     first, errors = None, {}
     for name, run in runs.items():
         bound, result = comparison.bounds.get(name, comparison.agree), run()
@@ -222,9 +224,9 @@ def environment() -> dict[str, str]:
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cudnn": str(torch.backends.cudnn.version())}
     else:
-        packages += ["onnxruntime", "openvino", "opacus"]
+        packages += ["onnxruntime", "openvino", "opacus", "jax", "flax"]
     found["python"] = platform.python_version()
-    return found | {name: version(name) for name in packages}
+    return found | {name: version(name) for name in packages if find_spec(name)}
 
 
 def entry_of(comparison: Comparison, rows: list[Measured]) -> dict[str, Any]:

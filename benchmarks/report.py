@@ -41,6 +41,10 @@ def targets() -> list[Target]:
         Target(compiled, "fresnet", ("torchvision",), 1 / 0.9, memory=True),
         Target(step, "fresnet in bfloat16", ("torchvision in bfloat16",), 1.0),
         Target(step, "fresnet in bfloat16", ("fresnet",), 2.0),
+        *(
+            Target(f"Layer by layer, {name}, 1 image of 32 px", "fresnet", ("torchvision",), 1.0)
+            for name in ("ResNet-18", "ResNet-50")
+        ),
         Target("Training step, 4 images of 32 px", "fresnet", ("torchvision",), 1 / 1.02),
         *(
             Target(
@@ -69,9 +73,26 @@ def targets() -> list[Target]:
         for name in ("per_sample_norms", "clipped_grads"):
             found.append(Target(title, name, ("one batched gradient",), 0.5))
             found.append(Target(title, name, ("one batched gradient",), 1 / 1.3, memory=True))
+        rivals = ("Opacus, ghost clipping", "Opacus, fast gradient clipping")
+        title = f"Clipped sum of gradients with GroupNorm, {size}"
+        found.append(Target(title, "clipped_grads", rivals, 1.0))
     for what in ("logits", "gradients"):
         title = f"Ensemble of 8 ResNet-18, {what}, 16 images of 64 px"
         found.append(Target(title, "fresnet vmap", ("loop",), 1.0))
+    found += [
+        Target(title, "fresnet", ("Flax",), 1.0)
+        for title in (
+            *(
+                f"Inference beside Flax, {images}"
+                for images in ("1 image", "8 images", "32 images")
+            ),
+            "Training step beside Flax, 16 images of 224 px",
+            "Per-sample gradients beside Flax, 8 images of 64 px",
+            "Per-sample gradients beside Flax, 4 images of 224 px",
+            "Ensemble of 8 ResNet-18 beside Flax, logits, 16 images of 64 px",
+            "Ensemble of 8 ResNet-18 beside Flax, gradients, 16 images of 64 px",
+        )
+    ]
     rival = ("torchvision compiled",)
     for images in ("1 image", "8 images", "32 images", "128 images", "256 images"):
         found += [
@@ -135,5 +156,6 @@ def _measured(entries: Sequence[Mapping[str, Any]]) -> str:
     """A line that says when, on which machine and with which versions it was measured."""
     environments = [entry["environment"] for entry in entries]
     dates = sorted({environment["date"] for environment in environments})
-    environment = {**environments[0], "date": " and ".join(dates)}
+    versions = {name: value for each in environments for name, value in each.items()}
+    environment = {**versions, "date": " and ".join(dates)}
     return f"Measured: {', '.join(f'{name} {value}' for name, value in environment.items())}.\n"

@@ -2,9 +2,8 @@
 
     python benchmarks/training_step.py           # prints tables; --full for all sizes
 
-Both take the same step: eagerly, in bfloat16, and compiled whole. On tiny images hardly anything is
-computed, so the time is the cost of the calls. Peak memory is resident memory above weights and
-velocity.
+Both take the same step: eagerly, in bfloat16, and compiled whole. Peak memory is resident memory
+above weights and velocity.
 """
 
 import sys
@@ -129,9 +128,6 @@ def comparisons(full: bool) -> Iterator[Comparison]:
         yield Comparison(f"Loss and gradient, {size}", gradients, batch, least, agree=0.05)
         if full or side <= 112:
             yield Comparison(f"Training step compiled, {size}", compiled, batch, least, agree=0.05)
-    x, y = images(4, 32)
-    tiny = {"torchvision": partial(torchvision, x, y), "fresnet": partial(ours, x, y)}
-    yield Comparison("Training step, 4 images of 32 px", tiny, 4, agree=0.05, rounds=31)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,26 @@ def test_gradients_through_forward_equal_torchvision(
         assert_close(actual[name], expected, 1e-10, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("channels", [2, 5, 16, 19])
+def test_inference_norm_rounds_alike_where_a_derivative_is_taken(
+    channels: int, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    """PyTorch's kernel and the composed form give the same bits, in the same layout."""
+    generator = torch.Generator().manual_seed(channels)
+    scale, bias, mean = torch.randn(3, channels, generator=generator).to(dtype)
+    norm, mean = Norm(scale, bias), mean.to(torch.promote_types(dtype, torch.float32))
+    x = torch.randn(2, channels, 3, 7, generator=generator).to(dtype, memory_format=layout)
+    stats = NormStats(mean, mean.square() + 0.3)
+    y, _ = inference_norm(norm, stats, x)
+    composed, _ = inference_norm(norm, stats._replace(mean=mean.clone().requires_grad_()), x)
+    assert composed.requires_grad
+    assert not y.requires_grad
+    assert y.stride() == composed.stride()
+    assert_same(y, composed.detach())
+
+
 @examples(20)
 @given(x=images())
 def test_inference_norm_is_differentiable_in_every_argument(x: Tensor) -> None:

@@ -29,14 +29,13 @@ def conv2d(x: Tensor, weight: Tensor, how: Geometry = PLAIN) -> Tensor:
       FresnetError: if the channels do not fit, or if k is not one odd number; a kernel may also be
         a single row.
     """
-    groups = how.groups
-    fits = weight.ndim == 4 and weight.shape[1] * groups == x.shape[1]
-    fits = fits and weight.shape[0] % groups == 0
-    if not fits or weight.shape[2] not in (1, weight.shape[3]) or weight.shape[3] % 2 == 0:
+    groups, shape = how.groups, weight.shape
+    fits = len(shape) == 4 and shape[1] * groups == x.shape[1] and shape[0] % groups == 0
+    if not fits or shape[2] not in (1, shape[3]) or shape[3] % 2 == 0:
         channels = x.shape[1] if groups == 1 else f"{x.shape[1]}/{groups}"
         raise FresnetError(
             f"a convolution of activations {tuple(x.shape)} expects a weight "
-            f"[o {channels} k k], k odd; got {tuple(weight.shape)}"
+            f"[o {channels} k k], k odd; got {tuple(shape)}"
         )
     return convolve(x, weight, how)
 

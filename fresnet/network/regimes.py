@@ -90,8 +90,11 @@ class Composed(Floating):
         add: Tensor | None = None,
         relu: bool = True,
     ) -> tuple[Tensor, Any]:
-        # Rounded here, not all in advance: so each gradient is widened as soon as it is there.
-        y = ops.conv2d(x, at.unit.kernel().to(x.dtype), how)
+        kernel = at.unit.kernel()
+        if kernel.dtype != x.dtype:
+            # Rounded here, not all in advance: so each gradient is widened as soon as it is there.
+            kernel = kernel.to(x.dtype)
+        y = ops.conv2d(x, kernel, how)
         y, seen = self.normalise(at.unit.norm, at.beside, y)
         y = y if add is None else self.add(y, add)
         return (ops.relu(y) if relu else y), seen

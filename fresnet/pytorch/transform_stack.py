@@ -38,10 +38,9 @@ def mapped() -> bool:
 
 def differentiated(*inputs: Tensor) -> bool:
     """Whether code outside may differentiate or map what is computed here from these tensors."""
-    return active() or any(
-        has_tangent(tensor) or (torch.is_grad_enabled() and tensor.requires_grad)
-        for tensor in inputs
-    )
+    if active() or any(map(has_tangent, inputs)):
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 def has_tangent(tensor: Tensor) -> bool:

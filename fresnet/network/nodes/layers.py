@@ -180,7 +180,7 @@ def over(
     """
     if isinstance(node, units):
         return function(node, *rest)
-    if not isinstance(node, tuple):
+    if not isinstance(node, tuple) or not node:
         return node
     below = zip(node, *rest, strict=True)
     return rebuild(node, [over(function, *at, units=units) for at in below])
