@@ -72,6 +72,13 @@ def targets() -> list[Target]:
     for what in ("logits", "gradients"):
         title = f"Ensemble of 8 ResNet-18, {what}, 16 images of 64 px"
         found.append(Target(title, "fresnet vmap", ("loop",), 1.0))
+    reading = "Reading images, one core"
+    found += [
+        Target(reading, "fresnet", ("torchvision",), 1.0),
+        Target(reading, "fresnet, shards", ("torchvision",), 1.0),
+        Target(reading, "fresnet fast", ("torchvision",), 1.3),
+        Target(reading, "fresnet fast", ("torchvision v2, tensors",), 1.0),
+    ]
     rival = ("torchvision compiled",)
     for images in ("1 image", "8 images", "32 images", "128 images", "256 images"):
         found += [

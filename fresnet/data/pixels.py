@@ -43,8 +43,7 @@ def read_pixels(file: BinaryIO) -> Tensor:
         try:
             return rearrange(torch.from_numpy(decode_jpeg(file.read())), "h w c -> c h w")
         except ValueError:
-            pass  # damaged
-    file.seek(0)
+            pass  # it is damaged
     return pixels_of(read_image(file))
 
 
