@@ -155,7 +155,7 @@ def test_jpegs_are_decoded_as_pillow_decodes_them(options: dict[str, Any]) -> No
         (PHOTOS[0].convert("CMYK"), "jpeg"),
         (PHOTOS[0].convert("P"), "png"),
         (PHOTOS[0].convert("RGBA"), "webp"),
-        (Image.fromarray(np.arange(0, 60000, 100, np.uint16).reshape(20, 30)), "png"),
+        (Image.fromarray(np.arange(0, 60000, 100).astype(np.uint16).reshape(20, 30)), "png"),
     ],
 )
 def test_all_else_is_pillows(image: Image.Image, kind: str) -> None:
@@ -173,7 +173,7 @@ def test_what_is_damaged_is_pillows_to_judge(at: int, value: int, cut: bool) -> 
         del content[at:]
     else:
         content[at] = value
-    found = []
+    found: list[Tensor | str] = []
     for read in (read_image, read_pixels):
         try:
             image = read(io.BytesIO(content))

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
+from PIL.Image import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,8 +24,8 @@ Reader: TypeAlias = Callable[[BinaryIO], Any]
 It raises `FresnetError` if it cannot read the file. Any other error ends the batches.
 """
 
-Transform: TypeAlias = Callable[[Any, Generator], Tensor]
-"""A function from what the reader gives, an upright RGB image, to `[3 h w]`.
+Transform: TypeAlias = Callable[[Image, Generator], Tensor] | Callable[[Tensor, Generator], Tensor]
+"""A function from an upright RGB image, as the reader gives it, to `[3 h w]`.
 
 It draws from the generator alone, and writes to nothing. Where processes are spawned it must be
 possible to pickle it: a `functools.partial` of a module's function can be pickled, a lambda cannot.
