@@ -16,6 +16,7 @@ GROUPS = {
     "Training step on a CPU, both compiled": r"Training step compiled, (.*)",
     "Per-sample gradients on a CPU": r".*gradients, ResNet-50, (.*)",
     "Ensemble of eight ResNet-18 on a CPU": r"Ensemble of 8 ResNet-18, (.*), (.*)",
+    "Reading images on one core": r"Reading images, (.*)",
     "Inference on a GPU, bfloat16": r"Inference on a GPU, (.*)",
     "Training step on a GPU, bfloat16": r"Training step on a GPU, (.*)",
 }
@@ -24,6 +25,8 @@ GROUPS = {
 OURS = {
     "fresnet in bfloat16": "bfloat16",
     "fresnet running": "gradients",
+    "fresnet fast": "pixels",
+    "fresnet, shards": "shards",
     "per_sample_norms": "norms",
     "clipped_grads": "clipped sum",
 }

@@ -138,7 +138,7 @@ def comparisons(full: bool) -> Iterator[Comparison]:
         runs = {**torchvisions(Path(folder)), **ours(Path(folder))}
         exact = ("fresnet", "fresnet, pixels", "fresnet, shards")
         yield Comparison(
-            "Reading images, one core",
+            "Reading images, JPEGs of 500x375",
             {name: ready(run) for name, run in runs.items()},
             BATCH,
             agree=0.02,  # of tensors; levels of 255 are rounded otherwise

@@ -72,7 +72,7 @@ def targets() -> list[Target]:
     for what in ("logits", "gradients"):
         title = f"Ensemble of 8 ResNet-18, {what}, 16 images of 64 px"
         found.append(Target(title, "fresnet vmap", ("loop",), 1.0))
-    reading = "Reading images, one core"
+    reading = "Reading images, JPEGs of 500x375"
     found += [
         Target(reading, "fresnet", ("torchvision",), 1.0),
         Target(reading, "fresnet, shards", ("torchvision",), 1.0),
