@@ -89,7 +89,7 @@ def augment_pixels(
     Args:
       image: in RGB, or its pixels `[3 h w]` as `read_pixels` gives them. Of pixels the same
         rectangle is cropped, and flipped alike. They are resized several times faster, by PyTorch.
-        One value in some hundred then differs by one level of 255, and hardly any by two.
+        One value in some hundreds then differs by one level of 255, and hardly any by two.
       generator: on the CPU.
     Raises:
       FresnetError: as `augment` does; if light is changed or a rectangle erased, which is not done
@@ -166,7 +166,7 @@ def normalise(x: Tensor, like: str | Preset | Augmentation) -> Tensor:
     tensor([0.0056, 0.1352, 0.3568])
 
     Args:
-      x: on any device, which changes no bit.
+      x: on any device. A CPU and CUDA round alike, so they give the same bits.
       like: the augmentation or the preset that has mean and std.
     Raises:
       FresnetError: if x is no uint8, or has not a channel for each mean.
