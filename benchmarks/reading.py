@@ -67,7 +67,9 @@ def write(root: Path) -> None:
 
 def torchvisions(root: Path) -> Mapping[str, Callable[[], Tensor]]:
     """torchvision's references, on images and on tensors."""
-    old, new = torchvision.transforms, torchvision.transforms.v2
+    from torchvision.transforms import v2 as new
+
+    old = torchvision.transforms
     files = scan(root / "folder").files
     from_image = old.Compose(
         [
