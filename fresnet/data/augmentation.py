@@ -26,7 +26,7 @@ from fresnet.data.preprocess import (
     pixels_of,
     prepared,
     preprocess,
-    standardised,
+    standardise_,
     unit_values,
 )
 from fresnet.data.presets import Preset, as_preset
@@ -68,7 +68,7 @@ def augment(image: Image, generator: Generator, augmentation: Augmentation) -> T
     x = unit_values(pixels_of(_drawn("augment", image, generator, augmentation)))
     if augmentation.lighting > 0:
         x = relight(x, generator, augmentation.lighting)
-    x = standardised(x, augmentation.mean, augmentation.std)
+    x = standardise_(x, augmentation.mean, augmentation.std)
     return random_erase(x, generator, augmentation.erase) if augmentation.erase > 0 else x
 
 
@@ -177,7 +177,7 @@ def normalise(x: Tensor, like: str | Preset | Augmentation) -> Tensor:
         raise FresnetError(
             f"normalise expects x to be uint8 [... {channels} h w]; got {describe(x)}"
         )
-    return standardised(unit_values(x), chosen.mean, chosen.std)
+    return standardise_(unit_values(x), chosen.mean, chosen.std)
 
 
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
