@@ -98,6 +98,7 @@ def test_every_level_is_normalised_as_torchvision_does_it(dtype: torch.dtype) ->
         torch.set_default_dtype(torch.float32)
     for actual in found:
         assert_same(actual, (x / 255 - mean) / std)
+    assert normalise(x.to("meta"), augmentation).is_meta
     assert torch.equal(x[0, 0].flatten(), torch.arange(256))
 
 
@@ -184,6 +185,14 @@ def test_what_is_damaged_is_pillows_to_judge(at: int, value: int, cut: bool) -> 
         assert found[1] == found[0]
     else:
         assert_same(found[1], found[0])
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("read", [read_image, read_pixels])
+def test_huge_images_are_refused(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 125 * 94 - 1)
+    with pytest.raises(FresnetError, match="it is 125x94, more pixels than"):
+        read(encoded(PHOTOS[0]))
 
 
 # Loaders
