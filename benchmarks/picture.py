@@ -22,6 +22,7 @@ GROUPS = {
     "Clipped sums": r"clipped_grads: Clipped sum of gradients with GroupNorm, ResNet-50, (.*)",
     "Ensemble of 8 ResNet-18": r"fresnet vmap: Ensemble of 8 ResNet-18, (.*), 16 images of 64 px",
     "The same work in JAX": r"fresnet: (.*) beside Flax, (.*)",
+    "Reading images on one core": r"(.*): Reading images, .*",
     "Inference on a GPU": r"fresnet: Inference on a GPU, (.*)",
     "Training step on a GPU": r"fresnet compiled: Training step on a GPU, (.*)",
 }

@@ -93,6 +93,13 @@ def targets() -> list[Target]:
             "Ensemble of 8 ResNet-18 beside Flax, gradients, 16 images of 64 px",
         )
     ]
+    reading = "Reading images, JPEGs of 500x375"
+    found += [
+        Target(reading, "fresnet", ("torchvision",), 1.0),
+        Target(reading, "fresnet, shards", ("torchvision",), 1.0),
+        Target(reading, "fresnet fast", ("torchvision",), 1.3),
+        Target(reading, "fresnet fast", ("torchvision v2, tensors",), 1.0),
+    ]
     rival = ("torchvision compiled",)
     for images in ("1 image", "8 images", "32 images", "128 images", "256 images"):
         found += [

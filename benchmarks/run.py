@@ -41,6 +41,7 @@ BENCHMARKS = (
     "transforms.py",
     "clipping.py",
     "jax_flax.py",
+    "reading.py",
 )
 
 

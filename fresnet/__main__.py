@@ -205,8 +205,14 @@ def _add_architecture(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
-    option("folder", type=Path, metavar="DIR", help="holds train/CLASS/IMAGE and val/CLASS/IMAGE")
-    option("--validation", type=Path, metavar="DIR", help="holds CLASS/IMAGE; default DIR/val")
+    what = "holds train/CLASS/IMAGE and val/CLASS/IMAGE, or tar files in train and val"
+    option("folder", type=Path, metavar="DIR", help=what)
+    option(
+        "--validation",
+        type=Path,
+        metavar="DIR",
+        help="holds CLASS/IMAGE or tar files; default DIR/val",
+    )
     option("--recipe", default="v1", metavar="NAME", help="paper, v1 or v2; default v1")
     option("--arch", metavar="NAME", help="default resnet50, or what --weights tell")
     option("--weights", metavar="FILE", help="to begin with; other classes or none: a fresh head")

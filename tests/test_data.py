@@ -32,7 +32,6 @@ from fresnet.data import (
     Batch,
     Broken,
     Example,
-    Folder,
     Images,
     Order,
     Place,
@@ -44,6 +43,7 @@ from fresnet.data import (
 )
 from fresnet.data.folder import read_labels, write_labels
 from fresnet.data.presets import Preset
+from fresnet.data.shards import Scanned
 
 RECIPE = Augmentation(AreaCrop(24), trivial_augment=True, lighting=0.1, erase=0.5)
 AUGMENT = partial(augment, augmentation=RECIPE)
@@ -92,7 +92,7 @@ DAMAGES: dict[Callable[[Path], Any], str] = {
 }
 
 
-def in_order(folder: Folder, size: int = 10) -> list[list[Place]]:
+def in_order(folder: Scanned, size: int = 10) -> list[list[Place]]:
     places = [Place(0, i, i) for i in range(len(folder.files))]
     return [places[i : i + size] for i in range(0, len(places), size)]
 

@@ -16,6 +16,7 @@ from torch.nn.functional import conv2d, cross_entropy
 
 import fresnet
 from fresnet import Params, optim, training, tree
+from fresnet.data import normalise
 from fresnet.inference import cudnn
 from fresnet.network.nodes import Geometry
 
@@ -140,3 +141,11 @@ def test_gradients_of_every_kind() -> None:
         expected = tree_of(params, x, y)
         found = tree_of(*tree.map(Tensor.cuda, (params, x, y)))
         assert_trees_close(tree.map(Tensor.cpu, found), expected, 1e-9)
+
+
+@needs_gpu
+@pytest.mark.parametrize("preset", fresnet.PRESETS)
+def test_pixels_are_normalised_to_the_bits_of_a_cpu(preset: str) -> None:
+    x = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    for pixels in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(normalise(pixels.cuda(), preset).cpu(), normalise(pixels, preset))

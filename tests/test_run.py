@@ -1,5 +1,6 @@
 """A stopped run goes on as if it had not been stopped, and says in one line what is wrong."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -353,6 +355,36 @@ def test_a_signal_loses_no_step(digits: Path, tmp_path: Path, number: int, at: i
     assert path.stem == f"step-{at:012}"
     assert steps_of(tmp_path) == at
     assert signal.getsignal(number) is before
+
+
+def test_a_run_on_shards_is_one_on_folders(
+    capsys: pytest.CaptureFixture[str], folders: Path, digits: Path
+) -> None:
+    """It goes on like one too, and notes the shards' files."""
+    for split in ("train", "val"):
+        folder = scan(digits / split)
+        Path("shards", split).mkdir(parents=True)
+        with tarfile.open(f"shards/{split}/0.tar", "w") as tar:
+            for i, (file, label) in enumerate(zip(folder.files, folder.labels, strict=True)):
+                tar.add(file, f"{i:03}.png")
+                member = tarfile.TarInfo(f"{i:03}.cls")
+                member.size = 1
+                tar.addfile(member, io.BytesIO(b"%d" % label))
+    options = (*TRAIN, "--epochs", "2", "--drop-path", "0.1")
+    with interrupted("step", 2, WAYS["SIGTERM"], late=False):
+        assert "stopped; " in refused(capsys, "shards", *options, "--out", "out")
+    for data, out in (("shards", "out"), ("good", "expected")):
+        assert main(["train", data, *options, "--out", out]) == 0
+    actual, expected = end_of(Path("out")), end_of(Path("expected"))
+    assert_same((actual.state, actual.network), (expected.state, expected.network))
+    assert actual.lines == expected.lines
+    assert Path("out/labels.txt").read_text().split() == ["0", "1", "2", "3"]
+    Path("shards/train/0.tar").rename("shards/train/1.tar")
+    assert "holds a run of files' checksum" in refused(capsys, "shards", *options, "--out", "out")
+    (folders / "shards" / "val" / "0.tar").write_bytes(b"")
+    said = refused(capsys, "shards", *options, "--out", "other")
+    assert said.startswith("expects tar files, uncompressed, with an image")
+    assert said.endswith("shards/val/0.tar: empty file")
 
 
 def test_an_evaluation_is_not_waited_for_but_made_up(

@@ -5,6 +5,8 @@ over by mistake. Whatever is refused is refused in fresnet's words, which hold n
 """
 
 import inspect
+import io
+import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ _, MOMENTS = fresnet.forward_moments(PARAMS, X)
 TARGETS = torch.full((2, 2), VALUE)
 MASKS = training.draw_masks(torch.Generator(), W, len(X), drop_path=0.1, dropout=0.1)
 FOLDER = data.Folder("nowhere", ("a", "b"), ("a/x.png", "b/y.png"), (0, 1))
+
+Image.new("RGB", (20, 20)).save(FILE := io.BytesIO(), "jpeg")
+PHOTO = FILE.getvalue()
 
 BAD: Mapping[str, Any] = {
     "None": None,
@@ -83,6 +88,7 @@ RIGHT: Mapping[str, Any] = {
     "entries": tree.named(W),
     "eps": 1e-3,
     "factor": 0.1,
+    "file": FILE,
     "first": {"a": X, "b": ()},
     "folder": "states",
     "function": lambda *leaves: leaves[-1],
@@ -125,6 +131,7 @@ RIGHT: Mapping[str, Any] = {
     "params": PARAMS,
     "parts": [(X,)],
     "path": "network.safetensors",
+    "paths": ["shard.tar"],
     "patterns": "head",
     "peak": 1.0,
     "places": [],
@@ -163,6 +170,7 @@ RIGHT: Mapping[str, Any] = {
 ELSEWHERE: Mapping[str, Mapping[str, Any]] = {
     "data.area_crop": {"crop": data.AreaCrop(8)},
     "data.loader": {"images": data.Images(FOLDER, lambda image, generator: X[0], 0)},
+    "data.normalise": {"x": X.to(torch.uint8), "like": "imagenet-v1"},
     "data.random_erase": {"x": X[0]},
     "data.relight": {"x": X[0]},
     "data.scale_crop": {"crop": data.ScaleCrop(8, (8, 10))},
@@ -261,6 +269,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         Path("images", name).mkdir(parents=True)
         Image.new("RGB", (20, 20)).save(f"images/{name}/x.png")
+    with tarfile.open("shard.tar", "w") as tar:
+        for name, content in ("a.jpg", PHOTO), ("a.cls", b"0"), ("b.jpg", PHOTO), ("b.cls", b"1"):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 @pytest.mark.filterwarnings("ignore")  # of networks that are read

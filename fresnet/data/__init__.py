@@ -19,39 +19,45 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fresnet.data.augmentation import (
-        AreaCrop,
         Augmentation,
-        ScaleCrop,
-        area_crop,
         augment,
+        augment_pixels,
+        normalise,
         prepare,
+        prepare_pixels,
         random_erase,
-        random_flip,
         relight,
-        scale_crop,
     )
+    from fresnet.data.crops import AreaCrop, ScaleCrop, area_crop, random_flip, scale_crop
     from fresnet.data.folder import Folder, scan
-    from fresnet.data.loading import Batch, Broken, Example, Images, Transform, loader
+    from fresnet.data.loading import Batch, Broken, Example, Images, Reader, Transform, loader
     from fresnet.data.order import Order, Place, batch_at, batches, steps_per_epoch
+    from fresnet.data.pixels import read_pixels
+    from fresnet.data.preprocess import read_image
+    from fresnet.data.shards import Shards, Span, scan_shards
     from fresnet.data.trivial import trivial_augment
 
 HOMES = {
-    "AreaCrop": "augmentation",
     "Augmentation": "augmentation",
-    "ScaleCrop": "augmentation",
-    "area_crop": "augmentation",
     "augment": "augmentation",
+    "augment_pixels": "augmentation",
+    "normalise": "augmentation",
     "prepare": "augmentation",
+    "prepare_pixels": "augmentation",
     "random_erase": "augmentation",
-    "random_flip": "augmentation",
     "relight": "augmentation",
-    "scale_crop": "augmentation",
+    "AreaCrop": "crops",
+    "ScaleCrop": "crops",
+    "area_crop": "crops",
+    "random_flip": "crops",
+    "scale_crop": "crops",
     "Folder": "folder",
     "scan": "folder",
     "Batch": "loading",
     "Broken": "loading",
     "Example": "loading",
     "Images": "loading",
+    "Reader": "loading",
     "Transform": "loading",
     "loader": "loading",
     "Order": "order",
@@ -59,6 +65,11 @@ HOMES = {
     "batch_at": "order",
     "batches": "order",
     "steps_per_epoch": "order",
+    "read_pixels": "pixels",
+    "read_image": "preprocess",
+    "Shards": "shards",
+    "Span": "shards",
+    "scan_shards": "shards",
     "trivial_augment": "trivial",
 }
 """Where each name is defined, to be imported when it is asked for: most of it takes Pillow."""
@@ -73,19 +84,28 @@ __all__ = [
     "Images",
     "Order",
     "Place",
+    "Reader",
     "ScaleCrop",
+    "Shards",
+    "Span",
     "Transform",
     "area_crop",
     "augment",
+    "augment_pixels",
     "batch_at",
     "batches",
     "loader",
+    "normalise",
     "prepare",
+    "prepare_pixels",
     "random_erase",
     "random_flip",
+    "read_image",
+    "read_pixels",
     "relight",
     "scale_crop",
     "scan",
+    "scan_shards",
     "steps_per_epoch",
     "trivial_augment",
 ]

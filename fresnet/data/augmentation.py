@@ -4,53 +4,34 @@ Each draws from its generator what torchvision's transform of the same name draw
 one, in the same order. With the same seed both make the same image, to the bit.
 """
 
-from collections.abc import Iterator
-from math import inf, sqrt
+from math import inf
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from einops import reduce
-from PIL.Image import Image, Resampling, Transpose
+from PIL.Image import Image
 from torch import Generator, Tensor
 
-from fresnet.data.draws import (
-    chance,
-    check_image,
-    check_numbers,
-    check_values,
-    integer,
-    log_uniform,
-    uniform,
+from fresnet.data import pixels
+from fresnet.data.crops import (
+    AreaCrop,
+    ScaleCrop,
+    area_crop,
+    random_flip,
+    rectangles,
+    scale_crop,
 )
-from fresnet.data.preprocess import normalise, pixel_values, preprocess, refuse_huge
-from fresnet.data.presets import Preset
+from fresnet.data.draws import chance, check_image, check_numbers, check_values, integer
+from fresnet.data.preprocess import (
+    pixels_of,
+    prepared,
+    preprocess,
+    standardise_,
+    unit_values,
+)
+from fresnet.data.presets import Preset, as_preset
 from fresnet.data.trivial import trivial_augment
 from fresnet.errors import FresnetError, check_type, describe
-
-
-class AreaCrop(NamedTuple):
-    """Cut out a rectangle of the image and resize it to a square.
-
-    `area` is the range for the rectangle's share of the image's area, `ratio` that for its width
-    divided by its height.
-
-    Source: Szegedy et al. 2015, arXiv:1409.4842, Sec. 6; torchvision's RandomResizedCrop.
-    """
-
-    side: int
-    area: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-
-class ScaleCrop(NamedTuple):
-    """Resize the image so that its shorter side is in the range `shorter`, and cut out a square.
-
-    Source: He et al. 2015, arXiv:1512.03385, Sec. 3.4; Simonyan & Zisserman 2014, arXiv:1409.1556.
-    """
-
-    side: int
-    shorter: tuple[int, int] = (256, 480)
 
 
 class Augmentation(NamedTuple):
@@ -83,23 +64,70 @@ def augment(image: Image, generator: Generator, augmentation: Augmentation) -> T
       FresnetError: if a setting is out of its range, or if the image, resized, would have more
         pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    check_type("augment", Augmentation, "an Augmentation", augmentation=augmentation)
-    check_image("augment", image, generator)
-    _check(augmentation)
-    crop, flip, trivial, lighting, mean, std, erasing = augmentation
+    _check("augment", augmentation)
+    x = unit_values(pixels_of(_drawn("augment", image, generator, augmentation)))
+    if augmentation.lighting > 0:
+        x = relight(x, generator, augmentation.lighting)
+    x = standardise_(x, augmentation.mean, augmentation.std)
+    return random_erase(x, generator, augmentation.erase) if augmentation.erase > 0 else x
+
+
+def augment_pixels(
+    image: Image | Tensor, generator: Generator, augmentation: Augmentation
+) -> Tensor:
+    """What `augment` makes before it normalises, uint8 `[3 side side]`; `normalise` does the rest.
+
+        Images(train, partial(augment_pixels, augmentation=augmentation), seed=0, read=read_pixels)
+
+    >>> import PIL.Image, torch
+    >>> photo, augmentation = PIL.Image.new("RGB", (400, 300)), Augmentation(AreaCrop(224))
+    >>> x = augment_pixels(photo, torch.Generator().manual_seed(0), augmentation)
+    >>> one = augment(photo, torch.Generator().manual_seed(0), augmentation)
+    >>> x.dtype, torch.equal(normalise(x, augmentation), one)
+    (torch.uint8, True)
+
+    Args:
+      image: in RGB, or its pixels `[3 h w]` as `read_pixels` gives them. Of pixels the same
+        rectangle is cropped, and flipped alike. They are resized several times faster, by PyTorch.
+        One value in some hundreds then differs by one level of 255, and hardly any by two.
+      generator: on the CPU.
+    Raises:
+      FresnetError: as `augment` does; if light is changed or a rectangle erased, which is not done
+        to pixels; if TrivialAugment is asked for pixels, since it takes images of Pillow.
+    """
+    _check("augment_pixels", augmentation)
+    if augmentation.lighting > 0 or augmentation.erase > 0:
+        raise FresnetError(
+            "augment_pixels expects neither lighting nor erase, which change values and not "
+            f"pixels; got {augmentation}: use augment"
+        )
+    if not isinstance(image, Tensor):
+        return pixels_of(_drawn("augment_pixels", image, generator, augmentation))
+    check_type("augment_pixels", Generator, "a torch.Generator", generator=generator)
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or not image.numel():
+        raise FresnetError(
+            f"augment_pixels expects an image, or uint8 [3 h w]; got {describe(image)}"
+        )
+    if augmentation.trivial_augment:
+        raise FresnetError(
+            "augment_pixels expects an image of Pillow for TrivialAugment; got a tensor: leave out "
+            "read=read_pixels"
+        )
+    x = pixels.cropped(image, generator, augmentation.crop)
+    return pixels.flipped(x, generator, augmentation.flip) if augmentation.flip > 0 else x
+
+
+def _drawn(caller: str, image: Image, generator: Generator, augmentation: Augmentation) -> Image:
+    """The image cropped, flipped and changed by TrivialAugment."""
+    check_image(caller, image, generator)
+    crop = augmentation.crop
     if isinstance(crop, AreaCrop):
         image = area_crop(image, generator, crop)
     else:
         image = scale_crop(image, generator, crop)
-    if flip > 0:
-        image = random_flip(image, generator, flip)
-    if trivial:
-        image = trivial_augment(image, generator)
-    x = pixel_values(np.asarray(image))
-    if lighting > 0:
-        x = relight(x, generator, lighting)
-    x = normalise(x, mean, std)
-    return random_erase(x, generator, erasing) if erasing > 0 else x
+    if augmentation.flip > 0:
+        image = random_flip(image, generator, augmentation.flip)
+    return trivial_augment(image, generator) if augmentation.trivial_augment else image
 
 
 def prepare(image: Image, generator: Generator, preset: str | Preset) -> Tensor:
@@ -114,60 +142,42 @@ def prepare(image: Image, generator: Generator, preset: str | Preset) -> Tensor:
     return preprocess([image], preset)[0]
 
 
-def area_crop(image: Image, generator: Generator, crop: AreaCrop) -> Image:
-    """Crop as torchvision's RandomResizedCrop does.
+def prepare_pixels(image: Image, generator: Generator, preset: str | Preset) -> Tensor:
+    """What `prepare` makes before it normalises, uint8 `[3 crop crop]`; `normalise` does the rest.
 
     >>> import PIL.Image, torch
-    >>> area_crop(PIL.Image.new("RGB", (400, 300)), torch.Generator(), AreaCrop(224)).size
-    (224, 224)
+    >>> image, generator = PIL.Image.new("RGB", (400, 300)), torch.Generator()
+    >>> x = prepare_pixels(image, generator, "imagenet-v1")
+    >>> torch.equal(normalise(x, "imagenet-v1"), prepare(image, generator, "imagenet-v1"))
+    True
     """
-    check_image("area_crop", image, generator)
-    check_type("area_crop", AreaCrop, "an AreaCrop", crop=crop)
-    width, height = image.size
-    for w, h in _rectangles(width * height, crop.area, crop.ratio, generator):
-        if 0 < w <= width and 0 < h <= height:
-            top, left = integer(height - h + 1, generator), integer(width - w + 1, generator)
-            break
-    else:  # none fits: take the middle, as much of it as the ratios allow
-        narrowest, widest = crop.ratio
-        w, h = min(width, round(height * widest)), min(height, round(width / narrowest))
-        top, left = (height - h) // 2, (width - w) // 2
-    part = image.crop((left, top, left + w, top + h))
-    return part.resize((crop.side, crop.side), Resampling.BILINEAR)
+    check_image("prepare_pixels", image, generator)
+    return prepared(image, as_preset(preset))
 
 
-def scale_crop(image: Image, generator: Generator, crop: ScaleCrop) -> Image:
-    """Draw a length, resize to it as torchvision's Resize does, and crop as its RandomCrop does.
+def normalise(x: Tensor, like: str | Preset | Augmentation) -> Tensor:
+    """(x / 255 - mean) / std in each channel of pixels x, uint8 `[... c h w]`, in float32.
 
-    >>> import PIL.Image, torch
-    >>> scale_crop(PIL.Image.new("RGB", (400, 300)), torch.Generator(), ScaleCrop(224)).size
-    (224, 224)
+        for x, y, *_ in loader(...):
+            x = normalise(x.cuda(non_blocking=True), augmentation)
+
+    >>> import torch
+    >>> normalise(torch.full((1, 3, 8, 8), 124, dtype=torch.uint8), "imagenet-v1")[0, :, 0, 0]
+    tensor([0.0056, 0.1352, 0.3568])
+
+    Args:
+      x: on any device. A CPU and CUDA round alike, so they give the same bits.
+      like: the augmentation or the preset that has mean and std.
+    Raises:
+      FresnetError: if x is no uint8, or has not a channel for each mean.
     """
-    check_image("scale_crop", image, generator)
-    check_type("scale_crop", ScaleCrop, "a ScaleCrop", crop=crop)
-    least, most = crop.shorter
-    shorter = least + integer(most - least + 1, generator)
-    width, height = (int(shorter * side / min(image.size)) for side in image.size)
-    refuse_huge("it would be resized to", (width, height))
-    image = image.resize((width, height), Resampling.BILINEAR)
-    if width == height == crop.side:
-        return image
-    top = integer(height - crop.side + 1, generator)
-    left = integer(width - crop.side + 1, generator)
-    return image.crop((left, top, left + crop.side, top + crop.side))
-
-
-def random_flip(image: Image, generator: Generator, probability: float) -> Image:
-    """Flip as torchvision's RandomHorizontalFlip does.
-
-    >>> import PIL.Image, torch
-    >>> image = PIL.Image.frombytes("RGB", (2, 1), bytes([1, 2, 3, 4, 5, 6]))
-    >>> list(random_flip(image, torch.Generator(), probability=1.0).tobytes())
-    [4, 5, 6, 1, 2, 3]
-    """
-    check_image("random_flip", image, generator)
-    check_numbers("random_flip", 1, probability=probability)
-    return image.transpose(Transpose.FLIP_LEFT_RIGHT) if chance(probability, generator) else image
+    chosen = like if isinstance(like, Augmentation) else as_preset(like)
+    channels = len(chosen.mean)
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.shape[-3:-2] != (channels,):
+        raise FresnetError(
+            f"normalise expects x to be uint8 [... {channels} h w]; got {describe(x)}"
+        )
+    return standardise_(unit_values(x), chosen.mean, chosen.std)
 
 
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
@@ -214,7 +224,7 @@ def random_erase(x: Tensor, generator: Generator, probability: float) -> Tensor:
     if not chance(probability, generator):
         return x
     height, width = x.shape[1:]
-    for h, w in _rectangles(height * width, (0.02, 0.33), (0.3, 3.3), generator):
+    for h, w in rectangles(height * width, (0.02, 0.33), (0.3, 3.3), generator):
         if h < height and w < width:
             top, left = integer(height - h + 1, generator), integer(width - w + 1, generator)
             erased = x.clone()
@@ -223,19 +233,8 @@ def random_erase(x: Tensor, generator: Generator, probability: float) -> Tensor:
     return x
 
 
-def _rectangles(
-    area: int, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator
-) -> Iterator[tuple[int, int]]:
-    """Ten drawn rectangles, each as height and width.
-
-    `scale` is the range for a rectangle's share of the area, `ratio` that for the ratio of sides.
-    """
-    for _ in range(10):
-        covered, elongation = area * uniform(*scale, generator), log_uniform(*ratio, generator)
-        yield round(sqrt(covered * elongation)), round(sqrt(covered / elongation))
-
-
-def _check(augmentation: Augmentation) -> None:
+def _check(caller: str, augmentation: Augmentation) -> None:
+    check_type(caller, Augmentation, "an Augmentation", augmentation=augmentation)
     crop = augmentation.crop
     if isinstance(crop, AreaCrop):
         (least, most), (narrowest, widest) = crop.area, crop.ratio
@@ -246,7 +245,7 @@ def _check(augmentation: Augmentation) -> None:
     elif isinstance(crop, ScaleCrop):
         fits = {"a shorter side from crop.side": crop.side <= crop.shorter[0] <= crop.shorter[1]}
     else:
-        raise FresnetError(f"augment expects an AreaCrop or a ScaleCrop; got {describe(crop)}")
+        raise FresnetError(f"{caller} expects an AreaCrop or a ScaleCrop; got {describe(crop)}")
     fits |= {
         "a side of at least 1": crop.side >= 1,
         "a flip from 0 to 1": 0 <= augmentation.flip <= 1,
@@ -256,4 +255,4 @@ def _check(augmentation: Augmentation) -> None:
     }
     for expected, fit in fits.items():
         if not fit:
-            raise FresnetError(f"augment expects {expected}; got {augmentation}")
+            raise FresnetError(f"{caller} expects {expected}; got {augmentation}")

@@ -5,7 +5,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from fresnet.errors import FresnetError, listed, reason, shown
 from fresnet.reading import as_path, check_regular
@@ -23,6 +23,14 @@ class Folder(NamedTuple):
     classes: tuple[str, ...]
     files: tuple[str, ...]
     labels: tuple[int, ...]
+
+    def opened(self, index: int) -> BinaryIO:
+        """The file of an image, opened.
+
+        Raises:
+          FresnetError: if that cannot be done.
+        """
+        return open_regular(self.files[index])
 
 
 def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) -> Folder:
@@ -52,10 +60,7 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
         classes are not the expected ones, if a name has a line break, which no list of labels can
         hold, or if a folder cannot be read.
     """
-    if not isinstance(classes, Sequence | None) or not all(
-        isinstance(name, str) for name in classes or ()
-    ):
-        raise FresnetError(f"scan expects classes to be a list of names; got {shown(classes)}")
+    check_names("scan", classes)
     root = os.path.expanduser(as_path(root))
     try:
         found = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))
@@ -86,6 +91,27 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
         files=tuple(file for files in images for file in files),
         labels=tuple(label for label, files in enumerate(images) for _ in files),
     )
+
+
+def check_names(caller: str, classes: Sequence[str] | None) -> None:
+    """Refuse what are no names of classes, unless none are given."""
+    if not isinstance(classes, Sequence | None) or not all(
+        isinstance(name, str) for name in classes or ()
+    ):
+        raise FresnetError(f"{caller} expects classes to be a list of names; got {shown(classes)}")
+
+
+def open_regular(path: str) -> BinaryIO:
+    """A file opened in binary.
+
+    Raises:
+      FresnetError: if that cannot be done.
+    """
+    try:
+        check_regular(path)
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        raise FresnetError(reason(error)) from error
 
 
 def _images(root: str, name: str, passed_over: list[str]) -> list[str]:

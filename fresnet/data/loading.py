@@ -4,7 +4,7 @@ from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange
@@ -12,14 +12,20 @@ from PIL.Image import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fresnet.data.folder import Folder
 from fresnet.data.order import Place, keyed_generator
-from fresnet.data.preprocess import upright_rgb
+from fresnet.data.preprocess import read_image
+from fresnet.data.shards import Scanned
 from fresnet.errors import FresnetError, check_type, describe, reason, shown
 from fresnet.numbers import as_integer
 
-Transform: TypeAlias = Callable[[Image, Generator], Tensor]
-"""A function from an upright RGB image to `[3 h w]`.
+Reader: TypeAlias = Callable[[BinaryIO], Any]
+"""A function from an open file to what the transform takes: `read_image` or `read_pixels`.
+
+It raises `FresnetError` if it cannot read the file. Any other error ends the batches.
+"""
+
+Transform: TypeAlias = Callable[[Image, Generator], Tensor] | Callable[[Tensor, Generator], Tensor]
+"""A function from an upright RGB image, as the reader gives it, to `[3 h w]`.
 
 It draws from the generator alone, and writes to nothing. Where processes are spawned it must be
 possible to pickle it: a `functools.partial` of a module's function can be pickled, a lambda cannot.
@@ -48,7 +54,7 @@ class Broken(NamedTuple):
 class Batch(NamedTuple):
     """Images and labels of a batch, their places in the order, and what was left out."""
 
-    x: Tensor  # [b 3 h w], float32, channels last
+    x: Tensor  # [b 3 h w], float32, or uint8 if the transform gives pixels; channels last
     y: Tensor  # [b], int64
     places: list[Place]  # the places of these b images
     broken: tuple[str, ...]  # "file: reason" for each image that was left out
@@ -56,33 +62,28 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Images(Dataset[Example | Broken]):
-    """The transformed images of a folder, indexed by `Place`.
+    """The transformed images of a folder or of shards, indexed by `Place`.
 
     What a transform draws depends only on the seed, the epoch and the place: it is the same
     whichever process asks, and whenever.
     """
 
-    folder: Folder
+    folder: Scanned
     transform: Transform
     seed: int
+    read: Reader = read_image
 
     def __len__(self) -> int:
         return len(self.folder.files)
 
     def __getitem__(self, place: Place) -> Example | Broken:
-        file, label = self.folder.files[place.image], self.folder.labels[place.image]
         generator = keyed_generator(self.seed, place.epoch, place.place)
         try:
-            return Example(place, self.transform(_read(file), generator), label)
+            with self.folder.opened(place.image) as file:
+                image = self.read(file)
+            return Example(place, self.transform(image, generator), self.folder.labels[place.image])
         except FresnetError as error:
-            return Broken(place, file, reason(error))
-
-
-def _read(file: str) -> Image:
-    try:
-        return upright_rgb(file)
-    except Exception as error:  # Pillow's decoders raise exceptions of any type
-        raise FresnetError(reason(error)) from error
+            return Broken(place, self.folder.files[place.image], reason(error))
 
 
 def loader(

@@ -1,16 +1,17 @@
 """Images prepared as for the evaluation of a network: resized, cropped and normalised."""
 
 from collections.abc import Sequence
+from io import IOBase
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 from fresnet.data.presets import Preset, as_preset, pair
-from fresnet.errors import FresnetError, describe, reason
+from fresnet.errors import FresnetError, check_type, describe, reason
 from fresnet.reading import check_regular
 
 if TYPE_CHECKING:
@@ -57,33 +58,79 @@ def preprocess(images: Sequence[object], preset: str | Preset = "imagenet-v1") -
     if not images:
         raise FresnetError("preprocess expects at least one image; got none")
 
-    pixels = np.stack([_pixels(i, image, chosen) for i, image in enumerate(images)])
-    return normalise(pixel_values(pixels), chosen.mean, chosen.std)
+    pixels = torch.stack([_pixels(i, image, chosen) for i, image in enumerate(images)])
+    x = unit_values(rearrange(pixels, "b h w c -> b c h w"))
+    return standardise_(x, chosen.mean, chosen.std)
 
 
-def _pixels(index: int, image: object, preset: Preset) -> np.ndarray:
+def _pixels(index: int, image: object, preset: Preset) -> Tensor:
     """One image as uint8 `[h w c]`; an error names the image."""
     try:
-        upright = upright_rgb(image)
-        if preset.channels == "L":
-            return np.asarray(_crop(upright.convert("L"), preset))[..., None]
-        pixels = np.asarray(_crop(upright, preset))
-        return pixels[..., ::-1] if preset.channels == "BGR" else pixels
+        return rearrange(prepared(upright_rgb(image), preset), "c h w -> h w c")
     except Exception as error:  # Pillow's decoders raise exceptions of any type
         name = f"images[{index}]" + (f", {image}" if isinstance(image, str | PathLike) else "")
         raise FresnetError(f"preprocess cannot read {name}: {reason(error)}") from error
 
 
-def pixel_values(pixels: np.ndarray) -> Tensor:
-    """uint8 `[... h w c]` as values from 0 to 1, float32 `[... c h w]`, still channels last."""
-    return rearrange(torch.from_numpy(pixels / np.float32(255)), "... h w c -> ... c h w")
+def prepared(image: "PILImage", preset: Preset) -> Tensor:
+    """The pixels of an RGB image that an evaluation sees, uint8 `[c h w]`."""
+    if preset.channels == "L":
+        return pixels_of(_crop(image.convert("L"), preset))
+    pixels = pixels_of(_crop(image, preset))
+    return pixels.flip(0) if preset.channels == "BGR" else pixels
 
 
-def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x - mean) / std in each channel of x `[... 3 h w]`."""
+def pixels_of(image: "PILImage") -> Tensor:
+    """The pixels of an image, uint8 `[c h w]`, channels last."""
+    pixels = torch.from_numpy(np.array(image))  # a copy: the image's own may not be written to
+    return rearrange(pixels, "h w ... -> (...) h w")
+
+
+def unit_values(pixels: Tensor) -> Tensor:
+    """uint8 as float32 from 0 to 1."""
+    # A tensor, since CUDA divides by a number as it multiplies by its rounded reciprocal.
+    most = torch.full((), 255, dtype=torch.float32, device=pixels.device)
+    return pixels.to(torch.float32).div_(most)
+
+
+def standardise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std in each channel of values x `[... c h w]`, which is written over."""
     both = torch.tensor([mean, std], dtype=torch.float32, device="cpu")
-    by_channel = rearrange(both, "two c -> two c 1 1")
-    return (x - by_channel[0]) / by_channel[1]
+    # As long as a row of x: where channels come last, PyTorch then takes a row in one piece, and
+    # is eight times as fast.
+    rows = repeat(both, "two c -> two w c", w=x.shape[-1]).contiguous()
+    by_channel = rearrange(rows.to(x.device, non_blocking=True), "two w c -> two c 1 w")
+    return x.sub_(by_channel[0]).div_(by_channel[1])
+
+
+def read_image(file: BinaryIO) -> "PILImage":
+    """The image in an open file, as Pillow decodes it, turned upright and in RGB.
+
+    16-bit grey is scaled and transparency dropped, as `fresnet.preprocess` does.
+
+    >>> import io, PIL.Image
+    >>> PIL.Image.new("L", (40, 30)).save(file := io.BytesIO(), "png")
+    >>> image = read_image(file)
+    >>> image.size, image.mode
+    ((40, 30), 'RGB')
+
+    Raises:
+      FresnetError: if it cannot be read, is empty, or has more pixels than
+        `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    check_type("read_image", IOBase, "a file opened in binary", file=file)
+    try:
+        with Image.open(file) as opened:
+            refuse_huge("it is", opened.size)
+            _check_image(opened)
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _in_rgb(opened)
+    except UnidentifiedImageError as error:  # its message has the address of the file object
+        raise FresnetError("cannot identify image file") from error
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
+        raise FresnetError(reason(error)) from error
 
 
 def upright_rgb(image: object) -> "PILImage":
@@ -92,22 +139,31 @@ def upright_rgb(image: object) -> "PILImage":
 
     if isinstance(image, str | PathLike):
         check_regular(image)
-        with Image.open(image) as opened:
-            refuse_huge("it is", opened.size)
-            return upright_rgb(opened)
+        with open(image, "rb") as file:
+            return read_image(file)
     if isinstance(image, np.ndarray):
         image = Image.fromarray(_grey_or_colour(image))
     if not isinstance(image, Image.Image):
         raise FresnetError(f"expected a PIL image, uint8 array or path; got {_describe(image)}")
-    if 0 in image.size:
-        raise FresnetError(f"an image of {image.width}x{image.height} is empty")
-    _check_range(image)
-    upright = ImageOps.exif_transpose(image)  # a copy, whatever the orientation
+    _check_image(image)
+    return _in_rgb(ImageOps.exif_transpose(image))  # a copy, whatever the orientation
+
+
+def _in_rgb(upright: "PILImage") -> "PILImage":
+    """An image of our own in RGB."""
+    from PIL import Image
+
     # Transparency is dropped as alpha is. Pillow would keep it, and warns where it cannot.
     upright.info.pop("transparency", None)
     if upright.mode == "I" or upright.mode.startswith("I;16"):
         upright = Image.fromarray(_eight_bits(np.asarray(upright)))
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _check_image(image: "PILImage") -> None:
+    if 0 in image.size:
+        raise FresnetError(f"an image of {image.width}x{image.height} is empty")
+    _check_range(image)
 
 
 def _check_range(image: "PILImage") -> None:

@@ -3,13 +3,16 @@
 import argparse
 import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fresnet import tree
-from fresnet.data import Folder, scan
+from fresnet.data import scan, scan_shards
 from fresnet.data.loading import OnBroken
+from fresnet.data.shards import Scanned, shards_in
 from fresnet.errors import FresnetError, reason, suggestion
 from fresnet.network.check import first_conv
 from fresnet.network.family import SPECS
@@ -55,7 +58,7 @@ def _trained(
     args: argparse.Namespace,
     plan: Run,
     params: Params,
-    folders: tuple[Folder, Folder],
+    folders: tuple[Scanned, Scanned],
     processes: Processes,
 ) -> Outcome:
     """The outcome of the run; an error says in a line why there is none."""
@@ -112,16 +115,22 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return recipe._replace(head_rate=args.head_rate, frozen=tuple(args.freeze))
 
 
-def _folders(args: argparse.Namespace) -> tuple[Folder, Folder]:
+def _folders(args: argparse.Namespace) -> tuple[Scanned, Scanned]:
     """The images to train on, and those to validate on."""
     try:
-        training = scan(args.folder / "train")
-        return training, scan(args.validation or args.folder / "val", classes=training.classes)
+        training = _scanned(args.folder / "train")
+        return training, _scanned(args.validation or args.folder / "val", training.classes)
     except FresnetError as error:
-        raise FresnetError(str(error).removeprefix("scan ")) from error
+        raise FresnetError(re.sub("^scan(_shards)? ", "", str(error))) from error
 
 
-def _with_batch(recipe: Recipe, args: argparse.Namespace, training: Folder) -> Recipe:
+def _scanned(root: Path, classes: Sequence[str] | None = None) -> Scanned:
+    """The images in a folder: of its folders, or of its shards if it has tar files alone."""
+    shards = shards_in(root)
+    return scan_shards(shards, classes=classes) if shards else scan(root, classes=classes)
+
+
+def _with_batch(recipe: Recipe, args: argparse.Namespace, training: Scanned) -> Recipe:
     """The recipe with the batch and rate that are asked for, or that go with so many images.
 
     The recipe's batch is halved until an epoch has 8 steps, though not below 16 images.

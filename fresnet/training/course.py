@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fresnet import data, tree
-from fresnet.data import Folder, Images, Place
+from fresnet.data import Augmentation, Images, Place
 from fresnet.data.folder import write_labels
 from fresnet.data.loading import OnBroken
+from fresnet.data.presets import Preset
+from fresnet.data.shards import Scanned
 from fresnet.errors import FresnetError, listed
 from fresnet.network.nodes import Params
 from fresnet.reading import check_regular
@@ -68,7 +70,7 @@ class Course:
         self,
         run: Run,
         params: Params,
-        folders: tuple[Folder, Folder],
+        folders: tuple[Scanned, Scanned],
         out: Path,
         processes: Processes,
         options: Options,
@@ -124,16 +126,25 @@ class Course:
         )
 
     def batches(self, places: Iterable[list[Place]]) -> Generator[data.Batch, None, None]:
-        """The augmented images of these places."""
-        transform = partial(data.augment, augmentation=self.run.recipe.augmentation)
-        return self.load(Images(self.training, transform, self.run.seed), places)
+        """The augmented images of these places, as pixels if light and holes leave them so."""
+        augmentation = self.run.recipe.augmentation
+        in_pixels = augmentation.lighting == augmentation.erase == 0
+        augment = partial(
+            data.augment_pixels if in_pixels else data.augment, augmentation=augmentation
+        )
+        return self.load(Images(self.training, augment, self.run.seed), places)
+
+    def placed(self, x: Tensor, like: Augmentation | Preset) -> Tensor:
+        """Images on the device, in the dtype of the weights; pixels are normalised there."""
+        x = x.to(self.processes.device, non_blocking=True)
+        return (data.normalise(x, like) if x.dtype == torch.uint8 else x).to(self.dtype)
 
     def take(self, batch: data.Batch) -> None:
         """Take a step, and read the numbers of the one before while the device is at work on it."""
         if len(batch.places) < (2 if batch.broken and self.run.recipe.batch > 1 else 1):
             self.pass_over(batch)
             return
-        x = batch.x.to(self.processes.device, self.dtype, non_blocking=True)
+        x = self.placed(batch.x, self.run.recipe.augmentation)
         y = batch.y.to(self.processes.device, non_blocking=True)
         self.state, metrics = self.train_step(self.state, (x, y))
         self.step += 1
@@ -245,21 +256,21 @@ class Course:
         saved before, and the run evaluates again when it goes on.
         """
         recipe, processes = self.run.recipe, self.processes
-        images = Images(self.validation, partial(data.prepare, preset=recipe.preset), seed=0)
+        images = Images(self.validation, partial(data.prepare_pixels, preset=recipe.preset), seed=0)
         share = range(processes.rank, len(images), processes.size)
         count = -(-len(share) * processes.size * self.run.micro_batches // recipe.batch)
         # The batches are of about one size, so that few broken images seldom leave one empty.
         places = [[Place(epoch=0, place=i, image=i) for i in share[k::count]] for k in range(count)]
 
-        def placed(batch: data.Batch) -> tuple[Tensor, Tensor]:
+        def on_device(batch: data.Batch) -> tuple[Tensor, Tensor]:
             self.left_out.extend(batch.broken)
             if self.stopped():
                 raise KeyboardInterrupt
-            return batch.x.to(processes.device, self.dtype), batch.y.to(processes.device)
+            return self.placed(batch.x, recipe.preset), batch.y.to(processes.device)
 
         with closing(self.load(images, places)) as batches:
             network = self.state.average or self.state.params
-            found = map(placed, batches)
+            found = map(on_device, batches)
             return evaluate(network, (b for b in found if len(b[0])), group=processes.group)
 
     def finish(self, found: Evaluation) -> Outcome:

@@ -7,7 +7,7 @@ from textwrap import shorten
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 from zlib import crc32
 
-from fresnet.data import Folder
+from fresnet.data.shards import Scanned
 from fresnet.errors import FresnetError
 from fresnet.training.checkpoint import restore_state, saved_states
 from fresnet.training.state import TrainState
@@ -27,7 +27,7 @@ class Fields(Protocol):
     def _asdict(self) -> dict[str, Any]: ...
 
 
-def notes_of(run: Fields, training: Folder, validation: Folder) -> Notes:
+def notes_of(run: Fields, training: Scanned, validation: Scanned) -> Notes:
     """A run and its images in words, on one level, as a checkpoint notes them."""
     notes: dict[str, int | str] = {
         "images": len(training.files),
@@ -48,7 +48,7 @@ def notes_of(run: Fields, training: Folder, validation: Folder) -> Notes:
     return notes
 
 
-def _checksum(folder: Folder) -> str:
+def _checksum(folder: Scanned) -> str:
     """Of the names of the files, from the folder on, so that it may be moved."""
     files = "\n".join(os.path.relpath(file, folder.root) for file in folder.files)
     return f"{crc32(files.encode(errors='surrogateescape')):08x}"

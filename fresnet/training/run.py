@@ -9,8 +9,8 @@ otherwise each norm sees a share of another size.
 from contextlib import closing
 from pathlib import Path
 
-from fresnet.data import Folder
 from fresnet.data.loading import OnBroken
+from fresnet.data.shards import Scanned
 from fresnet.errors import FresnetError, shown
 from fresnet.network.nodes import Params
 from fresnet.training.course import Course, Options, Outcome
@@ -21,7 +21,7 @@ from fresnet.training.processes import Processes, check_same
 def train(
     run: Run,
     params: Params,
-    folders: tuple[Folder, Folder],
+    folders: tuple[Scanned, Scanned],
     out: Path,
     processes: Processes,
     *,
