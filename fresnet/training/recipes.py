@@ -154,6 +154,7 @@ def schedule_of(recipe: Recipe, steps_per_epoch: int) -> optim.Schedule:
 
 
 def momentum_of(recipe: Recipe) -> float:
+    """The momentum of SGD or LARS."""
     return 0.9 if recipe.momentum is None else recipe.momentum
 
 
