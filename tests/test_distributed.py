@@ -89,8 +89,8 @@ def work(rank: int, folder: Path) -> None:
 def test_two_processes_with_one_group_are_one_process_with_the_whole_batch(tmp_path: Path) -> None:
     spawn(work, (tmp_path,), nprocs=len(PARTS))
     expected = derivatives(X, Y, None)
-    expected["grads by sums"] = expected["grads"]
     expected["of pixels"] = fresnet.forward_train(PARAMS, PIXELS)[0]
+    expected["grads by sums"] = expected["grads"]
     parts = [fresnet.forward_moments(PARAMS, X[part])[1] for part in PARTS]
     expected["merged"] = moments.merge(*parts)
     a, b = (
