@@ -213,7 +213,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="holds CLASS/IMAGE or tar files; default DIR/val",
     )
-    option("--recipe", default="v1", metavar="NAME", help="paper, v1 or v2; default v1")
+    option(
+        "--recipe",
+        default="v1",
+        metavar="NAME",
+        help="paper, v1, v2, lars-4k, lars-8k or lars-32k; default v1",
+    )
     option("--arch", metavar="NAME", help="default resnet50, or what --weights tell")
     option("--weights", metavar="FILE", help="to begin with; other classes or none: a fresh head")
     for name, kind, what in (
@@ -245,7 +250,13 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="parts that a batch is cut into",
     )
     option("--recompute", action="store_true", help="keep fewer activations, compute them again")
-    option("--norms-across", action="store_true", help="norms normalise all processes' images")
+    option(
+        "--norms-across",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes whose images norms normalise as one; default 1",
+    )
     option("--workers", type=int, metavar="N", help="that read images; default a CPU's each")
     option("--skip-broken", action="store_true", help="leave out images that cannot be read")
     option("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default runs/train")

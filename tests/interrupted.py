@@ -38,7 +38,7 @@ def main(how: str) -> None:
 
         tied = how in ("SIGKILL", "FresnetError")
         train_step = make_train_step(
-            optimizer, loss_fn=loss_fn, group=processes.group, norms_across=tied
+            optimizer, loss_fn=loss_fn, group=processes.group, norms_across=2 if tied else 1
         )
         for _ in range(STEPS):
             state, _ = train_step(state, batch)

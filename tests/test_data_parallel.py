@@ -25,9 +25,11 @@ from torch.multiprocessing.spawn import spawn
 
 import fresnet
 from fresnet import FresnetError, Params, optim, tree
-from fresnet.network.moments import merge_across
+from fresnet.network import across
+from fresnet.network.across import share_of
+from fresnet.network.moments import merge, merge_across
 from fresnet.network.nodes import Bottleneck, Moments, Weights
-from fresnet.pytorch.collectives import Group
+from fresnet.pytorch.collectives import Group, neighbours
 from fresnet.training import (
     Evaluation,
     check_same,
@@ -60,8 +62,9 @@ class Case(NamedTuple):
     shares: Callable[[int], Sequence[int]]
     """From the number of processes to the number of images that each has."""
 
-    across: dict[str, Any]
+    together: Callable[[int], dict[str, Any]]
     alone: Callable[[int], dict[str, Any]] = lambda size: {}
+    """From the number of processes to the options of all of them, and of one alone."""
 
 
 def uneven(size: int) -> list[int]:
@@ -72,17 +75,28 @@ def even(size: int) -> list[int]:
     return [2] * size
 
 
+def tied(size: int) -> dict[str, Any]:
+    return {"norms_across": size}
+
+
+def halves(size: int) -> dict[str, Any]:
+    return {"norms_across": size // 2}
+
+
 CASES = {
-    "tied": Case(uneven, {"norms_across": True}),
-    "recomputed": Case(uneven, {"norms_across": True, "recompute": True}),
+    "tied": Case(uneven, tied),
+    "recomputed": Case(uneven, lambda size: {**tied(size), "recompute": True}),
     "clipped": Case(
-        uneven, {"norms_across": True, "max_norm": 0.1}, lambda size: {"max_norm": 0.1}
+        uneven, lambda size: {**tied(size), "max_norm": 0.1}, lambda size: {"max_norm": 0.1}
     ),
     "in micro-batches": Case(
-        even, {"norms_across": True, "micro_batches": 2}, lambda size: {"micro_batches": 2}
+        even, lambda size: {**tied(size), "micro_batches": 2}, lambda size: {"micro_batches": 2}
     ),
-    "apart": Case(uneven, {}, lambda size: {"micro_batches": size}),
-    "apart, recomputed": Case(uneven, {"recompute": True}, lambda size: {"micro_batches": size}),
+    "in halves": Case(uneven, halves, lambda size: {"micro_batches": 2}),
+    "apart": Case(uneven, lambda size: {}, lambda size: {"micro_batches": size}),
+    "apart, recomputed": Case(
+        uneven, lambda size: {"recompute": True}, lambda size: {"micro_batches": size}
+    ),
 }
 MIXED = {"mixing": one_of(mixup(0.4), cutmix(1.0)), "drop_path": 0.5, "dropout": 0.3}
 MIXED |= {"average_decay": 0.9}
@@ -202,7 +216,7 @@ def work(rank: int, size: int, port: int, folder: Path) -> None:
         for name, case in CASES.items():
             shares = case.shares(size)
             batches = [cut(batch(i, sum(shares)), shares, rank) for i in range(STEPS)]
-            found[name] = train(batches, case.across, group)
+            found[name] = train(batches, case.together(size), group)
         found["mixed"] = train([batch(10 * i + rank, 3) for i in range(STEPS)], MIXED, group)
         found["derivatives"] = differentiate(cut(batch(0, 7), uneven(size), rank), group)
         for number in (1, 100, 10**6):
@@ -372,10 +386,58 @@ def test_a_sum_starts_only_after_those_before_it(
     assert sent == [3, 2, 1]
 
 
+def test_norms_across_processes_take_one_message_each_and_one_back(
+    alone: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits for all processes, so their number is the price."""
+    sent: list[str] = []
+
+    def counted(name: str) -> Any:
+        function = getattr(distributed, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            sent.append(name)
+            return function(*args, **options)
+
+        return call
+
+    for name in ("all_gather", "all_reduce"):
+        monkeypatch.setattr(distributed, name, counted(name))
+    norms = sum(path[-1] == "mean" for path in tree.paths(PARAMS.stats))
+    forward = partial(loss_of, alone, x=batch(0, 3)[0], y=batch(0, 3)[1])
+    grad(forward, has_aux=True)(PARAMS.weights)
+    assert sent == ["all_gather"] * norms + ["all_reduce"] * norms
+    sent.clear()
+    monkeypatch.setattr(across, "GATHERED", 0)  # as if there were many processes
+    grad(forward, has_aux=True)(PARAMS.weights)
+    assert sent == ["all_reduce"] * 4 * norms
+
+
+def test_processes_share_norms_with_those_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 processes, those of the group's ranks 8 to 11 are together if 4 are."""
+    group: Any = mock.Mock(**{"size.return_value": 12, "rank.return_value": 10})
+    monkeypatch.setattr(distributed, "get_process_group_ranks", lambda _: [*range(100, 112)])
+    monkeypatch.setattr(distributed, "new_group", lambda ranks, **options: ranks)
+    found: list[Any] = [neighbours(group, count) for count in (1, 4, 12)]
+    assert found == [None, [108, 109, 110, 111], group]
+
+
+def test_the_same_moments_of_several_processes_count_once() -> None:
+    parts = [fresnet.forward_moments(PARAMS, batch(i, 2 + i)[0])[1] for i in range(2)]
+    copies = [share_of(part, 3) for part in parts for _ in range(3)]
+    assert_trees_close(merge(*copies), merge(*parts), 1e-12)
+
+
+def test_a_number_of_processes_that_does_not_divide_them_is_refused(alone: Group) -> None:
+    for wrong in (0, 2, 1.0, True, None):
+        with pytest.raises(FresnetError, match="norms_across to divide the number of processes, 1"):
+            make_train_step(OPTIMIZER, group=alone, norms_across=wrong)  # type: ignore[arg-type]
+
+
 def test_one_process_is_a_group_too(alone: Group) -> None:
     batches = [batch(i, 3) for i in range(2)]
     expected = train(batches, {}, None)
-    check_run(train(batches, {"norms_across": True}, alone), expected)
+    check_run(train(batches, {"norms_across": 1}, alone), expected)
     check_same(expected, alone)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, Params, tree
-from fresnet.network import moments
+from fresnet.network import across, moments
 from fresnet.network.nodes import Bottleneck, Stats, Weights
 
 PARAMS = fresnet.init(
@@ -50,12 +51,18 @@ def derivatives(x: Tensor, y: Tensor, group: Any) -> dict[str, Any]:
     grads, (logits, stats) = grad(loss, has_aux=True)(weights)
     network = Params(weights, PARAMS.stats)
     stacked = tree.stack([network, tree.map(lambda leaf: leaf * 1.1, network)])
+
+    def gradient(weights: Weights) -> Any:
+        return grad(lambda w: loss(w)[0])(weights)
+
     return {
         "logits": logits,
         "stats": stats,
         "grads": grads,
         "slope": slope(weights),
+        "slope of the slope": jvp(slope, (weights,), (direction,))[1],
         "curvature": grad(slope)(weights),
+        "curvature forwards": jvp(gradient, (weights,), (direction,))[1],
         "ensemble": vmap(lambda p: fresnet.forward_train(p, x, group=group)[0])(stacked),
     }
 
@@ -68,6 +75,9 @@ def work(rank: int, folder: Path) -> None:
     assert group is not None
     result = derivatives(X[PARTS[rank]], Y[PARTS[rank]], group)
     result["of pixels"] = fresnet.forward_train(PARAMS, PIXELS[rank : rank + 1], group=group)[0]
+    with mock.patch.object(across, "GATHERED", 1):
+        loss = loss_of(X[PARTS[rank]], Y[PARTS[rank]], group)
+        result["grads by sums"], _ = grad(loss, has_aux=True)(PARAMS.weights)
     seen = fresnet.forward_moments(PARAMS, X[PARTS[rank]])[1]
     result["merged"] = moments.merge_across(seen, group)
     torch.save([leaf.clone() for leaf in tree.leaves(result)], folder / f"{rank}.pt")
@@ -80,6 +90,7 @@ def test_two_processes_with_one_group_are_one_process_with_the_whole_batch(tmp_p
     spawn(work, (tmp_path,), nprocs=len(PARTS))
     expected = derivatives(X, Y, None)
     expected["of pixels"] = fresnet.forward_train(PARAMS, PIXELS)[0]
+    expected["grads by sums"] = expected["grads"]
     parts = [fresnet.forward_moments(PARAMS, X[part])[1] for part in PARTS]
     expected["merged"] = moments.merge(*parts)
     a, b = (
@@ -93,7 +104,15 @@ def test_two_processes_with_one_group_are_one_process_with_the_whole_batch(tmp_p
     check("logits", torch.cat([a["logits"], b["logits"]]))
     check("of pixels", torch.cat([a["of pixels"], b["of pixels"]]))
     check("ensemble", torch.cat([a["ensemble"], b["ensemble"]], dim=1))
-    for name in ("grads", "slope", "curvature"):  # of the sum of both losses
+    for name in (
+        "grads",
+        "grads by sums",
+        "slope",
+        "slope of the slope",
+        "curvature",
+        "curvature forwards",
+    ):
+        # of the sum of both losses
         check(name, tree.map(torch.add, a[name], b[name]))
     for name in ("stats", "merged"):
         check(name, a[name])

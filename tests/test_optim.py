@@ -148,6 +148,22 @@ def test_lars_is_timms(
 
 
 @examples(20)
+@given(seed=seeds, rate=st.floats(0.01, 30), momentum=numbers, decay=numbers)
+def test_lars_is_the_papers(seed: int, rate: float, momentum: float, decay: float) -> None:
+    """Algorithm 1 written out for one layer, whose velocity holds the rate."""
+    optimizer = optim.lars(rate, momentum=momentum, weight_decay=decay, trust=0.01)
+    weights = {"conv": torch.linspace(-1, 2, 6, dtype=torch.float64).view(2, 3)}
+    w, v, state = weights["conv"], torch.zeros(2, 3), optimizer.init(weights)
+    for grads in gradients(weights, seed):
+        g = grads["conv"]
+        local = 0.01 * w.norm() / (g.norm() + decay * w.norm())
+        v = momentum * v + rate * local * (g + decay * w)
+        w = w - v
+        weights, state = optimizer.update(grads, state, weights)
+        assert_close(weights["conv"], w, 1e-12)
+
+
+@examples(20)
 @given(
     params=tiny_params(),
     seed=seeds,
@@ -242,6 +258,14 @@ def test_cosine_is_torchs(over: int, end: float) -> None:
     expected = scheduled(lambda o: lr_scheduler.CosineAnnealingLR(o, over, end), over + 1)
     assert rates(optim.cosine(0.3, over=over, end=end), over + 1) == pytest.approx(expected)
     assert rates(optim.cosine(0.3, over=over, end=end), over + 5)[-1] == pytest.approx(end)
+
+
+@examples(20)
+@given(over=st.integers(1, 20), power=st.floats(0.5, 3))
+def test_polynomial_is_torchs(over: int, power: float) -> None:
+    expected = scheduled(lambda o: lr_scheduler.PolynomialLR(o, over, power), over + 5)
+    assert rates(optim.polynomial(0.3, over=over, power=power), over + 5) == pytest.approx(expected)
+    assert rates(optim.polynomial(0.3, over=over, end=0.1), over + 5)[-1] == pytest.approx(0.1)
 
 
 @examples(20)
@@ -412,8 +436,9 @@ def test_schedules_over_no_step() -> None:
     after = optim.cosine(1.0, over=4)
     assert optim.warm_up(after, over=0) is after
     for wrong in (0, -1, True, "4", float("nan")):
-        with pytest.raises(FresnetError, match="cosine expects over to be at least 1 step; got"):
-            optim.cosine(1.0, over=wrong)  # type: ignore[arg-type]
+        for schedule in (optim.cosine, optim.polynomial):
+            with pytest.raises(FresnetError, match=r"expects over to be at least 1 step; got"):
+                schedule(1.0, over=wrong)  # type: ignore[arg-type]
     for negative in (-1, True, None):
         with pytest.raises(FresnetError, match="warm_up expects over to be a number of steps from"):
             optim.warm_up(after, over=negative)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from assertions import assert_same
+from assertions import assert_same, assert_trees_close
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
@@ -201,7 +201,7 @@ def test_a_run_is_its_steps_and_evaluations(digits: Path, tmp_path: Path, case: 
 def test_norms_across_one_process_are_its_norms() -> None:
     """So one process can go on with a run of several."""
     ends = []
-    for across in (False, True):
+    for across in (1, 2):
         plan = Run("tiny", CASES["v1"], norms_across=across)
         state, train_step, _ = assembled(plan, PARAMS, IMAGES, ALONE)
         batch = torch.ones(4, 3, 16, 16).cumsum(3), torch.arange(4)
@@ -535,7 +535,7 @@ def test_two_processes_of_which_one_is_killed_are_gone_on_with_by_one(
 ) -> None:
     """If they normalise across, they do what one process does, up to rounding."""
     fresnet.save(PARAMS, tmp_path / "tiny.safetensors")
-    options = [digits, *TRAIN[2:], "--norms-across", "--epochs", 40, "--timeout", 20]
+    options = [digits, *TRAIN[2:], "--norms-across", 2, "--epochs", 40, "--timeout", 20]
     options += ["--weights", tmp_path / "tiny.safetensors"]
     assert main(["train", *map(str, options), "--out", str(tmp_path / "one")]) == 0
     out = tmp_path / "two"
@@ -591,7 +591,7 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good/train", "a folder of class folders; good/train/train: No such file or directory"),
         ("good --validation no", "a folder of class folders; no: No such file or directory"),
         ("fewer", "expects the 4 classes given; fewer/val lacks 1: '3'"),
-        ("good --recipe v3", "unknown --recipe 'v3'; there are paper, v1 and v2"),
+        ("good --recipe v3", "unknown --recipe 'v3'; there are paper, v1, v2, lars-4k"),
         ("good --arch resnet21 --batch 1000", "unknown --arch 'resnet21'; did you mean 'resnet"),
         ("good --arch resnet21", "unknown --arch 'resnet21'; did you mean 'resnet"),
         ("good --weights no.pth", "cannot load no.pth: No such file or directory"),
@@ -611,6 +611,7 @@ def folders(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("good --keep 0", "--keep expects a positive number; got 0"),
         ("good --save-every 0", "--save-every expects a positive number; got 0"),
         ("good --micro-batches 0", "--micro-batches expects a positive number; got 0"),
+        ("good --norms-across 0", "--norms-across expects a positive number; got 0"),
         ("good --micro-batches 11 --batch 10", "of 11 micro-batches expects as many images; got"),
         ("good --seed 99999999999999999999", "--seed expects"),
         ("good --workers -1", "--workers expects a number from 0 on; got -1"),
@@ -895,6 +896,39 @@ def test_recipes_are_the_published_ones() -> None:
     assert (v2.preset.resize, v2.preset.crop) == (232, 224)
 
 
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "rate", "warm_up", "momentum", "decay"),
+    [
+        ("lars-4k", 4096, 42, 10, 5, 0.9, 2e-4),
+        ("lars-8k", 8192, 44, 17, 5, 0.9, 2e-4),
+        ("lars-32k", 32768, 58, 21.2, 16, 0.94, 2.5e-5),
+    ],
+)
+def test_large_batches_are_trained_as_for_mlperf(
+    name: str,
+    batch: int,
+    epochs: int,
+    rate: float,
+    warm_up: int,
+    momentum: float,
+    decay: float,
+) -> None:
+    """Halfway down, the rate is a quarter. Only kernels adapt and decay."""
+    recipe = RECIPES[name]
+    assert (recipe.batch, recipe.epochs, recipe.label_smoothing) == (batch, epochs, 0.1)
+    schedule = schedule_of(recipe, 10)
+    for epoch, part in ((0, 0.01), (warm_up, 1), ((warm_up + epochs) / 2, 0.25), (epochs, 0)):
+        at = torch.tensor(10 * epoch, dtype=torch.float64)
+        assert float(schedule(at)) == pytest.approx(part * rate)
+    expected = optim.lars(0.01 * rate, momentum=momentum, weight_decay=decay, trust=0.001)
+    weights, found = PARAMS.weights, []
+    for optimizer in (optimizer_of(recipe, 10), expected):
+        state = optimizer.init(weights)
+        moments = tree.map(torch.cos, state.moments)
+        found.append(optimizer.update(weights, state._replace(moments=moments), weights)[0])
+    assert_trees_close(found[0], found[1], 1e-6)
+
+
 @pytest.mark.parametrize("per_epoch", [1, 7])
 @pytest.mark.parametrize("name", ["paper", "v1", "v2"])
 def test_rates_are_those_of_torchs_schedulers(name: str, per_epoch: int) -> None:
@@ -1023,14 +1057,14 @@ def test_a_dry_run_is_a_table_and_the_first_step(
     capsys: pytest.CaptureFixture[str], folders: Path, recipe: str
 ) -> None:
     before = sorted(Path().rglob("*"))
-    options = ["train", "good", *TRAIN, "--epochs", "6", "--recipe", recipe, "--out", "out"]
+    options = ["train", "good", *TRAIN, "--epochs", "20", "--recipe", recipe, "--out", "out"]
     options += ["--drop-path", "0.2", "--dropout", "0.1"]
     assert main([*options, "--dry-run"]) == 0
     table = capsys.readouterr().out
     assert sorted(Path().rglob("*")) == before
     assert max(map(len, table.splitlines())) <= 80
     assert f"{IMAGES} to train on, 18 to validate" in table
-    assert "6 epochs of 4 steps, 24 in all" in table
+    assert "20 epochs of 4 steps, 80 in all" in table
     assert "dropped     paths 0.2, features 0.1" in table
     with interrupted("step", 1, WAYS["SIGINT"], late=True):
         assert main(options) == 1

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fresnet.errors import FresnetError, describe
+from fresnet.network.across import merge_at_once
 from fresnet.network.check import stats_dtype
 from fresnet.network.group_norm import group_norm
-from fresnet.network.moments import merge_across
 from fresnet.network.nodes import (
     AFFINE,
     BATCH_NORMS,
@@ -150,7 +150,7 @@ def _composed_norm(
     n = mean.new_full((), x.numel() // x.shape[1])
     moments = Moments(n, mean, var * n)
     if group is not None:
-        moments = merge_across(moments, group)
+        moments = merge_at_once(moments, group)
         mean, var = moments.mean, moments.m2 / moments.n
     return _affine(wide, scale, bias, mean, var).to(x.dtype), moments
 

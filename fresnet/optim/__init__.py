@@ -20,7 +20,7 @@ from fresnet.optim.interface import (
 )
 from fresnet.optim.optimizers import clip_by_norm, lars, sgd
 from fresnet.optim.parts import by_path, frozen
-from fresnet.optim.schedules import Schedule, cosine, steps, warm_up
+from fresnet.optim.schedules import Schedule, cosine, polynomial, steps, warm_up
 from fresnet.tree import Where
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "kernels",
     "lamb",
     "lars",
+    "polynomial",
     "sgd",
     "steps",
     "warm_up",

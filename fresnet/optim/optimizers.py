@@ -88,6 +88,8 @@ def lars(
         w <- w - learning_rate v
 
     A leaf has the factor 1 and does not decay if `|w|` or `|g|` is 0, or if `adapt_where` is false.
+    In the paper the velocity holds the rates, `v <- momentum v + learning_rate g`. Here it does
+    not, as in `torch.optim.SGD`. That is the same as long as the rate is.
 
     >>> import torch, fresnet
     >>> optimizer, weights = fresnet.optim.lars(1.0, momentum=0.0), {"conv": torch.ones(4)}

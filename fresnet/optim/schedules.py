@@ -40,14 +40,33 @@ def cosine(peak: float | Tensor, *, over: int, end: float | Tensor = 0.0) -> Sch
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5, without restarts.
     """
     checked_numbers("cosine", peak=peak, end=end)
-    if not (as_number(over) or 0) >= 1:
-        raise FresnetError(f"cosine expects over to be at least 1 step; got {shown(over)}")
+    _check_over("cosine", over)
 
     def schedule(step: Tensor) -> Tensor:
         progress = (step / over).clamp(max=1)
         return end + (peak - end) * (1 + torch.cos(torch.pi * progress)) / 2
 
     return schedule
+
+
+def polynomial(
+    peak: float | Tensor, *, over: int, power: float = 2.0, end: float | Tensor = 0.0
+) -> Schedule:
+    """A schedule that falls from `peak` to `end` in `over` steps, and then stays.
+
+        end + (peak - end) (1 - step / over)^power
+
+    >>> rate = polynomial(1.0, over=4)
+    >>> [float(rate(torch.tensor(step))) for step in range(6)]
+    [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
+
+    Raises:
+      FresnetError: if `over` is not at least 1, or if another number is negative.
+    Source: You, Gitman & Ginsburg 2017, arXiv:1708.03888, Sec. 5.
+    """
+    checked_numbers("polynomial", peak=peak, power=power, end=end)
+    _check_over("polynomial", over)
+    return lambda step: end + (peak - end) * (1 - step / over).clamp(min=0) ** power
 
 
 def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
@@ -79,3 +98,8 @@ def warm_up(schedule: Schedule, *, over: int, start: float = 0.0) -> Schedule:
         return after * (start + (1 - start) * (step / over).clamp(max=1))
 
     return warmed
+
+
+def _check_over(caller: str, over: int) -> None:
+    if not (as_number(over) or 0) >= 1:
+        raise FresnetError(f"{caller} expects over to be at least 1 step; got {shown(over)}")

@@ -1,12 +1,12 @@
-"""The sum over processes, as a function that `torch.func` can differentiate.
+"""What processes tell each other: sums, what they gather, and the error if one is silent.
 
-PyTorch's own collectives raise under `torch.func.grad`.
+`torch.func` can differentiate `all_sum`; PyTorch's own collectives raise under `torch.func.grad`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -19,9 +19,22 @@ except ImportError:
     not_compiled = torch.compiler.disable
 
 Group = distributed.ProcessGroup
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@not_compiled
+def eager(function: Function) -> Function:
+    """The function, called by compiled code as it is.
+
+    The compiler says why where it meets the function and may not leave the graph.
+    """
+    called: Any = not_compiled(function)
+    called._torchdynamo_disable = True
+    called._torchdynamo_disable_msg = "compiled, its derivatives would leave other processes out"
+    same: Function = called
+    return same
+
+
+@eager
 def all_sum(x: Tensor, group: Group) -> Tensor:
     """The sum of x over the group's processes; each process gets the same.
 
@@ -33,14 +46,6 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
     """
     total: Tensor = _AllSum.apply(x, group)
     return total
-
-
-# The compiler says this where it meets the function and may not leave the graph.
-for name, value in {
-    "_torchdynamo_disable": True,
-    "_torchdynamo_disable_msg": "compiled, its derivatives would leave other processes out",
-}.items():
-    setattr(all_sum, name, value)
 
 
 class _AllSum(torch.autograd.Function):
@@ -60,8 +65,7 @@ class _AllSum(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        total: Tensor = all_sum(tangent, ctx.group)
-        return total
+        return all_sum(tangent, ctx.group)
 
     @staticmethod
     def vmap(
@@ -86,6 +90,38 @@ def start_sum(buffer: Tensor, group: Group) -> Callable[[], None]:
             work.wait()
 
     return wait
+
+
+def gather(x: Tensor, group: Group) -> Tensor:
+    """The x of every process of the group, in the order of ranks, `[n *x.shape]`.
+
+    Nothing differentiates it. All processes have x of one shape.
+
+    Raises:
+      FresnetError: if another process ends or does not answer in time.
+    """
+    x = x.contiguous()
+    each = [torch.empty_like(x) for _ in range(group.size())]
+    with answered(group.rank(), group.size()):
+        distributed.all_gather(each, x, group=group)
+    return torch.stack(each)
+
+
+def neighbours(group: Group, count: int) -> Group | None:
+    """The group of this process and of those beside it: the first `count` of them, the next, ...
+
+    All processes call this function. A process alone is None, as everywhere.
+
+    Raises:
+      FresnetError: if another process ends or does not answer in time.
+    """
+    if count in (1, group.size()):
+        return None if count == 1 else group
+    first = group.rank() // count * count
+    ranks = distributed.get_process_group_ranks(group)[first : first + count]
+    with answered(group.rank(), group.size()):
+        beside: Group = distributed.new_group(ranks, use_local_synchronization=True)
+    return beside
 
 
 @contextmanager

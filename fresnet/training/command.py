@@ -92,7 +92,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise FresnetError(f"unknown --arch {args.arch!r}; {suggestion(args.arch, SPECS)}")
     recipe = RECIPES[args.recipe]
     positive = ("epochs", "batch", "crop", "rate", "head_rate", "micro_batches", "keep")
-    for name in (*positive, "save_every"):
+    for name in (*positive, "save_every", "norms_across"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             option = name.replace("_", "-")

@@ -28,7 +28,7 @@ class Run(NamedTuple):
     seed: int = 0
     precision: torch.dtype | None = None
     micro_batches: int = 1
-    norms_across: bool = False
+    norms_across: int = 1  # processes; all of them where there are fewer
 
 
 def assemble(
@@ -49,7 +49,7 @@ def assemble(
         recompute=recompute,
         average_decay=average_decay_of(recipe),
         group=processes.group,
-        norms_across=run.norms_across and processes.group is not None,
+        norms_across=min(run.norms_across, processes.size),
     )
     state = start(params, optimizer, seed=run.seed, average=recipe.average > 0)
     return state, train_step, order

@@ -1,7 +1,6 @@
 """How published networks were trained: recipes as values, and what follows from them."""
 
 from collections.abc import Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from fresnet.training.mixing import Mixing, cutmix, mixup, one_of
 
 
 class Recipe(NamedTuple):
-    """How to train with SGD of momentum 0.9; `recipe._replace(epochs=30)` is another recipe."""
+    """How to train; `recipe._replace(epochs=30)` is another recipe."""
 
     epochs: int
 
@@ -29,13 +28,24 @@ class Recipe(NamedTuple):
     """How images are prepared for an evaluation."""
 
     drops: tuple[float, ...] = ()
-    """Epochs after which the rate falls to a tenth. Without any, it falls along half a cosine."""
+    """Epochs after which the rate falls to a tenth. Without any, it falls all the time."""
+
+    power: float | None = None
+    """It falls as this power of what is left of the run, if not along half a cosine."""
 
     warm_up: int = 0
     """For how many epochs the rate rises at first."""
 
+    momentum: float | None = None
+    """The momentum, if it is not 0.9."""
+
+    trust: float = 0.0
+    """LARS's trust coefficient, as in `optim.lars`; 0 is SGD."""
+
     weight_decay: float = 1e-4
     decay_norms: bool = True
+    """Whether SGD decays norms; LARS decays neither these nor any bias."""
+
     label_smoothing: float = 0.0
 
     mixup: float = 0.0
@@ -61,6 +71,19 @@ class Recipe(NamedTuple):
     A norm whose weights are all among them keeps its running statistics too, and goes by them.
     """
 
+
+LARS = Recipe(
+    epochs=44,
+    batch=8192,
+    rate=17.0,
+    power=2.0,
+    warm_up=5,
+    trust=0.001,
+    weight_decay=2e-4,
+    label_smoothing=0.1,
+    augmentation=Augmentation(AreaCrop(224)),
+    preset=PRESETS["imagenet-v1"],
+)
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -95,15 +118,23 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             augmentation=Augmentation(AreaCrop(176), trivial_augment=True, erase=0.1),
             preset=PRESETS["imagenet-v2"],
         ),
+        "lars-4k": LARS._replace(epochs=42, batch=4096, rate=10.0),
+        "lars-8k": LARS,
+        "lars-32k": LARS._replace(
+            epochs=58, batch=32768, rate=21.2, warm_up=16, momentum=0.94, weight_decay=2.5e-5
+        ),
     }
 )
 """Recipes by name. "v1" and "v2" are those of torchvision's weights V1 and V2.
 
 In the paper the rate drops "when the error plateaus"; here it drops after the epochs that became
 customary. In torchvision's references the rate changes with each epoch; here it changes with each
-step.
+step. "lars-4k" to "lars-32k" are MLPerf's for large batches, which reach 75.9% in somewhat fewer
+epochs. MLPerf notes the steps of decay with the warm-up or without; here an epoch count is the one
+of both that is not below what training took. Rates stand outside of the velocity (`optim.lars`).
 
-Source: He et al. 2015, arXiv:1512.03385, Sec. 3.4; torchvision, references/classification.
+Source: He et al. 2015, arXiv:1512.03385, Sec. 3.4; torchvision, references/classification;
+MLPerf Training 2.0, reference convergence points of ResNet, Google's.
 """
 
 
@@ -114,25 +145,36 @@ def schedule_of(recipe: Recipe, steps_per_epoch: int) -> optim.Schedule:
         drops = [round(drop * steps_per_epoch) - warm_up for drop in recipe.drops]
         after = optim.steps(recipe.rate, at=drops)
     else:
-        after = optim.cosine(recipe.rate, over=recipe.epochs * steps_per_epoch - warm_up)
+        over = recipe.epochs * steps_per_epoch - warm_up
+        if recipe.power is None:
+            after = optim.cosine(recipe.rate, over=over)
+        else:
+            after = optim.polynomial(recipe.rate, over=over, power=recipe.power)
     return optim.warm_up(after, over=warm_up, start=0.01) if warm_up else after
 
 
+def momentum_of(recipe: Recipe) -> float:
+    """The momentum of SGD or LARS."""
+    return 0.9 if recipe.momentum is None else recipe.momentum
+
+
 def optimizer_of(recipe: Recipe, steps_per_epoch: int) -> optim.Optimizer:
-    """SGD, and where the recipe asks for it another rate for the head and none for frozen parts."""
-    sgd = partial(
-        optim.sgd,
-        momentum=0.9,
-        weight_decay=recipe.weight_decay,
-        decay_where=optim.everywhere if recipe.decay_norms else optim.all_but_norms,
-    )
+    """SGD or LARS; if the recipe asks for it another rate for the head, none for frozen parts."""
+    momentum, decay = momentum_of(recipe), recipe.weight_decay
+    decaying = optim.everywhere if recipe.decay_norms else optim.all_but_norms
+
+    def by(rate: float) -> optim.Optimizer:
+        schedule = schedule_of(recipe._replace(rate=rate), steps_per_epoch)
+        if recipe.trust:
+            return optim.lars(schedule, momentum=momentum, weight_decay=decay, trust=recipe.trust)
+        return optim.sgd(schedule, momentum=momentum, weight_decay=decay, decay_where=decaying)
+
     parts: dict[str | optim.Where, optim.Optimizer] = {}
     if recipe.frozen:
         parts[tree.matching(*recipe.frozen)] = optim.frozen
     if recipe.head_rate is not None:
-        head = recipe._replace(rate=recipe.head_rate)
-        parts["head.*"] = sgd(schedule_of(head, steps_per_epoch))
-    rest = sgd(schedule_of(recipe, steps_per_epoch))
+        parts["head.*"] = by(recipe.head_rate)
+    rest = by(recipe.rate)
     return optim.by_path({**parts, "*": rest}) if parts else rest
 
 
@@ -166,14 +208,15 @@ def with_epochs(recipe: Recipe, epochs: int) -> Recipe:
 
 
 def with_batch(recipe: Recipe, batch: int) -> Recipe:
-    """The recipe for batches of another size. Its rate changes in proportion.
+    """The recipe for batches of another size. Its rate changes in proportion, LARS's with the root.
 
-    >>> with_batch(RECIPES["v1"], 512).rate
-    0.2
+    >>> with_batch(RECIPES["v1"], 512).rate, with_batch(RECIPES["lars-8k"], 2048).rate
+    (0.2, 8.5)
 
-    Source: Goyal et al. 2017, arXiv:1706.02677, Sec. 2.1.
+    Source: Goyal et al. 2017, arXiv:1706.02677, Sec. 2.1; You et al. 2020, arXiv:1904.00962.
     """
-    return recipe._replace(batch=batch, rate=recipe.rate * batch / recipe.batch)
+    growth = (batch / recipe.batch) ** (0.5 if recipe.trust else 1)
+    return recipe._replace(batch=batch, rate=recipe.rate * growth)
 
 
 def with_crop(recipe: Recipe, side: int) -> Recipe:

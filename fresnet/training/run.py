@@ -2,7 +2,7 @@
 
 A run may be stopped at any moment. Started again, it goes on from its last checkpoint and ends with
 the same bits as a run that was never stopped. Another number of processes can go on with it too.
-The numbers are then the same to rounding if norms go across processes and nothing is mixed;
+The numbers are then the same to rounding if norms go across all of them and nothing is mixed;
 otherwise each norm sees a share of another size.
 """
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, check_type, describe, shown
+from fresnet.network.across import share_of
 from fresnet.network.check import (
     check_device,
     check_differentiable,
@@ -25,7 +26,7 @@ from fresnet.numbers import as_integer, as_number
 from fresnet.optim import Optimizer, clip_by_norm, everywhere
 from fresnet.optim.checks import checked_numbers
 from fresnet.optim.interface import check_optimizer
-from fresnet.pytorch.collectives import Group, all_sum
+from fresnet.pytorch.collectives import Group, all_sum, neighbours
 from fresnet.training.backward import gradients
 from fresnet.training.draws import drawn
 from fresnet.training.masks import Masks, NoMasks, check_rates, masked
@@ -71,7 +72,7 @@ def make_train_step(
     momentum: float = 0.1,
     average_decay: float = 0.999,
     group: Group | None = None,
-    norms_across: bool = False,
+    norms_across: int = 1,
 ) -> TrainStep:
     """A step of training, `(state, batch) -> (state, metrics)`; a batch is `(x, y)`.
 
@@ -113,9 +114,11 @@ def make_train_step(
         is smaller over the first steps: min(average_decay, (1 + step) / (10 + step)).
       group: the processes that train together. Each has a share of the batch; shares may differ in
         size. The loss is the mean over all their images, and their states stay equal to the bit.
-      norms_across: whether norms normalise all shares as one. The processes together then do what
-        one process does with the whole batch, unless a share is cut, or mixed: images are mixed
-        within their share.
+      norms_across: the number of processes whose shares norms normalise as one, which divides that
+        of the group: those of the first ranks, of the next, and so on. With all of them, the
+        processes together do what one process does with the whole batch, unless a share is cut, or
+        mixed: images are mixed within their share. All processes of the group call this function,
+        since it may begin a group of fewer.
     Raises:
       FresnetError: if an option is not as described. The step raises it if the state, the images or
         the classes are not what the network takes, or if a share has fewer images than
@@ -131,7 +134,7 @@ def make_train_step(
     average_decay, micro_batches = _share(average_decay), _parts(micro_batches)
     rates = check_rates("make_train_step", drop_path=drop_path, dropout=dropout)
     draw = partial(drawn, mixing, rates, 0 if group is None else group.rank())
-    do = training_once(group if norms_across else None)
+    do = training_once(None if group is None else neighbours(group, norms_across))
     loss_of = partial(_loss_of, loss_fn, do, precision, recompute)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -213,7 +216,7 @@ def _loss_of(
 
 
 def _together(
-    found: Sequence[tuple[Tensor, Seen]], images: Tensor, group: Group | None, norms_across: bool
+    found: Sequence[tuple[Tensor, Seen]], images: Tensor, group: Group | None, norms_across: int
 ) -> tuple[Stats, Tensor]:
     """The moments of all parts of all processes, and the mean loss and accuracy `[2]`."""
     losses, seen = zip(*found, strict=True)
@@ -222,7 +225,9 @@ def _together(
     sums = torch.stack([loss, torch.stack(right).sum().to(loss.dtype) / images])
     if group is None:
         return merged, sums
-    return merged if norms_across else merge_across(merged, group), all_sum(sums, group)
+    if norms_across < group.size():
+        merged = merge_across(share_of(merged, norms_across), group)
+    return merged, all_sum(sums, group)
 
 
 def _averaged(state: TrainState, params: Params, decay: float) -> Params | NoAverage:
@@ -253,15 +258,19 @@ def _parts(micro_batches: int) -> int:
     return number
 
 
-def _check_options(precision: torch.dtype | None, group: Group | None, norms_across: bool) -> None:
+def _check_options(precision: torch.dtype | None, group: Group | None, norms_across: int) -> None:
     check_group("make_train_step", group)
     if precision not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise FresnetError(
             f"make_train_step expects precision to be torch.bfloat16, float32 or float64; "
             f"got {shown(precision)}"
         )
-    if norms_across and group is None:
-        raise FresnetError("make_train_step expects a group with norms_across; got none")
+    number, size = as_integer(norms_across), 1 if group is None else group.size()
+    if number is None or number < 1 or size % number:
+        raise FresnetError(
+            f"make_train_step expects norms_across to divide the number of processes, {size}; "
+            f"got {shown(norms_across)}"
+        )
 
 
 def _check(state: TrainState, x: Tensor, y: Tensor, micro_batches: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from fresnet.data import AreaCrop, Augmentation, ScaleCrop
 from fresnet.data.presets import Preset
 from fresnet.training.plan import Run
-from fresnet.training.recipes import Recipe, average_decay_of, schedule_of
+from fresnet.training.recipes import Recipe, average_decay_of, momentum_of, schedule_of
 
 
 def table(rows: Mapping[str, str]) -> str:
@@ -23,7 +23,7 @@ def table(rows: Mapping[str, str]) -> str:
 def rows(run: Run, per_epoch: int, processes: int) -> Mapping[str, str]:
     """The rows of the table about the recipe."""
     recipe = run.recipe
-    steps = recipe.epochs * per_epoch
+    steps, across = recipe.epochs * per_epoch, min(run.norms_across, processes)
     drops = {"paths": recipe.drop_path, "features": recipe.dropout}
     labels = {
         "smoothed by": recipe.label_smoothing,
@@ -33,11 +33,14 @@ def rows(run: Run, per_epoch: int, processes: int) -> Mapping[str, str]:
     return {
         "batches": f"{recipe.batch:,} images"
         + f", {recipe.batch // processes:,} in each process" * (processes > 1)
-        + f", in {run.micro_batches} parts" * (run.micro_batches > 1),
+        + f", in {run.micro_batches} parts" * (run.micro_batches > 1)
+        + f", norms across {across} processes" * (across > 1),
         "length": f"{recipe.epochs:,} epochs of {per_epoch:,} steps, {steps:,} in all",
         "rate": _rates(recipe, per_epoch),
         **_parts(recipe, per_epoch),
-        "decay": f"{recipe.weight_decay:g}" + ("" if recipe.decay_norms else ", of all but norms"),
+        "optimizer": (f"LARS, trust {recipe.trust:g}" if recipe.trust else "SGD")
+        + f", momentum {momentum_of(recipe):g}",
+        "decay": f"{recipe.weight_decay:g}" + _decaying(recipe),
         "training": _words(recipe.augmentation),
         "labels": _named(labels) or "as they are",
         **({"dropped": _named(drops)} if any(drops.values()) else {}),
@@ -61,14 +64,20 @@ def _parts(recipe: Recipe, per_epoch: int) -> Mapping[str, str]:
     return rows
 
 
+def _decaying(recipe: Recipe) -> str:
+    if recipe.trust:
+        return ", of all but norms and biases"
+    return "" if recipe.decay_norms else ", of all but norms"
+
+
 def _rates(recipe: Recipe, per_epoch: int) -> str:
     """The learning rate at first, and after those epochs that show how it goes on."""
     rate = schedule_of(recipe, per_epoch)
-    cosine = () if recipe.drops else ((recipe.warm_up + recipe.epochs) / 2, recipe.epochs)
+    falling = () if recipe.drops else ((recipe.warm_up + recipe.epochs) / 2, recipe.epochs)
     start = torch.zeros((), dtype=torch.float32, device="cpu")
     first, *later = (
         f"{float(rate(start + round(epoch * per_epoch))):.3g} after {epoch:.3g}"
-        for epoch in sorted({0, recipe.warm_up, *recipe.drops, *cosine})
+        for epoch in sorted({0, recipe.warm_up, *recipe.drops, *falling})
     )
     return ", ".join([first.replace("after 0", "at first"), *later]) + " epochs"
 
