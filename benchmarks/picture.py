@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from report import DEFAULT, Results, best, targets
 
 GROUPS = {
+    "From the start to first logits": r"(?:fresnet: )?From the start to first logits, (.*)",
     "Inference on a CPU, float32": r"Inference, (.*), float32",
     "Inference on a CPU, bfloat16": r"Inference, (.*), bfloat16",
     "Inference on a CPU, int8": r"Inference, (.*), int8",

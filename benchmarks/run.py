@@ -32,7 +32,7 @@ RESULTS = DOCUMENT.with_suffix(".json")
 GPU_RESULTS = DOCUMENT.with_name("performance_gpu.json")
 PICTURE = DOCUMENT.with_suffix(".png")
 
-BENCHMARKS = ("inference.py", "training_step.py", "transforms.py")
+BENCHMARKS = ("start.py", "inference.py", "training_step.py", "transforms.py")
 
 
 def read(path: Path) -> Results:

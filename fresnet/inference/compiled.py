@@ -25,7 +25,7 @@ as much as those of `forward` in the same dtype differ from its logits in float3
 """
 
 _PREPARING = Lock()
-"""One for all networks: PyTorch's compiler cannot be at work in two threads."""
+"""One for all networks: PyTorch's compiler, which `_prepare` may need, is for one thread."""
 
 
 def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
@@ -48,9 +48,10 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     What is prepared for a shape is compared with `forward` once. If they differ by more than
     rounding, a warning says so, and images of that shape are run by `forward`.
 
-    Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, for as
-    many threads as PyTorch then has; they stay for the process, and weights packed for the shape
-    with the callable. Several threads may use it; on a GPU they take turns.
+    Preparing a shape takes as long as some ten runs. Weights packed for the shape stay with the
+    callable. Several threads may use it; on a GPU they take turns. Winograd's transforms take a C++
+    compiler, `c++` or what CXX names, half a second once in a process; without one a warning says
+    so, and oneDNN has all convolutions.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -85,7 +86,7 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     check_values("compile_inference", network, x)
     if isinstance(params, Params):
         with torch.no_grad():  # what does not fit, packed layers would refuse less well, or not
-            forward(*tree.map(lambda leaf: leaf.to("meta"), (params, x)))
+            params.weights.head.run(run_network(params, x[:0], INFERENCE).y, INFERENCE)
     prepared: dict[torch.Size, Inference] = {}
 
     def infer(x: Tensor) -> Tensor:
