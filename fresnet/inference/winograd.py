@@ -67,17 +67,16 @@ def is_faster(shape: torch.Size, weight: Tensor, how: Geometry) -> bool:
 def convolution(shape: torch.Size, weight: Tensor, bias: Tensor, *, relu: bool) -> FusedLayer:
     """`fused.convolution` of a 3x3 weight, padded by 1, with several times its rounding error."""
     b, c, h, w = shape
-    o, rows, columns = len(bias), _tiles(h), _tiles(w)
     kernel = _kernel(weight)
-    per_image = weight.element_size() * POINTS * c * rows * columns
-    at_once = max(CACHED, kernel.numel() * kernel.element_size()) // per_image
-    sizes = [len(part) for part in torch.empty(b, device="cpu").chunk(-(-b // max(at_once, 1)))]
+    per_image = weight.element_size() * POINTS * c * _tiles(h) * _tiles(w)
+    at_once = max(CACHED, kernel.numel() * kernel.element_size(), per_image) // per_image
+    parts = -(-b // at_once)
 
     def run(x: Tensor, added: Tensor | None = None) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        y = x.new_empty(b, h, w, o)
-        plus = [None] * len(sizes) if added is None else added.permute(0, 2, 3, 1).split(sizes)
-        for part, out, more in zip(x.split(sizes), y.split(sizes), plus, strict=True):
+        y = x.new_empty(b, h, w, len(bias))
+        plus = [None] * b if added is None else added.permute(0, 2, 3, 1).chunk(parts)
+        for part, out, more in zip(x.chunk(parts), y.chunk(parts), plus, strict=False):
             values = torch.ops.fresnet.winograd_values(part).permute(0, 3, 1, 2)
             products = F.conv2d(values, kernel, groups=POINTS).permute(0, 2, 3, 1)
             torch.ops.fresnet.winograd_tiles(out, products, bias, more, relu)
