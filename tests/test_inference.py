@@ -441,6 +441,19 @@ def test_a_backend_that_computes_something_else_is_not_used(
         infer(x[:1])
 
 
+def test_a_backend_that_is_wrong_on_one_of_many_images_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
+    factors = torch.tensor([1.0] * 8 + [1.01])[:, None]
+    monkeypatch.setattr(
+        onednn, "prepare", lambda params, _: lambda x: factors * fresnet.forward(params, x)
+    )
+    x = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="what onednn makes of this network is not what it"):
+        fresnet.compile_inference(params, x)
+
+
 def test_weights_that_are_not_finite_are_compiled_all_the_same() -> None:
     params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
     head = params.weights.head._replace(bias=torch.full((5,), torch.nan))

@@ -51,7 +51,7 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     What is prepared for a shape is compared with `forward` once. If they differ by more than
     rounding, a warning says so, and images of that shape are run by `forward`.
 
-    Preparing a shape takes as long as some ten runs. Weights packed for the shape stay with the
+    Preparing a shape takes as long as some nine runs. Weights packed for the shape stay with the
     callable. Several threads may use it; on a GPU they take turns. Winograd's transforms take a C++
     compiler, `c++` or what CXX names, half a second once in a process; without one a warning says
     so, and oneDNN has all convolutions.
