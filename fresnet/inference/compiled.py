@@ -53,7 +53,7 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
 
     Preparing a shape takes as long as some nine runs. Weights packed for the shape stay with the
     callable. Several threads may use it; on a GPU they take turns. Winograd's transforms take a C++
-    compiler, `c++` or what CXX names, half a second once in a process; without one a warning says
+    compiler, `g++` or what CXX names, half a second once in a process; without one a warning says
     so, and oneDNN has all convolutions.
 
     >>> import torch, fresnet

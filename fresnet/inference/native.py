@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fresnet.errors import FresnetError, reason
 
-COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("g++", "c++", "clang++")
 OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 
 
