@@ -241,7 +241,11 @@ def entry_of(comparison: Comparison, rows: list[Measured]) -> dict[str, Any]:
     }
 
 
-def main(description: str | None, comparisons: Callable[[bool], Iterable[Comparison]]) -> None:
+def main(
+    description: str | None,
+    comparisons: Callable[[bool], Iterable[Comparison]],
+    measure: Callable[[Comparison], list[Measured]] = measure,
+) -> None:
     """Measure the comparisons of a benchmark, and print their tables."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter

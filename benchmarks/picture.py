@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from report import DEFAULT, Results, best, targets
 
 GROUPS = {
+    "From the start to first logits": r"fresnet: From the start to first logits, (.*)",
     "Inference, float32": r"fresnet: Inference, (.*), float32",
     "Inference, bfloat16": r"fresnet: Inference, (.*), bfloat16",
     "Inference, int8": r"fresnet: Inference, (.*), int8",

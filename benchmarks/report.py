@@ -61,6 +61,9 @@ def targets() -> list[Target]:
             )
         ),
     ]
+    for clock in ("by the clock", "by the processor"):
+        title = f"From the start to first logits, {clock}"
+        found.append(Target(title, "fresnet", ("torchvision",), 1 / 0.6))
     small, large = (f"ResNet-50, {n} images of {side} px" for n, side in ((8, 64), (4, 224)))
     stock = ("stock vmap(grad)",)
     found += [

@@ -35,6 +35,7 @@ GPU_RESULTS = DOCUMENT.with_name("performance_gpu.json")
 PICTURE = DOCUMENT.with_suffix(".png")
 
 BENCHMARKS = (
+    "start.py",
     "inference.py",
     "training_step.py",
     "tiny.py",

@@ -3,8 +3,11 @@
 import gc
 import math
 import re
+import tempfile
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fresnet
 from fresnet import FresnetError, Params, tree
-from fresnet.inference import fused, onednn, side_by_side, winograd
+from fresnet.inference import fused, native, onednn, side_by_side, winograd
 from fresnet.network.nodes import (
-    PLAIN,
     POOLED,
     Bottleneck,
     Geometry,
@@ -98,6 +100,16 @@ def assert_logits_close(params: Params, x: Tensor, logits: Tensor, bound: float)
     assert error.norm() <= bound * terms.norm()
 
 
+@pytest.fixture(scope="module")
+def winograds() -> None:
+    """For tests of what a machine without a C++ compiler does without."""
+    try:
+        native.library(winograd.TRANSFORMS)
+    except FresnetError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("winograds")
 @examples(50)
 @given(
     seed=seeds,
@@ -115,7 +127,7 @@ def test_winograds_convolution_is_the_convolution(
     with_sum: bool,
     cached: int,
 ) -> None:
-    """Parts have one image, a few or all. The transforms are not compiled, for speed."""
+    """Parts have one image, a few or all."""
     generator = torch.Generator().manual_seed(seed)
     x, weight, bias, added = (
         torch.randn(size, generator=generator)
@@ -127,9 +139,6 @@ def test_winograds_convolution_is_the_convolution(
     expected = expected.relu() if activation else expected
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "CACHED", cached)
-        for cached_function in (winograd._compiled_values, winograd._compiled_tiles):
-            patch.setattr(winograd, cached_function.__name__, cached_function.__wrapped__)
-        patch.setattr(winograd, "_compiled", lambda function, *_: function)
         layer = winograd.convolution(x.shape, weight, bias, relu=activation)
         with unmutated(x, added):
             y = layer(x, added.contiguous(memory_format=torch.channels_last) if with_sum else None)
@@ -137,52 +146,75 @@ def test_winograds_convolution_is_the_convolution(
     assert_close(y.double(), expected, 1e-5)
 
 
-@pytest.fixture
-def winograds() -> None:
-    """For tests of what older PyTorch, or a machine without a compiler, does without."""
-    if missing := winograd._missing():
-        pytest.skip(missing)
+@pytest.mark.usefixtures("winograds")
+def test_winograds_convolution_is_the_same_in_every_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator) for size in ((3, 20, 9, 9), (24, 20, 3, 3)))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(
+                winograd.convolution(x.shape, weight, weight[:, 0, 0, 0], relu=True)(x, None)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.long
+@pytest.mark.usefixtures("winograds")
+@pytest.mark.parametrize("relu", [False, True])
+def test_winograds_convolution_keeps_nan_in_its_tiles(relu: bool) -> None:
+    x, weight = torch.zeros(1, 17, 10, 10), torch.ones(8, 17, 3, 3)
+    x[0, 16, 9, 9] = torch.nan
+    y = winograd.convolution(x.shape, weight, torch.zeros(8), relu=relu)(x, None)
+    assert y[:, :, 8:, 8:].isnan().all()
+    assert not y[:, :, :4, :4].any()
+
+
+def winograd_layers(infer: fused.Inference, x: Tensor) -> int:
+    with Watch() as watch:
+        infer(x)
+    return sum(name == "winograd_tiles.default" for name in watch.names)
+
+
 @pytest.mark.usefixtures("winograds")
 def test_winograd_takes_no_notice_of_pytorchs_defaults() -> None:
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
     x = torch.randn(6, 3, 72, 76, generator=torch.Generator().manual_seed(0))
-    made = winograd._compiled_values.cache_info().misses
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            logits = fresnet.compile_inference(params, x)(x)
+            infer = fresnet.compile_inference(params, x)
+            assert winograd_layers(infer, x) >= 2
+            logits = infer(x)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert winograd._compiled_values.cache_info().misses > made
     assert_close(logits, fresnet.forward(params, x), 1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("winograds")
 def test_several_threads_may_prepare_networks() -> None:
+    """And compile the transforms, if they are the first."""
+    native.library.cache_clear()
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
     batches = [torch.randn(7, 3, side, 68) for side in (64, 80)]
-    made = winograd._compiled_values.cache_info().misses
     with ThreadPoolExecutor(2) as pool:
         prepared = list(pool.map(lambda x: fresnet.compile_inference(params, x), batches))
-    assert winograd._compiled_values.cache_info().misses >= made + 2
     for infer, x in zip(prepared, batches, strict=True):
+        assert winograd_layers(infer, x) >= 2
         assert_close(infer(x), fresnet.forward(params, x), 1e-5)
         assert_close(prepared[0](x), fresnet.forward(params, x), 1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("winograds")
 def test_a_network_with_winograds_layers() -> None:
     """It has basic blocks, so second convolutions add shortcuts, and parts of several images."""
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1, 2), width=128), num_classes=7)
     x = torch.randn(9, 3, 60, 64, generator=torch.Generator().manual_seed(0))
-    made = winograd._compiled_tiles.cache_info().misses
     infer = fresnet.compile_inference(params, x)
-    assert winograd._compiled_tiles.cache_info().misses >= made + 3
+    assert winograd_layers(infer, x) == 4  # two layers, in two parts each
     assert_close(infer(x), fresnet.forward(params, x), 1e-5)
 
 
@@ -409,6 +441,19 @@ def test_a_backend_that_computes_something_else_is_not_used(
         infer(x[:1])
 
 
+def test_a_backend_that_is_wrong_on_one_of_many_images_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
+    factors = torch.tensor([1.0] * 8 + [1.01])[:, None]
+    monkeypatch.setattr(
+        onednn, "prepare", lambda params, _: lambda x: factors * fresnet.forward(params, x)
+    )
+    x = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="what onednn makes of this network is not what it"):
+        fresnet.compile_inference(params, x)
+
+
 def test_weights_that_are_not_finite_are_compiled_all_the_same() -> None:
     params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
     head = params.weights.head._replace(bias=torch.full((5,), torch.nan))
@@ -419,12 +464,53 @@ def test_weights_that_are_not_finite_are_compiled_all_the_same() -> None:
     assert infer(x).isnan().all()
 
 
-@pytest.mark.usefixtures("winograds")
-def test_without_a_compiler_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, weight = torch.Size((8, 128, 28, 28)), torch.empty(128, 128, 3, 3)
-    assert winograd.is_faster(shape, weight, PLAIN)
-    monkeypatch.setattr(winograd, "_has_compiler", lambda: False)
-    assert not winograd.is_faster(shape, weight, PLAIN)
+def no_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("PATH", str(folder))
+    patch.delenv("CXX", raising=False)
+
+
+def another_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("CXX", "false --really")
+
+
+def nothing_compiled(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("CXX", "true")
+
+
+def no_place(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setattr(tempfile, "tempdir", str(folder / "none"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (no_compiler, r"there is no C\+\+ compiler .*, so 3x3 convolutions in float32 take longer"),
+        (another_compiler, r"false does not compile winograd\.cpp \(\), so 3x3"),
+        (nothing_compiled, r"winograd\.cpp cannot be compiled \(.*No such file.*\), so 3x3"),
+        (no_place, r"winograd\.cpp cannot be compiled \(.*No such file.*\), so 3x3"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said_once_and_done_without(
+    missing: Callable[[pytest.MonkeyPatch, Path], None],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128), num_classes=5)
+    x = torch.randn(6, 3, 72, 76)
+    missing(monkeypatch, tmp_path)
+    for function in (native.library, winograd._can_compile):
+        function.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=message):
+            infer = fresnet.compile_inference(params, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            infer(x[:5])
+    finally:
+        winograd._can_compile.cache_clear()
+    assert winograd_layers(infer, x) == 0
+    assert_close(infer(x), fresnet.forward(params, x), 1e-5)
 
 
 def test_what_forward_refuses_is_refused() -> None:

@@ -537,9 +537,9 @@ def test_hugging_faces_networks_of_any_sizes(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("layer1.0.conv1", "layer1.0.conv2.weight: a convolution of activations (1, 3, 16, 16) "),
-        ("layer1.1.conv2", "layer1.1.conv2.weight: a block with output (1, 3, 16, 16) expects a"),
-        ("layer2.0.conv2", "layer2.0.conv2.weight: a block with output (1, 7, 8, 8) expects a s"),
+        ("layer1.0.conv1", "layer1.0.conv2.weight: a convolution of activations (0, 3, 16, 16) "),
+        ("layer1.1.conv2", "layer1.1.conv2.weight: a block with output (0, 3, 16, 16) expects a"),
+        ("layer2.0.conv2", "layer2.0.conv2.weight: a block with output (0, 7, 8, 8) expects a s"),
         ("conv1", "layer1.0.downsample.0.weight is missing"),
         ("layer1.0.conv2", "layer1.0.downsample.0.weight is missing"),
     ],
@@ -622,7 +622,7 @@ def test_a_missing_an_unexpected_and_a_misshapen_entry_are_named(block: str, nam
     [
         (
             torch.zeros(1000, 256),
-            "a head on activations (1, 512) expects a weight [k 512] and a bias [k]; "
+            "a head on activations (0, 512) expects a weight [k 512] and a bias [k]; "
             "got (1000, 256) and (1000,)",
         ),
         (torch.zeros(1000, 512, dtype=torch.int64), "expected float [k c], got int64"),

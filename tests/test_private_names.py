@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, tree
-from fresnet.inference import cudnn, int8, onednn, side_by_side, winograd
-from fresnet.network.nodes import PLAIN, Geometry, Weights
+from fresnet.inference import cudnn, int8, onednn, side_by_side
+from fresnet.network.nodes import Geometry, Weights
 from fresnet.pytorch import pytrees, transform_stack
 from fresnet.weights import export
 
@@ -141,32 +141,6 @@ def test_without_the_probe_for_triton_nothing_is_compiled_for_it(
     assert cudnn._compiled(torch.relu) is torch.relu
 
 
-@pytest.mark.parametrize("module", ["torch._inductor.cpp_builder", "torch._inductor.exc"])
-def test_without_the_compilers_modules_there_is_no_winograd(
-    module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    winograd._has_compiler.cache_clear()
-    try:
-        shape, weight = torch.Size((8, 128, 28, 28)), torch.empty(128, 128, 3, 3)
-        with pytest.warns(UserWarning, match="so 3x3 convolutions in float32 take longer"):
-            assert not winograd.is_faster(shape, weight, PLAIN)
-        assert not winograd.is_faster(shape, weight, PLAIN)  # it is said once
-    finally:
-        winograd._has_compiler.cache_clear()
-
-
-@pytest.mark.slow
-def test_without_guards_to_skip_there_is_no_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe", raising=False)
-    winograd._has_compiler.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="compiles no single functions ahead of time"):
-            assert not winograd._has_compiler()
-    finally:
-        winograd._has_compiler.cache_clear()
-
-
 def test_without_capabilities_images_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     shape = torch.Size((4, 8, 7, 7))
@@ -257,7 +231,6 @@ for place, name in (
     (torch._C, "_create_function_from_graph"),
     (torch, "cudnn_convolution_relu"),
     (torch, "cudnn_convolution_add_relu"),
-    (torch.compiler, "skip_all_guards_unsafe"),
     (torch.cpu, "get_capabilities"),
 ):
     if hasattr(place, name):

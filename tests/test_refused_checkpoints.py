@@ -180,7 +180,7 @@ def test_halves_of_a_network() -> None:
         {name: STATE[name] for name in first}, architecture="resnet18"
     )
     ends = {n: v for n, v in STATE.items() if not n.startswith(("layer3.", "layer4."))}
-    assert "fc.weight: a head on activations (1, 8) expects a weight [k 8]" in refusal(ends)
+    assert "fc.weight: a head on activations (0, 8) expects a weight [k 8]" in refusal(ends)
 
 
 def test_names_of_two_libraries() -> None:

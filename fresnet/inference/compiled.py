@@ -24,8 +24,11 @@ EXACT, TENSOR_FLOAT, TIMES = 1e-4, 1e-2, 4
 as much as those of `forward` in the same dtype differ from its logits in float32.
 """
 
+COMPARED = 4
+"""How many different images are in the batch by which a backend is compared with `forward`."""
+
 _PREPARING = Lock()
-"""One for all networks: PyTorch's compiler cannot be at work in two threads."""
+"""One for all networks: PyTorch's compiler, which `_prepare` may need, is for one thread."""
 
 
 def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
@@ -48,9 +51,10 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     What is prepared for a shape is compared with `forward` once. If they differ by more than
     rounding, a warning says so, and images of that shape are run by `forward`.
 
-    Preparing a shape takes a second, or twenty where Winograd's transforms are compiled, for as
-    many threads as PyTorch then has; they stay for the process, and weights packed for the shape
-    with the callable. Several threads may use it; on a GPU they take turns.
+    Preparing a shape takes as long as some nine runs. Weights packed for the shape stay with the
+    callable. Several threads may use it; on a GPU they take turns. Winograd's transforms take a C++
+    compiler, `g++` or what CXX names, half a second once in a process; without one a warning says
+    so, and oneDNN has all convolutions.
 
     >>> import torch, fresnet
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -85,19 +89,23 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     check_values("compile_inference", network, x)
     if isinstance(params, Params):
         with torch.no_grad():  # what does not fit, packed layers would refuse less well, or not
-            forward(*tree.map(lambda leaf: leaf.to("meta"), (params, x)))
+            params.weights.head.run(run_network(params, x[:0], INFERENCE).y, INFERENCE)
     prepared: dict[torch.Size, Inference] = {}
+
+    def prepared_for(x: Tensor) -> Inference:
+        if x.shape not in prepared:
+            with _PREPARING:
+                if x.shape not in prepared:
+                    prepared[x.shape] = prepare(network, x)
+        return prepared[x.shape]
 
     def infer(x: Tensor) -> Tensor:
         check_images("the compiled network", network, x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if x.shape not in prepared:
-                with _PREPARING:
-                    if x.shape not in prepared:
-                        prepared[x.shape] = prepare(network, x)
-            return prepared[x.shape](x)
+            return prepared_for(x)(x)
 
-    infer(x)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        prepared_for(x)
     return infer
 
 
@@ -131,10 +139,14 @@ def _prepare(params: Params, x: Tensor) -> Inference:
 def _agrees(fused: Inference, params: Params, x: Tensor) -> bool:
     """Whether what comes of noise is what `forward` returns, to the rounding of the dtype.
 
-    An error is measured by the terms of which the results are sums, for these may cancel.
+    A few images make up the batch, each of them several times and in no order, because `forward`
+    takes longer than what is compared with it. An error is measured by the terms of which the
+    results are sums, for these may cancel.
     """
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
+    few = x[:COMPARED].shape
+    noise = torch.randn(few, generator=generator, dtype=torch.float32, device="cpu").to(x)
+    batch = torch.randint(len(noise), (len(x),), generator=generator, device="cpu").to(x.device)
     wide = torch.promote_types(x.dtype, torch.float32)
     exact = tree.map(lambda leaf: leaf.to(wide), params)
     head, features = exact.weights.head, run_network(exact, noise.to(wide), INFERENCE).y
@@ -144,9 +156,9 @@ def _agrees(fused: Inference, params: Params, x: Tensor) -> bool:
         return True  # nothing can be said of it
     loose = x.is_cuda and torch.backends.cudnn.allow_tf32
     floor = TENSOR_FLOAT if loose else max(EXACT, torch.finfo(x.dtype).eps)
-    rounding = (forward(params, noise).double() - expected).norm()
-    error = (fused(noise).double() - expected).norm()
-    return bool(error <= TIMES * rounding + floor * terms.norm())
+    rounding = (forward(params, noise).double() - expected)[batch].norm()
+    error = (fused(noise[batch]).double() - expected[batch]).norm()
+    return bool(error <= TIMES * rounding + floor * terms[batch].norm())
 
 
 def _magnitude(x: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def _fresh(unit: Unit) -> NormStats | tuple[()]:
         return ()
     like = unit.norm.scale
     dtype = stats_dtype(like.dtype)
-    return NormStats(torch.zeros_like(like, dtype=dtype), torch.ones_like(like, dtype=dtype))
+    return NormStats(*(new(like.shape, dtype=dtype) for new in (like.new_zeros, like.new_ones)))
 
 
 def _generator(caller: str, generator: torch.Generator | int) -> torch.Generator:
@@ -198,11 +198,11 @@ class _Values:
 
     def _conv(self, channels: int, out: int, side: int, groups: int = 1) -> Tensor:
         std = sqrt(2 / (out * side * side))
-        weight = self._drawn(
+        return self._drawn(
             (out, channels // groups, side, side),
             lambda empty: empty.normal_(0.0, std, generator=self.generator),
+            torch.channels_last,
         )
-        return weight.contiguous(memory_format=torch.channels_last)
 
     def _norm(self, channels: int, scale: float) -> Any:
         shape = norm_shape(self.norm, channels)
@@ -216,12 +216,17 @@ class _Values:
             shape, lambda empty: empty.uniform_(-bound, bound, generator=self.generator)
         )
 
-    def _drawn(self, shape: tuple[int, ...], draw: Callable[[Tensor], Tensor]) -> Tensor:
+    def _drawn(
+        self,
+        shape: tuple[int, ...],
+        draw: Callable[[Tensor], Tensor],
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
         """Drawn on the generator's device and then moved; on meta there is nothing to draw."""
         if self.device.type == "meta":
-            return torch.empty(shape, dtype=self.dtype, device="meta")
+            return torch.empty(shape, dtype=self.dtype, device="meta", memory_format=layout)
         empty = torch.empty(shape, dtype=self.dtype, device=self.generator.device)
-        return draw(empty).to(self.device)
+        return draw(empty).to(self.device).contiguous(memory_format=layout)
 
 
 def _weights(draw: _Values, spec: Spec, num_classes: int, in_channels: int) -> Weights:

@@ -195,7 +195,10 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def check_fit(params: Params, named: Params, layout: str = "torchvision") -> None:
-    """Run a network without values, so that layers which do not fit one another are refused.
+    """Run a network on no images, so that layers which do not fit one another are refused.
+
+    Nothing is computed, and shapes are known. On meta they would be too, but the first call there
+    takes a second, in which PyTorch imports its compilers.
 
     Raises:
       FresnetError: naming the first layer that does not fit, and saying why.
@@ -204,10 +207,10 @@ def check_fit(params: Params, named: Params, layout: str = "torchvision") -> Non
     def located(unit: Any, stats: Any, names: Any) -> _Beside:
         return _Beside(stats, name_in(layout, str(tree.leaves(names)[0])))
 
-    weights, stats = tree.map(lambda leaf: leaf.to("meta"), params)
+    weights, stats = params
     places = beside(located, weights, stats, Stats(*named.weights[:-1]))
     conv = first_conv(weights)
-    x = conv.new_empty(1, conv.shape[1], SIDE, SIDE)
+    x = conv.new_empty(0, conv.shape[1], SIDE, SIDE)
     with torch.no_grad():
         y = run_network(Params(weights, places), x, _Fitting(inference_norm)).y
         with _naming(name_in(layout, "fc.weight")):
@@ -238,12 +241,12 @@ def _copy(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     A 1x1 convolution fits several strides, and kernels choose by them: kept, a network rounds as
     the module did whose weights these were, and as the network did that was exported.
     """
+    layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+    kept = torch.preserve_format if value.is_contiguous(memory_format=layout) else layout
     try:
-        copy = value.detach().to(dtype).clone()
+        return value.detach().to(dtype, copy=True, memory_format=kept)
     except RuntimeError as error:  # a crafted entry may be expanded to more than there is memory
         raise FresnetError(f"{name} cannot be copied: {reason(error)}") from error
-    layout = torch.channels_last if copy.ndim == 4 else torch.contiguous_format
-    return copy.contiguous(memory_format=layout)
 
 
 def _is_float(value: object) -> TypeGuard[Tensor]:

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ def _node(structure: Any) -> Any:
 
 def _check_values(params: Params) -> None:
     for name, leaf in zip(names(params), tree.leaves(params), strict=True):
-        if not leaf.isfinite().all():
+        if not all(map(isfinite, leaf.aminmax())):  # either is NaN if any value is
             raise FresnetError(f"{name} holds values that are not finite")
         if name.endswith(".running_var") and (leaf < 0).any():
             raise FresnetError(f"{name} holds negative variances")
