@@ -206,16 +206,17 @@ def test_links_and_compressed_shards_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_header_that_leads_back_is_no_endless_file(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", PAIR, format=tarfile.GNU_FORMAT)
+    files = {**PAIR, "2.json": b"{}"}  # a name that is passed over, and so not seen to come twice
+    path = write_tar(tmp_path / "a.tar", files, format=tarfile.GNU_FORMAT)
     content = bytearray(path.read_bytes())
-    at = content.index(b"1.cls")
+    at = content.index(b"2.json")
     header = content[at : at + 512]
-    header[124:136] = b"\xff" * 10 + (2**16 - 1024).to_bytes(2, "big")  # a size of -1024
+    header[124:136] = b"\xff" * 10 + (2**16 - 512).to_bytes(2, "big")  # a size of -512
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     content[at : at + 512] = header
     path.write_bytes(content)
-    with pytest.raises(FresnetError, match=re.escape(f"{path}: ")):
+    with pytest.raises(FresnetError, match="it is damaged"):
         scan_shards([path])
 
 
