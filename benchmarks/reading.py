@@ -5,8 +5,8 @@
 The images are JPEGs of 500x375 and quality 90, made of scikit-learn's two photographs. All draw the
 same crops and flips. Each run is a batch on the CPU in float32, so what is normalised after loading
 counts too. torchvision reads as its references train: images of Pillow, or tensors and its
-transforms v2. These have the same decoder here as the fast path, because torchvision's own is in no
-wheel for a PyTorch without CUDA.
+transforms v2. The latter have the decoder of the fast path, because torchvision's own does not run
+beside a PyTorch without CUDA.
 """
 
 import io

@@ -86,8 +86,9 @@ def types_by_name(
     signature: str | None,
     returns: str,
 ) -> tuple[str | None, str]:
-    """Have a default that is a type shown by its name, as `Norm` and not `<class '...Norm'>`."""
-    return signature and re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature), returns
+    """Have defaults that are types or functions shown by name: `Norm`, not `<class '...Norm'>`."""
+    named = r"<(?:class '(?:\w+\.)*|function )(\w+)[^>]*>"
+    return signature and re.sub(named, r"\1", signature), returns
 
 
 def setup(app: Sphinx) -> None:

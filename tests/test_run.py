@@ -198,6 +198,16 @@ def test_a_run_is_its_steps_and_evaluations(digits: Path, tmp_path: Path, case: 
     }
 
 
+@pytest.mark.parametrize(("case", "dtype"), [("v1", torch.uint8), ("v2", torch.float32)])
+def test_images_are_handed_over_as_pixels_where_they_can_be(
+    digits: Path, tmp_path: Path, case: str, dtype: torch.dtype
+) -> None:
+    folders = scan(digits / "train"), scan(digits / "val")
+    options = Options(recompute=False, workers=0, broken="raise", keep=1, save_every=None)
+    course = Course(Run("tiny", CASES[case]), PARAMS, folders, tmp_path, ALONE, options)
+    assert next(course.batches(course.places())).x.dtype == dtype
+
+
 def test_norms_across_one_process_are_its_norms() -> None:
     """So one process can go on with a run of several."""
     ends = []

@@ -64,8 +64,9 @@ class Batch(NamedTuple):
 class Images(Dataset[Example | Broken]):
     """The transformed images of a folder or of shards, indexed by `Place`.
 
-    What a transform draws depends only on the seed, the epoch and the place: it is the same
-    whichever process asks, and whenever.
+    `read` makes of an open file what the transform takes: an image of Pillow, or with `read_pixels`
+    a tensor of pixels. What a transform draws depends only on the seed, the epoch and the place: it
+    is the same whichever process asks, and whenever.
     """
 
     folder: Scanned
@@ -115,7 +116,7 @@ def loader(
     available, batches lie in pinned memory.
 
     Args:
-      images: the images of a folder.
+      images: the images of a folder or of shards.
       places: the places of each batch's images, such as from `batches`.
       workers: the number of processes that read; 0 reads in this process.
       broken: whether an image that cannot be read raises, or is left out of its batch, which then

@@ -156,7 +156,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            if member.offset < end:
+            if member.offset < end:  # a negative size leads back, and older Pythons go there
                 raise FresnetError(f"it is damaged before byte {end}")
             end = member.offset_data + max(member.size, 0)
             if end > length:
