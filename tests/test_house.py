@@ -87,7 +87,7 @@ fresnet.compile_inference(fresnet.init(0, spec), x)(x)
 def test_little_is_imported_beyond_torch(then: str, most: int, tmp_path: Path) -> None:
     """Neither PyTorch's compilers nor libraries for drawing, images or processes.
 
-    Nor does what runs a network in float32, or tells of it: these are longer imported than it runs.
+    Nor does what runs a network in float32 or describes it, which takes less time than they do.
     """
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128))
     fresnet.save(params, tmp_path / "net.safetensors")
