@@ -78,6 +78,7 @@ spec = fresnet.Spec(fresnet.RESNET18.block, (1,), width=128)
 x = torch.ones(6, 3, 72, 76)
 for name in ("net.safetensors", "net.pth"):
     fresnet.forward(fresnet.load(name, architecture=spec), x)
+fresnet.summary(fresnet.init(0, spec, device="meta"))
 fresnet.compile_inference(fresnet.init(0, spec), x)(x)
 """
 
@@ -86,8 +87,7 @@ fresnet.compile_inference(fresnet.init(0, spec), x)(x)
 def test_little_is_imported_beyond_torch(then: str, most: int, tmp_path: Path) -> None:
     """Neither PyTorch's compilers nor libraries for drawing, images or processes.
 
-    Nor do a load, a pass forward and a network prepared in float32 bring them: they take longer to
-    import than all of these to run.
+    Nor does what runs a network in float32 or describes it, which takes less time than they do.
     """
     params = fresnet.init(0, fresnet.Spec(fresnet.RESNET18.block, (1,), width=128))
     fresnet.save(params, tmp_path / "net.safetensors")

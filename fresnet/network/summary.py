@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from fresnet import tree
 from fresnet.network.check import check_params, first_conv
 from fresnet.network.nodes import (
     LAYERS,
+    Geometry,
     Grid,
+    Head,
+    Pair,
     Params,
     attention_of,
     blocks_of,
@@ -23,8 +25,9 @@ from fresnet.network.nodes import (
     paired,
     units_of,
 )
+from fresnet.network.norm import inference_norm
 from fresnet.network.options import check_image_size
-from fresnet.network.regimes import INFERENCE
+from fresnet.network.regimes import Composed
 
 
 class Row(NamedTuple):
@@ -128,11 +131,11 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
     """
     check_params("summary", params)
     size = check_image_size("summary", image_size)
-    weights, stats = tree.map(lambda leaf: leaf.to("meta"), params)
-    at, conv = paired(weights, stats), first_conv(weights)
-    x = conv.new_empty((1, conv.shape[1], *size))
+    weights, stats = tree.map(_unfilled, params)
+    at, conv, do = paired(weights, stats), first_conv(weights), _Counting()
+    x = conv.new_empty((0, conv.shape[1], *size))
     words = ", ".join(filter(None, [_convolutions(units_of(weights.stem)), weights.stem.note()]))
-    x, row = _measure(weights.stem, partial(at.stem.run, x, INFERENCE), words)
+    x, row = _measure(weights.stem, partial(at.stem.run, x), do, words)
     rows = [row]
     stages = zip(weights.stages, at.stages, grids(weights.stages), strict=True)
     for stage, stage_at, stage_grids in stages:
@@ -142,32 +145,65 @@ def summary(params: Params, image_size: int | tuple[int, int] = 224) -> Summary:
         for block, block_at, grid in each:
             like = f"{tree.map(lambda leaf: tuple(leaf.shape), block)}, {grid}, {x.shape}"
             if like != last:  # else it is the block before again
-                run = partial(block_at.run, x, grid, INFERENCE)
-                x, row = _measure(block, run, _describe_block(block, grid))
+                run = partial(block_at.run, x, grid)
+                x, row = _measure(block, run, do, _describe_block(block, grid))
             stage_rows.append(row)
             last = like
         rows += [row._replace(blocks=len(list(alike))) for row, alike in groupby(stage_rows)]
     if tree.leaves(weights.last):
-        x, row = _measure(weights.last, partial(at.last.run, x, INFERENCE), weights.last.note())
+        x, row = _measure(weights.last, partial(at.last.run, x), do, weights.last.note())
         rows.append(row)
-    _, row = _measure(weights.head, partial(_run_head, weights.head, x), weights.head.note())
+    _, row = _measure(weights.head, partial(_run_head, weights.head, x), do, weights.head.note())
     return Summary((*rows, row))
 
 
-def _run_head(head: Any, x: Tensor) -> tuple[Tensor, tuple[()]]:
-    return head.run(x, INFERENCE), ()
+class _Counting(Composed):
+    """Inference that counts the multiply-adds of an image. Of none it computes nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(inference_norm)
+        self.multiply_adds = 0
+
+    def layer(
+        self,
+        at: Pair,
+        x: Tensor,
+        how: Geometry,
+        *,
+        add: Tensor | None = None,
+        relu: bool = True,
+    ) -> tuple[Tensor, Any]:
+        y, seen = super().layer(at, x, how, add=add, relu=relu)
+        self.multiply_adds += y.shape[1:].numel() * at.unit.conv[0].numel()
+        return y, seen
+
+    def head(self, at: Head, x: Tensor) -> Tensor:
+        self.multiply_adds += at.weight.numel()
+        return super().head(at, x)
+
+
+def _unfilled(leaf: Tensor) -> Tensor:
+    """As large, on the CPU: on meta, a network's first run imports PyTorch's compilers."""
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+
+
+def _run_head(head: Any, x: Tensor, do: Composed) -> tuple[Tensor, tuple[()]]:
+    return head.run(x, do), ()
 
 
 def _measure(
-    node: object, run: Callable[[], tuple[Tensor, object]], description: str
+    node: object,
+    run: Callable[[_Counting], tuple[Tensor, object]],
+    do: _Counting,
+    description: str,
 ) -> tuple[Tensor, Row]:
     """The node's output and its row in the table."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        y, _ = run()
+    before = do.multiply_adds
+    with torch.no_grad():
+        y, _ = run(do)
     parameters = sum(leaf.numel() for leaf in tree.leaves(node))
-    multiply_adds = counter.get_total_flops() // 2
     name, output = type(node).__name__, tuple(y.shape[1:])
-    return y, Row(name, output, 1, parameters, multiply_adds, description)
+    return y, Row(name, output, 1, parameters, do.multiply_adds - before, description)
 
 
 def _describe_block(block: Any, grid: Grid) -> str:
