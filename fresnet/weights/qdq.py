@@ -125,9 +125,9 @@ class _Counting(Floating):
         step = torch.where(step > 0, step, 1.0)
         weight = torch.round(conv * (scale / step)[:, None, None, None]).to(torch.int8)
         products = step * source.scale
-        branch = () if add is None else _levels(_least_to_greatest(ends, add))
-        whole = torch.round(bias / products).to(torch.int32)
-        numbers = Convolution(weight, step, whole, products, branch, _levels(ends))
+        whole, result = torch.round(bias / products).to(torch.int32), _levels(ends)
+        branch = () if add is None else _branch(result, _levels(add))
+        numbers = Convolution(weight, step, whole, products, branch, result)
         return _filled(ends, len(conv)), numbers
 
     def normed(self, at: Pair, x: Tensor) -> tuple[Tensor, Rescaling]:
@@ -190,7 +190,7 @@ def _refuse(unit: Unit) -> NoReturn:
 
 def _levels(ends: Tensor) -> Levels:
     scale, zero_point = affine(ends)
-    return Levels(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.uint8))
+    return Levels(ends.new_tensor(scale), ends.new_tensor(zero_point, dtype=torch.uint8))
 
 
 def _filled(ends: Tensor, channels: int) -> Tensor:
@@ -198,15 +198,11 @@ def _filled(ends: Tensor, channels: int) -> Tensor:
     return ends[:, None, None, None].expand(2, channels, 1, 1)
 
 
-def _least_to_greatest(ends: Tensor, add: Tensor) -> Tensor:
-    """The range within which a branch tells in its sum with a shortcut.
-
-    A sum is clipped to its own range. If the branch is below this range, the sum is clipped
-    whatever is added, and so it is above.
-    """
-    zeros = ends.new_zeros(1)
-    (low, high), (least, most) = (torch.cat((e.flatten(), zeros)).aminmax() for e in (ends, add))
-    return torch.stack((low - most, high - least))
+def _branch(total: Levels, shortcut: Levels) -> Levels:
+    """Levels for all that tells in a sum: beyond them it is clipped, whatever the shortcut is."""
+    step = total.scale + shortcut.scale
+    below = total.zero_point * total.scale + (255 - shortcut.zero_point) * shortcut.scale
+    return Levels(step, torch.round(below / step).to(torch.uint8))
 
 
 def _again(function: Callable[..., Tensor], x: Activations, *how: int) -> Activations:
