@@ -119,7 +119,7 @@ class _Counting(Floating):
                 source = _levels(x)
             case _:
                 _refuse(at.unit)
-        # A channel of tiny weights would have a bias of more steps than int32 has.
+        # Of tiny weights a bias may be more steps than int32 has, and weights of 0 have no steps.
         least = bias.abs() / (LARGEST * source.scale)
         step = torch.where(conv.flatten(1).any(1), scale, least).maximum(least)
         step = torch.where(step > 0, step, 1.0)
