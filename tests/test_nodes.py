@@ -73,6 +73,7 @@ from fresnet.network.nodes import (
 )
 from fresnet.network.regimes import INFERENCE, TRAINING
 from fresnet.network.rewrites import _folded
+from fresnet.weights.qdq import _Counting
 
 X = torch.randn(2, 3, 71, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -470,6 +471,7 @@ REGIMES: dict[str, Callable[[], Regime]] = {
     "oneDNN": OneDNN,
     "cuDNN": CuDNN,
     "int8": lambda: _Packing(2),
+    "QDQ": _Counting,
 }
 
 

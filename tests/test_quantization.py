@@ -16,7 +16,8 @@ from torch.nn.functional import conv2d
 import fresnet
 from fresnet import FresnetError, Params, optim, tree
 from fresnet.inference import int8
-from fresnet.inference.int8 import Affine, affine, convolution, from_levels, to_levels
+from fresnet.inference.int8 import convolution, from_levels, to_levels
+from fresnet.network.levels import Affine, affine
 from fresnet.network.nodes import Bottleneck, FramedStem7x7, Geometry, StandardisedLayer, kinds
 from fresnet.training import make_train_step, start
 

@@ -78,7 +78,7 @@ def compile_inference(params: Params | Quantized, x: Tensor) -> Inference:
     network: Any
     prepare: Callable[[Any, Tensor], Inference]
     if isinstance(params, Quantized):
-        int8.check_quantized("compile_inference", params)
+        int8.check_runnable("compile_inference", params)
         network, prepare = tree.map(torch.clone, params), int8.prepare
     else:
         check_params("compile_inference", params)

@@ -5,16 +5,16 @@ PyTorch has these operators for its compilers alone. No other file here touches 
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from fresnet import tree
 from fresnet.errors import FresnetError, describe
 from fresnet.inference.fused import FusedLayer, Inference, with_columns
 from fresnet.network import ops
 from fresnet.network.faults import missing_columns
+from fresnet.network.levels import Affine, affine, check_quantized
 from fresnet.network.net import run_network
 from fresnet.network.nodes import (
     PLAIN,
@@ -34,20 +34,6 @@ OPERATORS = (
     (torch.ops.onednn, "qconv2d_pointwise"),
     (torch.ops.quantized, "max_pool2d"),
 )
-
-
-class Affine(NamedTuple):
-    """The values that levels of uint8 stand for: scale * (level - zero_point)."""
-
-    scale: float
-    zero_point: int
-
-
-def affine(x: Tensor) -> Affine:
-    """The levels for values like these, in equal steps, with zero among them."""
-    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
-    scale = (high - low) / 255 or 1.0
-    return Affine(scale, round(-low / scale))
 
 
 def to_levels(x: Tensor, levels: Affine) -> Tensor:
@@ -81,18 +67,13 @@ def is_supported() -> bool:
     return bool(layer(x, None)[0, 0, 1, 1] == 200)
 
 
-def check_quantized(caller: str, network: Quantized) -> None:
+def check_runnable(caller: str, network: Quantized) -> None:
     """Refuse a quantised network that has been cast or moved, and a machine without kernels for it.
 
     Raises:
       FresnetError: saying what was expected and what came.
     """
-    for leaf in tree.leaves(network):
-        if leaf.dtype not in (torch.int8, torch.float32) or leaf.device.type != "cpu":
-            raise FresnetError(
-                f"{caller} expects a network as quantize returns it, in int8 and float32 on the "
-                f"CPU; got {leaf.dtype} on {leaf.device}"
-            )
+    check_quantized(caller, network)
     if not is_supported():
         raise FresnetError(
             f"{caller} expects oneDNN for int8, on a processor with exact sums (VNNI); got none"

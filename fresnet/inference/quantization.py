@@ -30,7 +30,7 @@ from fresnet.network.rewrites import fold, merge_over
 
 
 def quantize(params: Params, batches: Iterable[Tensor | Sequence[object]]) -> Quantized:
-    """The network in int8, for `compile_inference`: post-training static quantisation.
+    """The network in int8, for `compile_inference` and `export`: post-training static quantisation.
 
     Norms are folded. Each output channel's weights are rounded to -127, ..., 127 steps of 1/127 of
     the largest. The batches are run in float32 to find the range of each layer's results. uint8

@@ -16,17 +16,19 @@ from torch.export import Dim, ExportedProgram
 
 from fresnet.errors import FresnetError, shown
 from fresnet.network.check import check_params, check_values, first_conv
-from fresnet.network.nodes import NoHead, Params
+from fresnet.network.levels import check_quantized
+from fresnet.network.nodes import NoHead, Params, Quantized
 from fresnet.network.options import check_image_size
 from fresnet.numbers import as_integer
 from fresnet.pytorch.compilers import TELLS
 from fresnet.reading import as_path, named_in_utf8
 from fresnet.weights.module import as_module
+from fresnet.weights.qdq import QuantizedGraph
 from fresnet.weights.storage import write_file
 
 SUFFIXES = (".onnx", ".pt2")
 
-Write: TypeAlias = Callable[[Params, tuple[int, int] | None, Path], None]
+Write: TypeAlias = Callable[[Any, tuple[int, int] | None, Path], None]
 """Writes a network for images of a size, or of any, to a file."""
 
 OLDEST = 13
@@ -41,7 +43,7 @@ THIRD_PARTY_WARNINGS = (
 
 
 def export(
-    params: Params,
+    params: Params | Quantized,
     path: str | os.PathLike[str],
     *,
     image_size: int | tuple[int, int] | None = None,
@@ -53,7 +55,8 @@ def export(
     The path's ending says what is written. `.onnx` is ONNX. `.pt2` is a program for
     `torch.export.load` or, with `compiled`, machine code for `torch._inductor.aoti_load_package`.
     Each takes x `[b c h w]` with any b, in the dtype of the weights, and gives what `forward`
-    returns. `docs/deployment.md` shows how to run them. The file is written whole or not at all.
+    returns. A quantised network takes float32, and runtimes run it in int8. `docs/deployment.md`
+    shows how to run them. The file is written whole or not at all.
 
     >>> import fresnet, tempfile, torch
     >>> params = fresnet.init(0, fresnet.RESNET18, num_classes=10)
@@ -64,7 +67,7 @@ def export(
     torch.Size([3, 10])
 
     Args:
-      params: the network.
+      params: the network; or that of `quantize`, which is written as `.onnx` alone.
       path: the file to write, ending in `.onnx` or `.pt2`. An existing file is replaced.
       image_size: the one size of images that the file takes, as the side of a square or as height
         and width. By default a `.pt2` takes every size beyond the network's stride (from 33 on for
@@ -73,17 +76,25 @@ def export(
       opset: the version of ONNX's operators in an `.onnx`, from 13 on, for runtimes that do not
         read the newest; by default PyTorch's choice.
     Raises:
-      FresnetError: if params is not a network with values, if path, image_size or opset is not as
-        above, or if the file cannot be written.
+      FresnetError: if params is not a network with values, or has been cast or moved once it was
+        quantised, if path, image_size or opset is not as above, or if the file cannot be written.
     """
-    check_params("export", params)
-    check_values("export", params)
+    if isinstance(params, Quantized):
+        check_quantized("export", params)
+    else:
+        check_params("export", params)
+        check_values("export", params)
     size = None if image_size is None else check_image_size("export", image_size)
     version, is_onnx = as_integer(opset), as_path(path).suffix == ".onnx"
     if opset is not None and (version is None or version < OLDEST or not is_onnx):
         raise FresnetError(
             f"export expects opset to be an integer from {OLDEST} on, for an .onnx; "
             f"got {shown(opset)}"
+        )
+    if isinstance(params, Quantized) and (compiled or not is_onnx):
+        raise FresnetError(
+            "export expects a path that ends in .onnx, and no compiled, for a network of quantize; "
+            f"got {path!s}: for PyTorch, export the network that was quantised"
         )
     match as_path(path).suffix, compiled:
         case (".onnx", False):
@@ -99,7 +110,7 @@ def export(
         write_file("export", path, partial(write, params, size))
 
 
-def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
+def _program(params: Params | Quantized, size: tuple[int, int] | None) -> ExportedProgram:
     """The network's graph, with symbols for the sizes that are not fixed."""
     if not TELLS:
         raise FresnetError(f"it takes PyTorch 2.7 or newer; this is {torch.__version__}")
@@ -108,10 +119,12 @@ def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     # The first convolution takes channels last. If the example is laid out so, only the kernel of
     # that convolution reads x, and it looks at strides. Otherwise compiled code would rearrange x
     # as if it were contiguous.
-    x = conv.new_zeros(2, conv.shape[1], *(size or (side, side)))
+    like = conv if isinstance(params, Params) else params.images
+    x = like.new_zeros(2, conv.shape[1], *(size or (side, side)))
     x = x.contiguous(memory_format=torch.channels_last)
     dynamic = dict.fromkeys(_dynamic(size), Dim.DYNAMIC)
-    module = as_module(params).requires_grad_(False)  # else a loaded program would build graphs
+    module = as_module(params) if isinstance(params, Params) else QuantizedGraph(params)
+    module.requires_grad_(False)  # else a loaded program would build graphs
     with _plain_division():
         program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,), strict=False)
     for node in program.graph.nodes:
@@ -119,7 +132,7 @@ def _program(params: Params, size: tuple[int, int] | None) -> ExportedProgram:
     return program
 
 
-def _odd_side(params: Params) -> int:
+def _odd_side(params: Params | Quantized) -> int:
     """The side of images that are odd in every stage, with several pixels in the last.
 
     A program compiled for an even size pools wrongly at odd ones; a program compiled for an odd
@@ -163,7 +176,7 @@ def _write_compiled(params: Params, size: tuple[int, int] | None, path: Path) ->
 
 
 def _write_onnx(
-    opset: int | None, params: Params, size: tuple[int, int] | None, path: Path
+    opset: int | None, params: Params | Quantized, size: tuple[int, int] | None, path: Path
 ) -> None:
     try:
         import onnx
@@ -172,6 +185,8 @@ def _write_onnx(
         raise FresnetError("it takes onnx: pip install 'fresnet[export]'") from error
     if (dtype := first_conv(params.weights).dtype) == torch.bfloat16:
         raise FresnetError(f"ONNX expects float32, float16 or float64 weights; got {dtype}")
+    if isinstance(params, Quantized) and not hasattr(torch.onnx, "ops"):
+        raise FresnetError(f"PyTorch {torch.__version__} writes no operators of ONNX: it takes 2.8")
     program, rules = _program(params, size), {torch.ops.aten.addcmul.default: _multiply_add}
     try:
         rewritten = program.run_decompositions(rules)
