@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from digits import arguments, load
-from matplotlib.figure import Figure
+from style import figure
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
@@ -50,15 +50,15 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 10) -> tuple[
 
 
 def draw(curves: dict[str, tuple[Tensor, ...]], path: Path) -> None:
-    figure = Figure(figsize=(5.5, 5), layout="constrained")
-    axes = figure.subplots()
+    picture = figure(5.0)
+    axes = picture.subplots()
     axes.plot([0, 1], [0, 1], color="black", linestyle=":", label="as right as confident")
     for name, (confidence, accuracy, gap) in curves.items():
         axes.plot(confidence, accuracy, marker="o", label=f"{name}: calibration error {gap:.1%}")
-    axes.set(title="calibration on 360 test digits", xlabel="mean confidence", ylabel="accuracy")
-    axes.grid(alpha=0.3)
+    axes.set(title="Confidence against accuracy on 360 test digits")
+    axes.set(xlabel="mean confidence", ylabel="share right")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    picture.savefig(path)
 
 
 def main() -> None:

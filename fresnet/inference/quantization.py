@@ -62,7 +62,7 @@ def quantize(params: Params, batches: Iterable[Tensor | Sequence[object]]) -> Qu
       FresnetError: if params is not a network in float32, or is on meta, if batches is a tensor or
         holds none, if blocks have attention, if activations are not finite, or as `forward` does.
     Source: Jacob et al. 2017, arXiv:1712.05877, Sec. 2.1; Krishnamoorthi 2018, arXiv:1806.08342,
-      Sec. 3.1, per channel.
+    Sec. 3.1, per channel.
     """
     check_params("quantize", params)
     conv = first_conv(params.weights)
