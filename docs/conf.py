@@ -97,14 +97,17 @@ def short_types(
     obj: object,
     options: object,
     signature: str | None,
-    returns: str,
-) -> tuple[str | None, str]:
+    returns: str | None,
+) -> tuple[str | None, str | None]:
     """Have a type shown by its name: a default as `Norm`, and an annotation as `Rate`."""
-    if signature:
-        signature = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature)
-        for long, short in ALIASES.items():
-            signature = signature.replace(long, short)
-    return signature, returns
+
+    def short(text: str | None) -> str | None:
+        for long, name in ALIASES.items():
+            text = text and text.replace(long, name)
+        return text
+
+    default_by_name = signature and re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature)
+    return short(default_by_name), short(returns)
 
 
 def setup(app: Sphinx) -> None:

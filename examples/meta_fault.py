@@ -71,13 +71,14 @@ def by_stock(weights: Any, x: Tensor) -> Tensor:
 
     def layer(of: Any, x: Tensor, stride: int = 1) -> Tensor:
         y = conv2d(x, of.conv, stride=stride, padding=of.conv.shape[-1] // 2)
-        return batch_norm(y, None, None, *of.norm, training=True)
+        return batch_norm(y, None, None, of.norm.scale, of.norm.bias, training=True)
 
     x = layer(weights.stem.layer, x).relu()
     for (block,), stride in zip(weights.stages, (1, 2), strict=True):
         y = layer(block.layer2, layer(block.layer1, x, stride).relu())
         x = (y + (x if stride == 1 else layer(block.shortcut.layer, x, stride))).relu()
-    return x.mean((2, 3)) @ weights.head.weight.T + weights.head.bias
+    logits: Tensor = x.mean((2, 3)) @ weights.head.weight.T + weights.head.bias
+    return logits
 
 
 def by_fresnet(stats: Any) -> Network:

@@ -5,13 +5,15 @@ the other, and its letters are large. Okabe and Ito's colours are told apart by 
 too.
 """
 
+from typing import Any
+
 import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.figsize": (6.4, 4.2),
     "figure.constrained_layout.use": True,
     "savefig.dpi": 120,
