@@ -108,8 +108,9 @@ def draw(measured: dict[str, list[Tensor]], steps: int, path: Path) -> None:
             length = len(curves[i])
             above = 3 - length / 1000  # No short curve is hidden by a long one.
             axes.plot(range(1, length + 1), curves[i], color=color, label=name, zorder=above)
-        axes.set(title=title, xlabel="rank" if i == 3 else "layer", yscale="log")
+        axes.set(title=title, xlabel="rank" if i == 3 else "layer")
         axes.set_ylabel("norm" if i < 2 else "standard deviation")
+        axes.set_yscale("log" if i < 2 else "linear")
     for above, below in (panels[:2], panels[2:]):
         below.sharey(above)
     panels[0].legend()

@@ -70,12 +70,13 @@ def draw(log_rates: Tensor, losses: list[float], path: Path) -> None:
     for i, name in enumerate(KINDS):
         rate_axes.plot(range(1, len(log_rates) + 1), log_rates[:, i].exp(), ".-", label=name)
     rate_axes.axhline(FIRST_RATE, color="black", linestyle=":", label="before")
-    rate_axes.set(title="Learned learning rates", xlabel="training step", yscale="log")
+    rate_axes.set(title="Learned learning rates", xlabel="training step", ylim=(0, None))
     rate_axes.set_ylabel("learning rate")
-    rate_axes.legend()
+    rate_axes.legend(loc="upper right")
     loss_axes.plot(losses, ".-")
     loss_axes.set(title=f"Held-out loss after {len(log_rates)} training steps")
     loss_axes.set(xlabel="meta-iteration", ylabel="cross-entropy")
+    loss_axes.xaxis.get_major_locator().set_params(integer=True)
     picture.savefig(path)
 
 

@@ -1,8 +1,8 @@
 """How the pictures of examples and tutorials look, so that a phone shows them readably.
 
 A phone shows a picture 360 pixels wide. So a picture is 6.4 inches wide, its panels stand one below
-the other, and its letters are large. Okabe and Ito's colours are told apart by colour-blind readers
-too.
+the other, and its letters are large. Colour-blind readers tell the colours apart, which are Paul
+Tol's "vibrant" ones.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+BLUE, ORANGE, TEAL, RED, MAGENTA = "#0077BB", "#EE7733", "#009988", "#CC3311", "#EE3377"
 
 STYLE: dict[Any, Any] = {
     "figure.figsize": (6.4, 4.2),
@@ -20,7 +20,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 13,
     "figure.titlesize": 14,
     "axes.titlesize": 14,
-    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE]),
+    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, TEAL, RED, MAGENTA]),
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
