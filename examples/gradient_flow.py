@@ -102,7 +102,9 @@ def draw(measured: dict[str, list[Tensor]], steps: int, path: Path) -> None:
         "The same responses, the largest first",
     )
     picture = figure(13.0)
-    panels = picture.subplots(4, 1)
+    panels: list[Any] = []
+    for i in range(4):  # the second and the fourth have the scale of the one above
+        panels.append(picture.add_subplot(4, 1, i + 1, sharey=panels[-1] if i % 2 else None))
     for i, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         for color, (name, curves) in zip(colors, measured.items(), strict=True):
             length = len(curves[i])
@@ -111,8 +113,6 @@ def draw(measured: dict[str, list[Tensor]], steps: int, path: Path) -> None:
         axes.set(title=title, xlabel="rank" if i == 3 else "layer")
         axes.set_ylabel("norm" if i < 2 else "standard deviation")
         axes.set_yscale("log" if i < 2 else "linear")
-    for above, below in (panels[:2], panels[2:]):
-        below.sharey(above)
     panels[0].legend()
     picture.savefig(path)
 

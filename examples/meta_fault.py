@@ -33,7 +33,7 @@ from fresnet import FresnetError, Params, optim, tree
 
 SPEC = fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=8, stem=fresnet.nodes.Stem3x3)
 TRAINED, HELD_OUT = torch.arange(5), torch.arange(5, 10)  # classes
-TASKS, ASKED, RUNS, STEPS = 4, 200, 8, 80  # of a step, held out, at once, of a run
+TASKS, ASKED, RUNS, STEPS = 4, 200, 8, 60  # of a step, held out, at once, of a run
 INNER_RATE, RATE = 0.4, 0.003
 Y = torch.arange(5)
 
