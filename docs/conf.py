@@ -12,6 +12,8 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+import style  # noqa: E402
+
 import fresnet  # noqa: E402
 
 project = html_title = "fresnet"
@@ -30,15 +32,26 @@ suppress_warnings = ["config.cache"]  # A function stands in the settings of the
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # Annotations name types of PyTorch and of Python.
 
-python_maximum_signature_line_length = 80
+python_maximum_signature_line_length = 40  # what a phone shows in a line
+toc_object_entries_show_parents = "hide"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # "x, y: the same of both" stays one entry
+napoleon_use_rtype = False  # "Returns: (grads, loss): what they are" stays one sentence
+ALIASES = {
+    "~collections.abc.Callable[[tuple[str | int, ...]], bool]": "~fresnet.tree.Where",
+    "~collections.abc.Callable[[~torch.Tensor], float | ~torch.Tensor]": "~fresnet.optim.Schedule",
+    "float | ~torch.Tensor | ~fresnet.optim.Schedule": "~fresnet.optim.Rate",
+    "~collections.abc.Callable[[~PIL.Image.Image, ~torch._C.Generator], ~torch.Tensor]": (
+        "~fresnet.data.Transform"
+    ),
+}
+"""Long types, and the public names of them."""
 
 
-def style(conf: dict[str, Any], file: str) -> None:
-    """Pictures that can be read on a phone."""
-    mpl.rcParams.update({"figure.figsize": (6.4, 4.2), "figure.constrained_layout.use": True})
-    mpl.rcParams.update({"font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 120})
+def in_style(conf: dict[str, Any], file: str) -> None:
+    """Pictures like those of the examples."""
+    mpl.rcParams.update(style.STYLE)
 
 
 sphinx_gallery_conf = {
@@ -48,7 +61,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "capture_repr": (),
     "abort_on_example_error": True,
-    "reset_modules": ("matplotlib", style),
+    "reset_modules": ("matplotlib", in_style),
     "download_all_examples": False,
     "show_signature": False,
     "min_reported_time": 1e6,  # seconds: none is reported, as machines differ
@@ -77,22 +90,29 @@ def pages_of_tutorials(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"\(tutorials/(\w+)\.py\)", r"(gallery/\1)", source[0])
 
 
-def types_by_name(
+def short_types(
     app: Sphinx,
     what: str,
     name: str,
     obj: object,
     options: object,
     signature: str | None,
-    returns: str,
-) -> tuple[str | None, str]:
-    """Have defaults that are types or functions shown by name: `Norm`, not `<class '...Norm'>`."""
+    returns: str | None,
+) -> tuple[str | None, str | None]:
+    """Have a type or a function shown by its name: a default as `Norm`, an annotation as `Rate`."""
+
+    def short(text: str | None) -> str | None:
+        for long, name in ALIASES.items():
+            text = text and text.replace(long, name)
+        return text
+
     named = r"<(?:class '(?:\w+\.)*|function )(\w+)[^>]*>"
-    return signature and re.sub(named, r"\1", signature), returns
+    default_by_name = signature and re.sub(named, r"\1", signature)
+    return short(default_by_name), short(returns)
 
 
 def setup(app: Sphinx) -> None:
     app.add_lexer("imports", TextLexer)  # the list in CONTRIBUTING.md
     app.connect("source-read", pages_of_tutorials)
     app.connect("autodoc-process-docstring", docstring, priority=100)  # before napoleon
-    app.connect("autodoc-process-signature", types_by_name)
+    app.connect("autodoc-process-signature", short_types)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from digits import Digits, arguments, load
 from matplotlib import colormaps
-from matplotlib.figure import Figure
+from style import figure
 from torch import Tensor
 from torch.func import grad
 from torch.nn.functional import cross_entropy
@@ -82,8 +82,8 @@ def train(name: str, digits: Digits, test: Digits, seed: int, epochs: int) -> tu
 
 
 def draw(curves: dict[str, dict[int, tuple[Tensor, ...]]], path: Path) -> None:
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    picture = figure(8.0)
+    panels = picture.subplots(2, 1, sharex=True, sharey=True)
     for axes, (kind, by_depth) in zip(panels, curves.items(), strict=True):
         shades = colormaps["viridis_r"](torch.linspace(0.15, 0.95, len(by_depth)))
         for color, (depth, (_, error, test_error)) in zip(shades, by_depth.items(), strict=True):
@@ -93,12 +93,11 @@ def draw(curves: dict[str, dict[int, tuple[Tensor, ...]]], path: Path) -> None:
             ends = torch.arange(1, len(test_error) + 1) * PER_EPOCH
             axes.plot(ends, 100 * test_error, color=color, label=f"{depth} layers")
         axes.set(
-            title=f"{KINDS[kind]} networks", xlabel="training step", xlim=(0, None), ylim=(0, 100)
+            title=f"{KINDS[kind].capitalize()} networks", ylabel="error, %", xlim=0, ylim=(0, 100)
         )
-        axes.grid(alpha=0.3)
         axes.legend(title="solid: test, dashed: training")
-    panels[0].set_ylabel("error (%)")
-    figure.savefig(path, dpi=120)
+    panels[1].set_xlabel("training step")
+    picture.savefig(path)
 
 
 def main() -> None:

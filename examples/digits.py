@@ -13,8 +13,8 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
+from style import RED, figure
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -67,25 +67,24 @@ def arguments(full: str | None = None) -> argparse.Namespace:
 
 
 def draw_predictions(digits: Digits, logits: Tensor, path: Path) -> None:
-    """Draw 60 digits with prediction and confidence. Errors come first and are marked in red."""
+    """Draw 30 digits with prediction and confidence. Errors come first and are marked in red."""
     confidence, prediction = logits.softmax(1).max(1)
     wrong = prediction != digits.labels
-    order = torch.argsort(wrong, descending=True, stable=True)[:60].tolist()
-    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    order = torch.argsort(wrong, descending=True, stable=True)[:30].tolist()
+    picture = figure(8.0)
     right = len(wrong) - int(wrong.sum())
-    figure.suptitle(
-        f"{right} of {len(wrong)} test digits right: prediction and confidence, errors first"
+    picture.suptitle(
+        f"{right} of {len(wrong)} test digits right: prediction, confidence; red: wrong"
     )
-    for axes, i in zip(figure.subplots(5, 12).flat, order, strict=True):
+    for axes, i in zip(picture.subplots(5, 6).flat, order, strict=True):
         axes.imshow(digits.images[i, 0], cmap="gray_r", interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
-        color, text = "black", f"{prediction[i]}  {confidence[i]:.0%}"
+        axes.set_axis_off()
+        text = f"{prediction[i]}, {confidence[i]:.0%}"
         if wrong[i]:
-            color, text = "crimson", f"{text}\nis a {digits.labels[i]}"
-            for spine in axes.spines.values():
-                spine.set(color=color, linewidth=3)
-        axes.set_title(text, fontsize=9, color=color)
-    figure.savefig(path, dpi=120)
+            axes.set_title(f"{text}\nis {digits.labels[i]}", color=RED)
+        else:
+            axes.set_title(text)
+    picture.savefig(path)
 
 
 def least_loss(smoothing: float, classes: int = 10) -> float:
@@ -99,18 +98,19 @@ def draw_curves(
     history: Sequence[tuple[float, float]], per_epoch: int, smoothing: float, path: Path
 ) -> None:
     """Draw the loss and accuracy of each batch, and their means over the 11 batches around it."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    picture = figure(7.0)
     epochs = [(step + 1) / per_epoch for step in range(len(history))]
-    names = ("training loss (label-smoothed)", "training accuracy")
-    for i, (axes, name) in enumerate(zip(figure.subplots(1, 2), names, strict=True)):
-        values = [record[i] for record in history]
+    names = ("Loss on training digits, labels smoothed", "Share of training digits right, %")
+    panels = picture.subplots(2, 1, sharex=True)
+    for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        values = [record[i] * (1, 100)[i] for record in history]
         axes.plot(epochs, values, linewidth=0.8, alpha=0.4, color="C0", label="each batch")
         smooth = [mean(values[max(0, middle - 5) : middle + 6]) for middle in range(len(values))]
         axes.plot(epochs, smooth, color="C0", label="mean of 11")
-        axes.set(xlabel="epoch", title=name)
-        axes.grid(alpha=0.3)
-    loss_axes, accuracy_axes = figure.axes
+        axes.set_title(name)
+    loss_axes, accuracy_axes = panels
+    accuracy_axes.set_xlabel("epoch")
     loss_axes.axhline(least_loss(smoothing), color="black", linestyle=":", label="least possible")
     loss_axes.legend()
     accuracy_axes.legend()
-    figure.savefig(path, dpi=120)
+    picture.savefig(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from digits import arguments, load
-from matplotlib.figure import Figure
+from style import figure
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
@@ -49,16 +49,16 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 10) -> tuple[
     return mean_confidence[count > 0], accuracy[count > 0], gap
 
 
-def draw(curves: dict[str, tuple[Tensor, ...]], path: Path, *, title: str) -> None:
-    figure = Figure(figsize=(5.5, 5), layout="constrained")
-    axes = figure.subplots()
+def draw(curves: dict[str, tuple[Tensor, ...]], path: Path, *, images: str) -> None:
+    picture = figure(5.0)
+    axes = picture.subplots()
     axes.plot([0, 1], [0, 1], color="black", linestyle=":", label="as right as confident")
     for name, (confidence, accuracy, gap) in curves.items():
         axes.plot(confidence, accuracy, marker="o", label=f"{name}: calibration error {gap:.1%}")
-    axes.set(title=title, xlabel="mean confidence", ylabel="accuracy")
-    axes.grid(alpha=0.3)
+    axes.set(title=f"Confidence against accuracy on {images}")
+    axes.set(xlabel="mean confidence", ylabel="share right")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    picture.savefig(path)
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
     best = probabilities[accuracies.argmax()]
     curves = {"best member": reliability(best, test.labels)}
     curves |= {"ensemble": reliability(together, test.labels)}
-    draw(curves, args.out / "calibration.png", title="calibration on 360 test digits")
+    draw(curves, args.out / "calibration.png", images="360 test digits")
     print(f"wrote calibration.png to {args.out}")
 
 

@@ -110,7 +110,7 @@ def main() -> None:
     print(table(read(args.out / "ensemble.csv")))
     curves = {"first member": reliability(each[0], labels, BINS)}
     curves |= {"ensemble": reliability(together, labels, BINS)}
-    draw(curves, args.out / "calibration.png", title=f"calibration on {len(labels):,} test images")
+    draw(curves, args.out / "calibration.png", images=f"{len(labels):,} test images")
 
 
 if __name__ == "__main__":

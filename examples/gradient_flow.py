@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from digits import Digits, arguments, load
 from matplotlib import colormaps
-from matplotlib.figure import Figure
+from style import figure
 from torch import Tensor
 from torch.func import grad
 from torch.nn.functional import cross_entropy
@@ -96,24 +96,25 @@ def draw(measured: dict[str, list[Tensor]], steps: int, path: Path) -> None:
     shades = torch.linspace(0.45, 0.9, len(measured) // 2)
     colors = [color for shade_map in ("Oranges", "Blues") for color in colormaps[shade_map](shades)]
     titles = (
-        "gradient by the weights of each layer, at initialisation",
-        f"the same after {steps} steps",
-        f"responses of each layer after {steps} steps",
-        "the same, sorted by magnitude",
+        "Gradient of each layer's weights, at first",
+        f"Gradient of each layer's weights after {steps} steps",
+        f"Responses of each layer after {steps} steps",
+        "The same responses, the largest first",
     )
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    panels = figure.subplots(2, 2, sharey="row").flat
+    picture = figure(13.0)
+    panels: list[Any] = []
+    for i in range(4):  # the second and the fourth have the scale of the one above
+        panels.append(picture.add_subplot(4, 1, i + 1, sharey=panels[-1] if i % 2 else None))
     for i, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         for color, (name, curves) in zip(colors, measured.items(), strict=True):
             length = len(curves[i])
             above = 3 - length / 1000  # No short curve is hidden by a long one.
             axes.plot(range(1, length + 1), curves[i], color=color, label=name, zorder=above)
         axes.set(title=title, xlabel="rank" if i == 3 else "layer")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set(ylabel="norm of the gradient", yscale="log")
-    figure.axes[2].set(ylabel="standard deviation", yscale="log")
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+        axes.set_ylabel("norm" if i < 2 else "standard deviation")
+        axes.set_yscale("log" if i < 2 else "linear")
+    panels[0].legend()
+    picture.savefig(path)
 
 
 def main() -> None:

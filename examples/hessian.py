@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from digits import arguments, load, small
-from matplotlib.figure import Figure
+from style import figure
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.nn.functional import cross_entropy
@@ -56,24 +56,26 @@ def lanczos(product: Loss, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 def draw(loss: Loss, at: Tensor, ritz: list[Tensor], plane: Tensor, path: Path) -> None:
     """Draw the Ritz values by Lanczos step, and the loss on a plane through the weights."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    ritz_axes, axes = figure.subplots(1, 2)
+    picture = figure(9.0)
+    ritz_axes, axes = picture.subplots(2, 1)
     for step, values in enumerate(ritz, start=1):
-        ritz_axes.plot([step] * step, values, ".", color="grey", markersize=3)
-    ritz_axes.set(title="Hessian", xlabel="Lanczos step", ylabel="Ritz value")
+        ritz_axes.plot([step] * step, values, ".", color="C0", markersize=4)
+    ritz_axes.set(title="Ritz values converge to eigenvalues")
+    ritz_axes.set(xlabel="Lanczos step", ylabel="Ritz value")
     sharpest, slope = ritz[-1].flip(0)[:2], plane @ grad(loss)(at)
     span = torch.linspace(-1, 1, 21, dtype=at.dtype) * (2 * RISE / sharpest[:, None]).sqrt()
     grid = torch.stack(torch.meshgrid(*span, indexing="xy"), dim=-1)
     surface = vmap(vmap(loss), chunk_size=1)(at + grid @ plane)
     taylor = loss(at) + grid @ slope + grid.square() @ sharpest / 2
     filled = axes.contourf(*grid.movedim(-1, 0), surface, levels=15)
-    figure.colorbar(filled, label="training loss")
+    picture.colorbar(filled, label="training loss")
     dotted = {"levels": filled.levels, "colors": "white", "linestyles": "dotted"}
     axes.contour(*grid.movedim(-1, 0), taylor, **dotted)
     axes.plot(0, 0, "+", color="white", markersize=10)
-    axes.set(title="loss about the trained weights (+); dotted: to second order")
+    axes.set(title="Loss about the trained weights (+)\ndotted: to second order")
     axes.set(xlabel="along eigenvector 1", ylabel="along eigenvector 2")
-    figure.savefig(path, dpi=120)
+    axes.grid(False)
+    picture.savefig(path)
 
 
 def main() -> None:

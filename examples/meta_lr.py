@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from digits import Digits, arguments, load, small
-from matplotlib.figure import Figure
+from style import figure
 from torch import Tensor
 from torch.func import grad, grad_and_value
 from torch.nn.functional import cross_entropy
@@ -65,20 +65,19 @@ def meta_loss(log_rates: Tensor, params: Params, batches: Digits, held_out: Digi
 
 
 def draw(log_rates: Tensor, losses: list[float], path: Path) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    rate_axes, loss_axes = figure.subplots(1, 2)
+    picture = figure(8.0)
+    rate_axes, loss_axes = picture.subplots(2, 1)
     for i, name in enumerate(KINDS):
         rate_axes.plot(range(1, len(log_rates) + 1), log_rates[:, i].exp(), ".-", label=name)
     rate_axes.axhline(FIRST_RATE, color="black", linestyle=":", label="before")
-    rate_axes.set(title="learned learning rates", xlabel="training step", yscale="log")
-    rate_axes.legend()
+    rate_axes.set(title="Learned learning rates", xlabel="training step", ylim=(0, None))
+    rate_axes.set_ylabel("learning rate")
+    rate_axes.legend(loc="upper right")
     loss_axes.plot(losses, ".-")
-    loss_axes.set(
-        title=f"held-out loss after {len(log_rates)} training steps", xlabel="meta-iteration"
-    )
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    loss_axes.set(title=f"Held-out loss after {len(log_rates)} training steps")
+    loss_axes.set(xlabel="meta-iteration", ylabel="cross-entropy")
+    loss_axes.xaxis.get_major_locator().set_params(integer=True)
+    picture.savefig(path)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from digits import Digits, arguments, load
-from matplotlib.figure import Figure
+from style import figure
 from torch import Tensor
 from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn.functional import one_hot
@@ -78,22 +78,22 @@ def regress(kernel: Tensor, labels: Tensor, cross_kernel: Tensor) -> Tensor:
 
 def draw(kernel: Tensor, labels: Tensor, path: Path) -> None:
     """Draw the kernel as cosines between gradients, sorted by class, and its eigenvalues."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    axes, spectrum_axes = figure.subplots(1, 2)
+    picture = figure(9.5)
+    axes, spectrum_axes = picture.subplots(2, 1, height_ratios=(5, 4))
     order, norms = labels.argsort(stable=True), kernel.diagonal().sqrt()
     image = axes.imshow((kernel / norms / norms[:, None])[order][:, order], cmap="magma")
-    figure.colorbar(image, label="cosine of two digits' gradients")
+    picture.colorbar(image, label="cosine of two digits' gradients")
     ends = torch.bincount(labels, minlength=CLASSES).cumsum(0) - 0.5
     middles = (ends + torch.cat([ends.new_tensor([-0.5]), ends[:-1]])) / 2
     for line, ticks in ((axes.axhline, axes.set_yticks), (axes.axvline, axes.set_xticks)):
         ticks(middles.tolist(), range(CLASSES))
         for end in ends[:-1].tolist():
             line(end, color="white", linewidth=0.5)
-    axes.set(title="tangent kernel, sorted by class", xlabel="digit", ylabel="digit")
+    axes.set(title="Tangent kernel, sorted by class", xlabel="digit", ylabel="digit")
+    axes.grid(False)
     spectrum_axes.semilogy(torch.linalg.eigvalsh(kernel).flip(0), ".-")
-    spectrum_axes.set(title="spectrum of the kernel", xlabel="rank", ylabel="eigenvalue")
-    spectrum_axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    spectrum_axes.set(title="Spectrum of the kernel", xlabel="rank", ylabel="eigenvalue")
+    picture.savefig(path)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from digits import Digits, arguments, load
-from matplotlib.figure import Figure
+from style import RED, figure
 from torch import Tensor
 from torch.func import grad
 from torch.nn.functional import cross_entropy
@@ -73,15 +73,15 @@ def influence(params: Params, digits: Digits, clean: Digits) -> Tensor:
 
 
 def draw(digits: Digits, truth: Tensor, order: Tensor, path: Path) -> None:
-    figure = Figure(figsize=(6.4, 5), layout="constrained")
-    figure.suptitle("the 24 digits most suspected; red: the label is wrong")
-    for axes, i in zip(figure.subplots(4, 6).flat, order[:24].tolist(), strict=True):
+    picture = figure(3.4)
+    picture.suptitle("The 12 most suspected digits; red: the label is wrong")
+    for axes, i in zip(picture.subplots(2, 6).flat, order[:12].tolist(), strict=True):
         axes.imshow(digits.images[i, 0], cmap="gray_r")
-        axes.set(xticks=[], yticks=[])
+        axes.set_axis_off()
         label, true = int(digits.labels[i]), int(truth[i])
-        text = f"says {label}" if label == true else f"says {label}, is {true}"
-        axes.set_title(text, fontsize=11, color="black" if label == true else "crimson")
-    figure.savefig(path, dpi=120)
+        text = f"says {label}\n" if label == true else f"says {label},\nis {true}"
+        axes.set_title(text, color="black" if label == true else RED)
+    picture.savefig(path)
 
 
 def main() -> None:

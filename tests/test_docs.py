@@ -1,11 +1,16 @@
 """The code in the documents runs as printed."""
 
 import re
+import shlex
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import reference  # noqa: F401  (makes torchvision importable beside a CPU-only torch)
+from huggingface_hub import constants
 
+import fresnet
+from fresnet.__main__ import main
 from fresnet.inference import int8
 
 ROOT = Path(__file__).parent.parent
@@ -25,12 +30,36 @@ PROGRAMS = [document for document in DOCUMENTS if blocks(document) and document 
 FIRST, *TASKS = HOWTO.read_text().split("\n## ")[1:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("document", PROGRAMS, ids=lambda d: d.name)
-def test_python_blocks_run_in_order(
-    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a photo, and a cache that has the README's repository: a tiny network in it."""
+    folder = tmp_path / "cache" / "models--timm--resnet50.a1_in1k"
+    snapshot = folder / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123abcd")
+    (snapshot / "config.json").write_text("{}")
+    tiny = fresnet.init(0, fresnet.Spec(fresnet.nodes.BasicBlock, (1, 1), width=4))
+    fresnet.save(tiny, snapshot / "model.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
+    PIL.Image.new("RGB", (40, 30)).save("photo.jpg")
+
+
+@pytest.mark.usefixtures("published")
+def test_the_prediction_of_the_readme_runs_from_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    command = re.search(r"^    python -m fresnet (predict .*)$", text, re.M)
+    assert command is not None
+    assert main(shlex.split(command[1])) == 0
+    assert "photo.jpg" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize("document", PROGRAMS, ids=lambda d: d.name)
+def test_python_blocks_run_in_order(document: Path) -> None:
     namespace: dict[str, object] = {}
     for block in blocks(document):
         if "quantize" in block and not int8.is_supported():

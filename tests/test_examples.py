@@ -266,5 +266,6 @@ def responses(weights: Any, x: torch.Tensor) -> list[torch.Tensor]:
 
 def test_every_example_is_run() -> None:
     scripts = {path.name for path in FOLDER.glob("*.py")}
-    fashion = {"clothes.py", "fashion.py", "fashion_ensemble.py"}  # see test_fashion.py
-    assert scripts == {*CLAIMS, *fashion, "train_digits.py", "digits.py"}
+    on_clothes = {"fashion.py", "fashion_ensemble.py", "meta_fault.py"}
+    shared = {"clothes.py", "digits.py", "style.py"}
+    assert scripts == {*CLAIMS, *on_clothes, *shared, "train_digits.py"}

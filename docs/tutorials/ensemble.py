@@ -49,7 +49,7 @@ figure, axes = plt.subplots(layout="constrained")
 curves = torch.stack(losses).unfold(0, 5, 1).mean(2)
 for i, (rate, curve) in enumerate(zip(rates, curves.T, strict=True)):
     axes.semilogy(curve, label=f"{rate:.3f}", color=plt.cm.viridis(i / 8))
-axes.set(title="eight learning rates in one step", xlabel="step", ylabel="loss, mean of 5 steps")
+axes.set(title="Eight learning rates in one step", xlabel="step", ylabel="loss, mean of 5 steps")
 figure.legend(title="rate", ncols=4, loc="outside lower center")
 
 # %%

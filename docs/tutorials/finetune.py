@@ -61,6 +61,6 @@ for name, (params, optimizer) in ways.items():
     _, curve = fit(params, optimizer, x, y, steps=30)
     print(f"{name}: {curve[9]:.1f}% after 10 steps, {curve[-1]:.1f}% after 30")
     axes.plot(range(1, 31), curve, label=name)
-axes.set(title="mirrored digits, from three images of each", xlabel="step")
+axes.set(title="Mirrored digits, from three images of each", xlabel="step")
 axes.set(ylabel="360 test digits right, %")
 axes.legend(loc="lower right")

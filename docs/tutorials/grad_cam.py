@@ -64,5 +64,5 @@ for row, i in zip(grid, (0, 2, 6, 8), strict=True):
     for axes, digit in zip(row, test.labels[i : i + 2].tolist(), strict=True):
         axes.imshow(image[0], cmap="gray_r")
         axes.imshow(grad_cam(image, digit), cmap="inferno", alpha=0.6)
-        axes.set(title=f"where is the {digit}?", xticks=[], yticks=[])
-        axes.grid(False)
+        axes.set_title(f"Where is the {digit}?")
+        axes.set_axis_off()

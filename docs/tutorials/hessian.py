@@ -56,9 +56,9 @@ for step in range(121):
 # %%
 steps, losses, values = zip(*seen, strict=True)
 figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.6))
-above.semilogy(steps, losses, ".-")
-above.set(title="full-batch gradient descent, rate 0.2", ylabel="loss")
+above.plot(steps, losses, ".-")
+above.set(title="Full-batch gradient descent, rate 0.2", ylabel="loss")
 below.plot(steps, values, ".-", label="leading eigenvalue")
-below.axhline(2 / RATE, color="crimson", linestyle=":", label="2 / rate")
+below.axhline(2 / RATE, color="C3", linestyle=":", label="2 / rate")
 below.set(xlabel="step", ylabel="sharpness")
 below.legend()

@@ -80,9 +80,13 @@ axes.plot(angles, curves["point"], ".-", label="confidence of the network")
 axes.plot(angles, curves["Laplace"], ".-", label="confidence with Laplace")
 axes.plot(angles, curves["right"], ".-", color="black", label="digits right")
 axes.set(
-    title="test digits, turned", xlabel="degrees", ylabel="%", xticks=angles[::2], ylim=(0, 102)
+    title="Test digits that are turned",
+    xlabel="degrees",
+    ylabel="%",
+    xticks=angles[::2],
+    ylim=(0, 102),
 )
-axes.legend(loc="upper right", fontsize=10)
+axes.legend(loc="upper right", fontsize=11)
 for i in (0, 6):
     print(
         f"{angles[i]:2d}°: {curves['right'][i]:.0f}% right, "

@@ -122,7 +122,7 @@ figure, axes = plt.subplots()
 axes.semilogy((by_vmap - truth).abs().clamp(min=1e-17), label="stock vmap")
 axes.semilogy((by_ours - truth).abs().clamp(min=1e-17), label="fresnet, under vmap")
 axes.set(
-    title="MAML: how far the meta-loss is from the loop's",
+    title="How far the meta-loss is from the loop's",
     xlabel="step",
     ylabel="difference",
     ylim=(1e-17, 1),

@@ -60,12 +60,12 @@ for row, i in zip(grid, wrong[:3], strict=True):
     products = tree.map(lambda g, p: (g * p).flatten(1).sum(1), grads, pull)
     order = sum(tree.leaves(products)).argsort(descending=True)
     row[0].imshow(test.images[i, 0], cmap="gray_r")
-    row[0].set_title(f"a {test.labels[i]}, taken\nfor {predicted[i]}, as:", color="crimson")
+    row[0].set_title(f"a {test.labels[i]}, taken\nfor {predicted[i]}, as:", color="C3")
     for axes, j in zip(row[1:], order, strict=False):
         axes.imshow(x[j, 0], cmap="gray_r")
         axes.set_title(f"says {y[j]}")
 for axes in grid.flat:
-    axes.set(xticks=[], yticks=[])
+    axes.set_axis_off()
 
 # %%
 # Where only the norms of the gradients are wanted, `fresnet.per_sample_norms` takes about as long

@@ -69,5 +69,5 @@ for sigma in (0, 8, 24):
 figure, axes = plt.subplots()
 for name, curve in results.items():
     axes.plot(range(1, STEPS + 1), curve, label=name)
-axes.set(title="private training, δ = 1e-4", xlabel="step", ylabel="test digits right, %")
+axes.set(title="Private training, δ = 1e-4", xlabel="step", ylabel="test digits right, %")
 axes.legend()

@@ -25,7 +25,7 @@ class Order(NamedTuple):
     `size` places, so it holds fewer different images.
 
     Source: Hoffer et al. 2020, arXiv:1901.09335, and the RASampler of torchvision's references, for
-      repeats.
+    repeats.
     """
 
     size: int  # the number of images

@@ -54,15 +54,15 @@ def quantize(params: Params, batches: Iterable[Tensor | Sequence[object]]) -> Qu
         images and their targets, of which only the images are taken. They are read once, one at a
         time.
     Returns:
-      `Quantized(weights, ranges, images)`. weights: the folded network, each convolution in int8
-      beside a `Rescale(scale [o], bias [o])`, and the head as it was. ranges: the lowest and the
-      highest `[2]` of each layer's results, where `params.stats` has its norm's statistics. images:
-      the range `[2]` of the images.
+      `Quantized(weights, ranges, images)`: the folded network, each convolution in int8 beside a
+      `Rescale(scale [o], bias [o])`, and the head as it was; the lowest and the highest `[2]` of
+      each layer's results, where `params.stats` has its norm's statistics; and the range `[2]` of
+      the images.
     Raises:
       FresnetError: if params is not a network in float32, or is on meta, if batches is a tensor or
         holds none, if blocks have attention, if activations are not finite, or as `forward` does.
     Source: Jacob et al. 2017, arXiv:1712.05877, Sec. 2.1; Krishnamoorthi 2018, arXiv:1806.08342,
-      Sec. 3.1, per channel.
+    Sec. 3.1, per channel.
     """
     check_params("quantize", params)
     conv = first_conv(params.weights)

@@ -1,0 +1,105 @@
+"""The example on meta-learning: its network, its tasks and its three ways to one run."""
+
+import csv
+import gzip
+import struct
+import sys
+from pathlib import Path
+
+import meta_fault
+import pytest
+import torch
+from assertions import assert_close, assert_same
+from clothes import Clothes
+from meta_fault import HELD_OUT, TRAINED, draw_tasks, parted
+from torch.nn.functional import avg_pool2d
+
+import fresnet
+
+
+def clothes(seed: int) -> Clothes:
+    """Two images of noise for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(20) % 10
+    images = torch.randint(256, (20, 28, 28), generator=generator, dtype=torch.uint8)
+    return Clothes(images, labels)
+
+
+DATA = clothes(0), clothes(1)
+
+
+@pytest.mark.parametrize("classes", [TRAINED, HELD_OUT])
+def test_a_task_has_an_image_of_each_class_under_numbers_of_its_own(classes: torch.Tensor) -> None:
+    own, asked = draw_tasks(DATA[0], classes, 30, torch.Generator().manual_seed(0))
+    small = avg_pool2d((DATA[0].images[:, None].float() / 255 - 0.2860) / 0.3530, 2)
+    assert own.shape == asked.shape == (30, 5, 1, 14, 14)
+    numbers = []
+    for images in (own, asked):
+        distances = (images.flatten(2)[:, :, None] - small.flatten(1)).abs().amax(3)
+        assert_close(distances.amin(2), torch.zeros(30, 5), 1e-6)
+        numbers.append(DATA[0].labels[distances.argmin(2)])
+    assert_same(*numbers)
+    assert all(sorted(task) == classes.tolist() for task in numbers[0].tolist())
+    assert len({*map(tuple, numbers[0].tolist())}) > 10
+    assert not torch.equal(own, asked)
+
+
+def test_both_networks_are_one() -> None:
+    params = fresnet.init(0, meta_fault.SPEC, num_classes=5, in_channels=1, dtype=torch.float64)
+    x = torch.randn(5, 1, 14, 14, dtype=torch.float64)
+    ours = meta_fault.by_fresnet(params.stats)(params.weights, x)
+    assert_close(meta_fault.by_stock(params.weights, x), ours, 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_stock_vmap_makes_another_run_and_fresnet_does_not() -> None:
+    found = meta_fault.compare(DATA, torch.float64, runs=2, steps=2)
+    truth = found["loop"].losses
+    assert truth.shape == (2, 2)
+    assert_close(found["fresnet"].losses, truth, 1e-10)
+    assert_close(found["stock vmap"].losses[0], truth[0], 1e-10)  # before the first step
+    assert ((found["stock vmap"].losses[1] - truth[1]).abs() > 1e-6).all()
+    assert (truth[0] != truth[0, :1]).any()  # the runs are different ones
+    for run in found.values():
+        assert run.right.shape == (2,)
+        assert ((run.right >= 0) & (run.right <= 1)).all()
+
+
+def test_the_first_step_beyond_a_bound_is_counted() -> None:
+    off = torch.tensor([[0.0, 0.0, 2.0], [2.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
+    assert_same(parted(off, 1.0), torch.tensor([1, 3, 0]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_the_command_draws_writes_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, (images, labels) in zip(("train", "t10k"), DATA, strict=True):
+        for kind, values in (("images-idx3", images), ("labels-idx1", labels.to(torch.uint8))):
+            head = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+            content = gzip.compress(head + values.numpy().tobytes())
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(content)
+    monkeypatch.setattr(meta_fault, "ASKED", 3)
+    out = tmp_path / "out"
+    command = ["meta_fault.py", "--quick", "--data", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    meta_fault.main()
+    assert "off by 1e-3: never" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"meta_fault.csv", "meta_fault.png"}
+    written = list(csv.reader((out / "meta_fault.csv").read_text().splitlines()))
+    assert written[0] == [
+        "dtype",
+        "way",
+        "seed",
+        "off by 1e-3 at step",
+        "off by 1e-1 at step",
+        "right",
+    ]
+    ways = ("loop", "stock vmap", "fresnet")
+    expected = [[d, way, seed] for d in ("float64", "float32") for way in ways for seed in "01"]
+    assert [row[:3] for row in written[1:]] == expected
+    monkeypatch.setattr(sys, "argv", [*command[:3], str(out), *command[4:]])
+    with pytest.raises(SystemExit, match="there is no train-images-idx3-ubyte"):
+        meta_fault.main()
