@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from clothes import BATCH, CLASSES, FOLDER, Clothes, cropped, drawn, load, normalised
-from matplotlib.figure import Figure
+from style import BLUE, MAGENTA, ORANGE, RED, TEAL, figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -199,23 +199,22 @@ def table(found: dict[str, list[Row]]) -> str:
 
 def draw_curves(found: dict[str, list[Row]], path: Path) -> None:
     """Draw errors as the paper's Fig. 6 does: thin lines for training, bold ones for testing."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    picture = figure(7.6)
     top = 300 * max(rows[-1].test_error for rows in found.values())
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = picture.subplots(2, 1, sharex=True, sharey=True)
     for axes, (prefix, kind) in zip(panels, KINDS.items(), strict=True):
         ours = [name for name in found if name.startswith(prefix)]
-        for color, name in zip(("C0", "C3", "C2", "C1", "C4"), ours, strict=False):
+        for color, name in zip((BLUE, RED, TEAL, ORANGE, MAGENTA), ours, strict=False):
             epochs, _, training_errors, test_errors, _ = zip(*found[name], strict=True)
-            axes.plot(epochs, [100 * e for e in training_errors], color=color, linewidth=0.8)
+            axes.plot(epochs, [100 * e for e in training_errors], color=color, linewidth=1)
             errors = [100 * e for e in test_errors]
             marker = "o" if len(errors) == 1 else None  # a line of one point is not seen
-            axes.plot(epochs, errors, color=color, linewidth=2, marker=marker, label=name)
-        axes.set(title=f"{kind} networks", xlabel="epoch", xlim=(0, None), ylim=(0, min(top, 100)))
-        axes.grid(alpha=0.3)
+            axes.plot(epochs, errors, color=color, linewidth=3, marker=marker, label=name)
+        axes.set(title=f"{kind.capitalize()} networks", ylabel="error, %", ylim=(0, min(top, 100)))
         if ours:
             axes.legend(title="bold: test, thin: training", loc="upper right")
-    panels[0].set_ylabel("error (%)")
-    figure.savefig(path, dpi=120)
+    panels[-1].set(xlabel="epoch", xlim=(0, None))
+    picture.savefig(path)
 
 
 def draw_suspects(params: Params, clothes: Clothes, path: Path) -> None:
@@ -229,16 +228,18 @@ def draw_suspects(params: Params, clothes: Clothes, path: Path) -> None:
         for some in wrong.split(100)
     ]
     order = wrong[torch.cat(norms).argsort(descending=True)].tolist()
-    figure = Figure(figsize=(12, 7.2), layout="constrained")
-    figure.suptitle(
-        f"of {len(wrong):,} training images that the network gets wrong, those with the longest "
-        "gradients"
+    picture = figure(9.0)
+    picture.set_layout_engine("constrained", h_pad=0.12)
+    picture.suptitle(
+        f"Of {len(wrong):,} training images that the network gets wrong,\n"
+        "those with the longest gradients: label above, guess below"
     )
-    for axes, i in zip(figure.subplots(4, 10).flat, order, strict=False):
+    for axes, i in zip(picture.subplots(5, 5).flat, order, strict=False):
         axes.imshow(images[i].numpy(force=True), cmap="gray_r")
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(f"says {CLASSES[labels[i]]},\nseen as {CLASSES[said[i]]}", fontsize=8)
-    figure.savefig(path, dpi=120)
+        axes.set(xticks=[], yticks=[], frame_on=False)
+        axes.set_title(CLASSES[labels[i]], fontsize=13)
+        axes.set_xlabel(CLASSES[said[i]], color=RED)
+    picture.savefig(path)
 
 
 def main() -> None:
