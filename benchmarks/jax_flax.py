@@ -80,11 +80,11 @@ def as_flax(weights: Any) -> dict[str, Any]:
 
 
 def variables(params: Params) -> Any:
-    """A network as Flax's module takes it."""
+    """The weights and the statistics of a network, as Flax's module takes them."""
     moments = iter(tree.leaves(params.stats))
     pairs = zip(moments, moments, strict=True)
     stats = {f"BatchNorm_{i}": {"mean": mean, "var": var} for i, (mean, var) in enumerate(pairs)}
-    return jax.tree.map(as_array, {"params": as_flax(params.weights), "batch_stats": stats})
+    return jax.tree.map(as_array, (as_flax(params.weights), stats))
 
 
 def as_array(tensor: Tensor) -> Any:
@@ -111,6 +111,10 @@ def jitted(function: Callable[..., Any], *inputs: Any) -> Run:
     return lambda: jax.block_until_ready(compiled(*inputs))
 
 
+def logits_of(model: ResNet, weights: Any, stats: Any, x: Any) -> Any:
+    return model.apply({"params": weights, "batch_stats": stats}, x)
+
+
 def applied(model: ResNet, weights: Any, stats: Any, x: Any, y: Any) -> Any:
     """The loss, and the new statistics of a model in training."""
     state = {"params": weights, "batch_stats": stats}
@@ -125,9 +129,9 @@ def gradient_of(model: ResNet) -> Callable[..., Any]:
 
 
 def inference(x: Tensor) -> Contenders:
-    params = network(fresnet.RESNET50)
+    params, logits = network(fresnet.RESNET50), partial(logits_of, ResNet(fresnet.RESNET50))
     return {
-        "Flax": partial(jitted, ResNet(fresnet.RESNET50).apply, variables(params), nhwc(x)),
+        "Flax": partial(jitted, logits, *variables(params), nhwc(x)),
         "fresnet": lambda: partial(fresnet.compile_inference(params, x), x),
     }
 
@@ -136,7 +140,7 @@ def training(x: Tensor, y: Tensor) -> Contenders:
     def flax() -> Run:
         model = ResNet(fresnet.RESNET50, training=True)
         optimizer = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE, MOMENTUM))
-        weights, stats = variables(network(fresnet.RESNET50)).values()
+        weights, stats = variables(network(fresnet.RESNET50))
         state, batch = (weights, stats, optimizer.init(weights)), (nhwc(x), as_array(y))
 
         @partial(jax.jit, donate_argnums=0)
@@ -160,7 +164,7 @@ def training(x: Tensor, y: Tensor) -> Contenders:
 def per_sample(batch: int, side: int) -> Contenders:
     (x, y), state = images(batch, side), variables(network(fresnet.RESNET50))
     each = jax.vmap(gradient_of(ResNet(fresnet.RESNET50)), (None, None, 0, 0))
-    flax = partial(jitted, each, *state.values(), nhwc(x)[:, None], as_array(y)[:, None])
+    flax = partial(jitted, each, *state, nhwc(x)[:, None], as_array(y)[:, None])
     return {"Flax": flax, "fresnet": ready(transforms.per_sample(batch, side)["fresnet running"])}
 
 
@@ -169,9 +173,9 @@ def ensemble(*, gradient: bool) -> Contenders:
     state = variables(tree.stack([network(fresnet.RESNET18, seed) for seed in range(8)]))
     if gradient:
         each = jax.vmap(gradient_of(model), (0, 0, None, None))
-        flax = partial(jitted, each, *state.values(), nhwc(x), as_array(y))
+        flax = partial(jitted, each, *state, nhwc(x), as_array(y))
     else:
-        flax = partial(jitted, jax.vmap(model.apply, (0, None)), state, nhwc(x))
+        flax = partial(jitted, jax.vmap(partial(logits_of, model), (0, 0, None)), *state, nhwc(x))
     ours = transforms.ensembles(8, 16, 64, gradient=gradient)["fresnet vmap"]
     return {"Flax": flax, "fresnet": ready(ours)}
 
