@@ -265,6 +265,10 @@ def test_refusals_leave_everything_as_it_was(
     for network, name, options, reason in cases:
         with pytest.raises(FresnetError, match=reason):
             fresnet.export(network, tmp_path / name, **options)
+    with monkeypatch.context() as without:
+        without.delattr(torch.onnx, "ops")
+        with pytest.raises(FresnetError, match="writes no operators of ONNX: it takes"):
+            fresnet.export(quantized, old)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(FresnetError, match=r"it takes onnx: pip install 'fresnet\[export\]'"):
         fresnet.export(quantized, old)
