@@ -12,7 +12,7 @@ under that `vmap`. Eight runs from different weights are taken at once, by a `vm
 It prints when meta-losses differ from the loop's, in float64 and in float32, and how many images of
 held-out tasks are told right in the end. It draws the differences, and writes a line for each run.
 Measured on CPU, PyTorch 2.13: by stock `vmap` the meta-loss is off by 1e-3 from the second to the
-fourth step on, in either dtype, and by fresnet in float64 never. It takes three minutes on one core.
+fourth step on, in either dtype, and by fresnet in float64 never. A core takes three minutes.
 """
 
 import argparse
