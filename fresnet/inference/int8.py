@@ -32,6 +32,8 @@ from fresnet.network.regimes import Floating
 OPERATORS = (
     (torch.ops.onednn, "qconv_prepack"),
     (torch.ops.onednn, "qconv2d_pointwise"),
+    (torch.ops.onednn, "qlinear_prepack"),
+    (torch.ops.onednn, "qlinear_pointwise"),
     (torch.ops.quantized, "max_pool2d"),
 )
 
@@ -53,7 +55,7 @@ def affine(x: Tensor) -> Affine:
 def to_levels(x: Tensor, levels: Affine) -> Tensor:
     """x in uint8, rounded and clipped, channels last."""
     scale, zero_point = levels
-    rounded = torch.round(x / scale).add_(zero_point).clamp_(0, 255)
+    rounded = (x / scale).round_().add_(zero_point).clamp_(0, 255)
     return rounded.to(torch.uint8, memory_format=torch.channels_last)
 
 
@@ -209,7 +211,7 @@ class _Levels(Floating):
         return x[:, :, ::stride, ::stride]
 
     def mean(self, x: Tensor) -> Tensor:
-        return super().mean(from_levels(x, self.last))
+        return from_levels(super().mean(x.float()), self.last)
 
 
 def _rounded(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -250,7 +252,9 @@ def convolution(
 ) -> FusedLayer:
     """`fused.convolution` from uint8 to uint8.
 
-    Sums are taken in int32, go on in float32, and are rounded once.
+    Sums are taken in int32, go on in float32, and are rounded once. With a summand, a 1x1 kernel is
+    a product of matrices: oneDNN has the same kernel for it, but PyTorch's operator for
+    convolutions makes a copy of such results.
 
     Args:
       shape: the shape of the activations, `[b c h w]`.
@@ -261,6 +265,9 @@ def convolution(
       result: what the levels of the results stand for.
       added: what the levels of the summand stand for, if there is one.
     """
+    if added is not None and weight.shape[2:] == (1, 1) and how == PLAIN:
+        ends = {"source": source, "result": result, "added": added}
+        return _product(weight, scale, bias, **ends, relu=relu)
     missing = missing_columns(shape, weight, how.stride)
     window = ([how.stride] * 2, how.padding(weight), [how.dilation] * 2, how.groups)
     packed = torch.ops.onednn.qconv_prepack(
@@ -283,3 +290,22 @@ def convolution(
         return y
 
     return with_columns(run, missing, source.zero_point)
+
+
+def _product(
+    *weights: Tensor, source: Affine, result: Affine, added: Affine, relu: bool
+) -> FusedLayer:
+    """The convolution by a 1x1 kernel, written over its summand."""
+    weight, scale, bias = weights
+    packed = torch.ops.onednn.qlinear_prepack(weight.flatten(1), None)
+    product = torch.ops.onednn.qlinear_pointwise.binary
+    symmetric = torch.zeros_like(scale, dtype=torch.int32)
+    after = (*result, torch.uint8, *added, "sum", 1.0, "relu" if relu else "none", [], "")
+
+    def run(x: Tensor, levels: Tensor | None = None) -> Tensor:
+        assert levels is not None
+        rows, sums = (maps.permute(0, 2, 3, 1).flatten(0, 2).contiguous() for maps in (x, levels))
+        y: Tensor = product(rows, *source, packed, scale, symmetric, sums, bias, *after)
+        return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+    return run
