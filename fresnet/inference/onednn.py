@@ -122,18 +122,29 @@ def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], 
     enabled = torch.jit.onednn_fusion_enabled()
     torch.jit.enable_onednn_fusion(True)
     try:
+        return traced(function, x)
+    finally:
+        torch.jit.enable_onednn_fusion(enabled)
+
+
+def traced(function: Callable[..., Tensor], *examples: Tensor) -> Callable[..., Tensor]:
+    """The function in TorchScript, which runs it without Python, for tensors such as these.
+
+    A function that it refuses is run as it is.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they say that shapes become constants
             # `torch.jit.trace` would keep the graph, and its weights, as long as the process.
-            graph, _ = torch._C._create_graph_by_tracing(function, (x,), lambda _: "", True, False)
-        fused: Callable[[Tensor], Tensor] = torch._C._create_function_from_graph("fused", graph)
+            graph, _ = torch._C._create_graph_by_tracing(
+                function, examples, lambda _: "", True, False
+            )
+        run: Callable[..., Tensor] = torch._C._create_function_from_graph("traced", graph)
         for _ in range(2):  # the first run is watched, the second is compiled
-            fused(x)
+            run(*examples)
     except RuntimeError:
         return function
-    finally:
-        torch.jit.enable_onednn_fusion(enabled)
-    return fused
+    return run
 
 
 def _one_way(x: Tensor) -> Tensor:
