@@ -16,7 +16,9 @@ from torch.nn.functional import conv2d
 import fresnet
 from fresnet import FresnetError, Params, optim, tree
 from fresnet.inference import int8
-from fresnet.inference.int8 import Affine, affine, convolution, from_levels, to_levels
+from fresnet.inference.int8 import from_levels, to_levels
+from fresnet.inference.int8_kernels import convolution
+from fresnet.network.levels import Affine, affine
 from fresnet.network.nodes import Bottleneck, FramedStem7x7, Geometry, StandardisedLayer, kinds
 from fresnet.training import make_train_step, start
 
@@ -265,16 +267,37 @@ def test_what_is_quantized_and_compiled_keeps_its_weights() -> None:
     assert torch.equal(again(x), before[1])
 
 
-def test_any_shape_is_taken_and_several_threads_may_ask() -> None:
-    params = fresnet.init(0, SPEC, num_classes=5)
+SPECS = {"basic": SPEC, "bottlenecks": fresnet.Spec(Bottleneck, (2, 2), width=16)}
+"""Sums end 3x3 convolutions in one of them and 1x1 convolutions in the other."""
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_any_shape_is_taken_and_several_threads_may_ask(name: str) -> None:
+    params = fresnet.init(0, SPECS[name], num_classes=5)
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 24), (3, 24), (3, 31), (4, 9)] * 4
     batches = [torch.randn(b, 3, side, 24, generator=generator) for b, side in shapes]
     quantized = fresnet.quantize(params, batches)
     infer = fresnet.compile_inference(quantized, batches[0])
-    with ThreadPoolExecutor(8) as pool:
+    with unmutated(quantized, *batches), ThreadPoolExecutor(8) as pool:
         for x, logits in zip(batches, pool.map(infer, batches), strict=True):
             assert torch.equal(logits, fresnet.compile_inference(quantized, x)(x))
+
+
+@pytest.mark.parametrize("name", [*SPECS, "resnetv2_50", "resnet18d"])
+def test_python_is_left_out_and_the_levels_are_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = fresnet.init(0, {**fresnet.SPECS, **SPECS}[name], num_classes=5)
+    x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    quantized = fresnet.quantize(params, [x])
+    calls, prepared = [], int8.prepare(quantized, x)
+    monkeypatch.setattr(int8, "to_levels", lambda *at: calls.append(at) or to_levels(*at))
+    logits = prepared(x)
+    assert not calls
+    monkeypatch.setattr(int8, "traced", lambda function, *_: function)
+    assert torch.equal(int8.prepare(quantized, x)(x), logits)
+    assert calls
 
 
 def test_what_cannot_be_quantized_or_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,8 @@ def prepare(network: Quantized, x: Tensor) -> Inference:
 
     Two images run in floating point to tell what the levels of each layer stand for. One has the
     least value everywhere, and the other the greatest. Every step between layers hands these on.
+
+    The prepared network runs in TorchScript, which calls one layer after the other without Python.
     """
     weights, images = network.weights, affine(network.images)
     ends = _filled(network.images, *x.shape[1:])

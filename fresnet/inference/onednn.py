@@ -1,7 +1,7 @@
 """oneDNN's own compiler, which takes a stage of a network at once and packs weights beforehand.
 
 It is reached through TorchScript, which is deprecated, and through private functions. No other file
-here touches them.
+here touches these; int8 is run by `traced` too.
 """
 
 import warnings
@@ -23,12 +23,16 @@ TRACE, FUNCTION = "_create_graph_by_tracing", "_create_function_from_graph"
 def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this PyTorch has oneDNN's compiler for weights such as these."""
     there = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not there or not all(hasattr(torch._C, name) for name in (TRACE, FUNCTION)):
+    if not there or not _traces():
         return False
     if dtype is torch.bfloat16:
         has_kernels = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
         return has_kernels is not None and bool(has_kernels())
     return dtype is torch.float32
+
+
+def _traces() -> bool:
+    return all(hasattr(torch._C, name) for name in (TRACE, FUNCTION))
 
 
 class OneDNN(Fused):
@@ -132,6 +136,8 @@ def traced(function: Callable[..., Tensor], *examples: Tensor) -> Callable[..., 
 
     A function that it refuses is run as it is.
     """
+    if not _traces():
+        return function
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they say that shapes become constants
