@@ -31,7 +31,7 @@ def to_levels(x: Tensor, levels: Affine) -> Tensor:
     """x in uint8, rounded and clipped, channels last."""
     scale, zero_point = levels
     rounded = (x / scale).round_().add_(zero_point).clamp_(0, 255)
-    return rounded.to(torch.uint8, memory_format=torch.channels_last)
+    return _narrowed(rounded).contiguous(memory_format=torch.channels_last)
 
 
 def from_levels(x: Tensor, levels: Affine) -> Tensor:
@@ -173,7 +173,12 @@ class _Levels(Floating):
 
 def _rounded(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A mean of levels, which is between levels."""
-    return function(x.float()).round_().to(torch.uint8)
+    return _narrowed(function(x.float()).round_())
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    """Whole numbers in uint8: PyTorch takes five times as long if int16 is not between."""
+    return x.to(torch.int16).to(torch.uint8)
 
 
 def _refuse(unit: Unit) -> NoReturn:
