@@ -170,6 +170,29 @@ def test_a_layer_is_its_float_arithmetic_rounded_once(
     assert (y - expected).abs().max() <= 0.502  # half a step, and float32's own rounding
 
 
+@pytest.mark.parametrize("side", [1, 5])
+def test_a_product_of_matrices_is_the_convolution(side: int) -> None:
+    """A 1x1 kernel with zeros around it is no 1x1 kernel, so it stays a convolution."""
+    generator = torch.Generator().manual_seed(0)
+
+    def levels(*shape: int) -> Tensor:
+        x = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    x, add = levels(3, 20, side, side), levels(3, 40, side, side)
+    weight = torch.randint(-127, 128, (40, 20, 1, 1), generator=generator, dtype=torch.int8)
+    others = torch.full((40,), 1e-3), torch.randn(40, generator=generator)
+    ends = {"source": Affine(0.03, 0), "result": Affine(0.02, 9), "added": Affine(0.01, 120)}
+    one, other = (
+        convolution(x.shape, w, *others, **ends)
+        for w in (weight, torch.nn.functional.pad(weight, [1] * 4))
+    )
+    with unmutated(x):
+        y = one(x, add.clone())
+    assert torch.equal(y, other(x, add.clone()))
+    assert y.unique().numel() > 30
+
+
 @examples(100)
 @given(x=images(dtype=torch.float32), shift=st.floats(-3, 3))
 def test_levels_cover_what_was_seen_in_equal_steps_with_zero_among_them(
