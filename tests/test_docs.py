@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import reference  # noqa: F401  (makes torchvision importable beside a CPU-only torch)
 
-from fresnet.inference import int8
+from fresnet.inference import int8_kernels
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]
@@ -33,7 +33,7 @@ def test_python_blocks_run_in_order(
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in blocks(document):
-        if "quantize" in block and not int8.is_supported():
+        if "quantize" in block and not int8_kernels.is_supported():
             continue
         exec(compile(block, document.name, "exec"), namespace)
 

@@ -11,20 +11,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import examples, images, seeds, tiny_params
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 import fresnet
 from fresnet import FresnetError, Params, optim, tree
 from fresnet.inference import int8
 from fresnet.inference.int8 import from_levels, to_levels
-from fresnet.inference.int8_kernels import convolution
+from fresnet.inference.int8_kernels import convolution, is_supported
 from fresnet.network.levels import Affine, affine
 from fresnet.network.nodes import Bottleneck, FramedStem7x7, Geometry, StandardisedLayer, kinds
 from fresnet.training import make_train_step, start
 
 SPEC = fresnet.SPECS["resnet20"]
 
-pytestmark = pytest.mark.skipif(not int8.is_supported(), reason="int8 needs a processor with VNNI")
+pytestmark = pytest.mark.skipif(not is_supported(), reason="int8 needs a processor with VNNI")
 
 
 def trained() -> tuple[Params, Any, Any]:
@@ -182,10 +182,15 @@ def test_a_product_of_matrices_is_the_convolution(side: int) -> None:
     x, add = levels(3, 20, side, side), levels(3, 40, side, side)
     weight = torch.randint(-127, 128, (40, 20, 1, 1), generator=generator, dtype=torch.int8)
     others = torch.full((40,), 1e-3), torch.randn(40, generator=generator)
-    ends = {"source": Affine(0.03, 0), "result": Affine(0.02, 9), "added": Affine(0.01, 120)}
     one, other = (
-        convolution(x.shape, w, *others, **ends)
-        for w in (weight, torch.nn.functional.pad(weight, [1] * 4))
+        convolution(
+            x.shape,
+            *(kernel, *others),
+            source=Affine(0.03, 0),
+            result=Affine(0.02, 9),
+            added=Affine(0.01, 120),
+        )
+        for kernel in (weight, pad(weight, [1] * 4))
     )
     with unmutated(x):
         y = one(x, add.clone())
@@ -317,7 +322,12 @@ def test_python_is_left_out_and_the_levels_are_the_same(
     x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     quantized = fresnet.quantize(params, [x])
     calls, prepared = [], int8.prepare(quantized, x)
-    monkeypatch.setattr(int8, "to_levels", lambda *at: calls.append(at) or to_levels(*at))
+
+    def counted(x: Tensor, levels: Affine) -> Tensor:
+        calls.append(levels)
+        return to_levels(x, levels)
+
+    monkeypatch.setattr(int8, "to_levels", counted)
     logits = prepared(x)
     assert not calls
     monkeypatch.setattr(int8, "traced", lambda function, *_: function)
