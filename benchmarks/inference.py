@@ -75,28 +75,30 @@ def narrow_model() -> Any:
 
 
 def onnx_runtime(x: Tensor) -> Run:
+    return onnx_runtime_of(onnx_file(), x)
+
+
+def onnx_runtime_of(path: str, x: Tensor) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Without this, its threads would go on spinning in the next contender's turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(onnx_file(), options)
+    session = onnxruntime.InferenceSession(path, options)
     feed = {"x": x.contiguous().numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
 def open_vino(x: Tensor, precision: str) -> Run:
+    return open_vino_of(onnx_file(), x, {"INFERENCE_PRECISION_HINT": precision})
+
+
+def open_vino_of(path: str, x: Tensor, options: dict[str, str]) -> Run:
     core = openvino.Core()
-    network = core.read_model(onnx_file())
+    network = core.read_model(path)
     network.reshape({"x": list(x.shape)})
-    compiled = core.compile_model(
-        network,
-        "CPU",
-        {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-        },
-    )
+    threads = torch.get_num_threads()
+    always = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(network, "CPU", options | always)
     request, feed = compiled.create_infer_request(), {0: x.contiguous().numpy()}
     return lambda: torch.from_numpy(request.infer(feed)[0].copy())
 
@@ -116,8 +118,60 @@ def ours_uncompiled(x: Tensor) -> Run:
 
 
 def int8(x: Tensor) -> Run:
-    infer = fresnet.compile_inference(fresnet.quantize(folded(torch.float32), [x]), x)
+    infer = fresnet.compile_inference(fresnet.quantize(folded(torch.float32), [seen()]), x)
     return lambda: infer(x)
+
+
+@cache
+def seen() -> Tensor:
+    """The images by which all int8 networks are quantised; the others quantise the head too."""
+    return images(8)
+
+
+@cache
+def int8_by_onnx_runtime() -> str:
+    """The file of a network quantised by ONNX Runtime: static, QDQ, a scale for each channel."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Seen(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.feeds = iter([{"x": seen().contiguous().numpy()}])
+
+        def get_next(self) -> Any:
+            return next(self.feeds, None)
+
+    ready, path = (onnx_file().replace("resnet50", name) for name in ("ready", "int8"))
+    quant_pre_process(onnx_file(), ready)
+    # Its kernels for activations in int8, which it takes unasked, are several times as slow.
+    quantize_static(ready, path, Seen(), per_channel=True, activation_type=QuantType.QUInt8)
+    return path
+
+
+@cache
+def int8_by_nncf(preset: str) -> str:
+    """The file of a network quantised by NNCF, OpenVINO's own library for this."""
+    import nncf
+
+    network = openvino.Core().read_model(onnx_file())
+    feeds = [image[None].contiguous().numpy() for image in seen()]
+    quantised = nncf.quantize(
+        network,
+        nncf.Dataset(feeds),
+        preset=nncf.QuantizationPreset(preset),
+        subset_size=len(feeds),
+    )
+    path = onnx_file().replace("resnet50.onnx", f"{preset}.xml")
+    openvino.save_model(quantised, path, compress_to_fp16=False)
+    return path
+
+
+def nncf_int8(x: Tensor, preset: str) -> Run:
+    return open_vino_of(int8_by_nncf(preset), x, {})
+
+
+def onnx_runtime_int8(x: Tensor) -> Run:
+    return onnx_runtime_of(int8_by_onnx_runtime(), x)
 
 
 def comparisons(full: bool) -> Iterator[Comparison]:
@@ -147,8 +201,14 @@ def comparisons(full: bool) -> Iterator[Comparison]:
         narrow_least = flops / peak(torch.bfloat16)
         more = 5 * rounds  # each run is much shorter
         yield Comparison(f"{title}, bfloat16", narrow, batch, narrow_least, 2e-2, rounds=more)
-        levels = {"fresnet in float32": partial(ours, x), "fresnet": partial(int8, x)}
-        yield Comparison(f"{title}, int8", levels, batch, least, 0.1, rounds=rounds)
+        levels = {
+            "fresnet in float32": partial(ours, x),
+            "OpenVINO performance": partial(nncf_int8, x, "performance"),
+            "OpenVINO mixed": partial(nncf_int8, x, "mixed"),
+            "ONNX Runtime": partial(onnx_runtime_int8, x),
+            "fresnet": partial(int8, x),
+        }
+        yield Comparison(f"{title}, int8", levels, batch, least, 0.1, rounds=2 * rounds)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 import fresnet
 from fresnet.__main__ import main
-from fresnet.inference import int8
+from fresnet.inference import int8_kernels
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]
@@ -62,7 +62,7 @@ def test_the_prediction_of_the_readme_runs_from_a_cache(capsys: pytest.CaptureFi
 def test_python_blocks_run_in_order(document: Path) -> None:
     namespace: dict[str, object] = {}
     for block in blocks(document):
-        if "quantize" in block and not int8.is_supported():
+        if "quantize" in block and not int8_kernels.is_supported():
             continue
         exec(compile(block, document.name, "exec"), namespace)
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import fresnet
 from fresnet import FresnetError, tree
-from fresnet.inference import cudnn, int8, onednn, side_by_side
+from fresnet.inference import cudnn, int8_kernels, onednn, side_by_side
 from fresnet.network.nodes import Geometry, Weights
 from fresnet.pytorch import pytrees, transform_stack
 from fresnet.weights import export
@@ -99,6 +99,16 @@ def test_without_onednns_compiler_pytorchs_is_taken(
     assert_close(fresnet.compile_inference(params, x)(x), fresnet.forward(params, x), 1e-5)
 
 
+@pytest.mark.skipif(not int8_kernels.is_supported(), reason="int8 needs a processor with VNNI")
+@pytest.mark.parametrize("name", [onednn.TRACE, onednn.FUNCTION])
+def test_without_them_int8_runs_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, x = tree.map(lambda leaf: leaf.float(), (PARAMS, X))
+    quantized = fresnet.quantize(params, [x])
+    logits = fresnet.compile_inference(quantized, x)(x)
+    monkeypatch.delattr(torch._C, name)
+    assert torch.equal(fresnet.compile_inference(quantized, x)(x), logits)
+
+
 def test_without_the_probe_for_bfloat16_onednn_is_for_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -107,18 +117,18 @@ def test_without_the_probe_for_bfloat16_onednn_is_for_float32(
     assert not onednn.is_supported(torch.bfloat16, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", [name for _, name in int8.OPERATORS])
+@pytest.mark.parametrize("name", [name for _, name in int8_kernels.OPERATORS])
 def test_without_the_operators_int8_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params, x = tree.map(lambda leaf: leaf.float(), (PARAMS, X))
     quantized = fresnet.quantize(params, [x])
-    less = [(SimpleNamespace() if n == name else space, n) for space, n in int8.OPERATORS]
-    monkeypatch.setattr(int8, "OPERATORS", less)
-    int8.is_supported.cache_clear()
+    less = [(SimpleNamespace() if n == name else space, n) for space, n in int8_kernels.OPERATORS]
+    monkeypatch.setattr(int8_kernels, "OPERATORS", less)
+    int8_kernels.is_supported.cache_clear()
     try:
         with pytest.raises(FresnetError, match="expects oneDNN for int8"):
             fresnet.compile_inference(quantized, x)
     finally:
-        int8.is_supported.cache_clear()
+        int8_kernels.is_supported.cache_clear()
 
 
 @pytest.mark.parametrize("missing", [cudnn.KERNELS, cudnn.KERNELS[:1], cudnn.KERNELS[1:]])
@@ -323,6 +333,6 @@ def test_the_table_of_private_names_is_whole() -> None:
     names = set(re.findall(r"torch(?:\.\w+)*?\.(_[a-zA-Z]\w+)", source))
     names |= set(re.findall(r"from torch\.?\w* import (_\w+)", source))
     names |= {*transform_stack.NAMES, onednn.TRACE, onednn.FUNCTION, *cudnn.KERNELS}
-    names |= {name for _, name in int8.OPERATORS}
+    names |= {name for _, name in int8_kernels.OPERATORS}
     missing = {name for name in names if name not in table}
     assert not missing

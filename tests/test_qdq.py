@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fresnet
 from fresnet import FresnetError, Params, Quantized, Spec, tree
-from fresnet.inference import int8
+from fresnet.inference import int8, int8_kernels
 from fresnet.network.levels import affine
 from fresnet.network.net import run_network
 from fresnet.network.nodes import (
@@ -43,7 +43,7 @@ from fresnet.network.nodes import (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not int8.is_supported(), reason="int8 needs a processor with VNNI"),
+    pytest.mark.skipif(not int8_kernels.is_supported(), reason="int8 needs a processor with VNNI"),
 ]
 
 SPECS = {

@@ -11,19 +11,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import examples, images, seeds, tiny_params
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 import fresnet
 from fresnet import FresnetError, Params, optim, tree
 from fresnet.inference import int8
-from fresnet.inference.int8 import convolution, from_levels, to_levels
+from fresnet.inference.int8 import from_levels, to_levels
+from fresnet.inference.int8_kernels import convolution, is_supported
 from fresnet.network.levels import Affine, affine
 from fresnet.network.nodes import Bottleneck, FramedStem7x7, Geometry, StandardisedLayer, kinds
 from fresnet.training import make_train_step, start
 
 SPEC = fresnet.SPECS["resnet20"]
 
-pytestmark = pytest.mark.skipif(not int8.is_supported(), reason="int8 needs a processor with VNNI")
+pytestmark = pytest.mark.skipif(not is_supported(), reason="int8 needs a processor with VNNI")
 
 
 def trained() -> tuple[Params, Any, Any]:
@@ -169,6 +170,34 @@ def test_a_layer_is_its_float_arithmetic_rounded_once(
     assert (y - expected).abs().max() <= 0.502  # half a step, and float32's own rounding
 
 
+@pytest.mark.parametrize("side", [1, 5])
+def test_a_product_of_matrices_is_the_convolution(side: int) -> None:
+    """A 1x1 kernel with zeros around it is no 1x1 kernel, so it stays a convolution."""
+    generator = torch.Generator().manual_seed(0)
+
+    def levels(*shape: int) -> Tensor:
+        x = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    x, add = levels(3, 20, side, side), levels(3, 40, side, side)
+    weight = torch.randint(-127, 128, (40, 20, 1, 1), generator=generator, dtype=torch.int8)
+    others = torch.full((40,), 1e-3), torch.randn(40, generator=generator)
+    one, other = (
+        convolution(
+            x.shape,
+            *(kernel, *others),
+            source=Affine(0.03, 0),
+            result=Affine(0.02, 9),
+            added=Affine(0.01, 120),
+        )
+        for kernel in (weight, pad(weight, [1] * 4))
+    )
+    with unmutated(x):
+        y = one(x, add.clone())
+    assert torch.equal(y, other(x, add.clone()))
+    assert y.unique().numel() > 30
+
+
 @examples(100)
 @given(x=images(dtype=torch.float32), shift=st.floats(-3, 3))
 def test_levels_cover_what_was_seen_in_equal_steps_with_zero_among_them(
@@ -266,16 +295,44 @@ def test_what_is_quantized_and_compiled_keeps_its_weights() -> None:
     assert torch.equal(again(x), before[1])
 
 
-def test_any_shape_is_taken_and_several_threads_may_ask() -> None:
-    params = fresnet.init(0, SPEC, num_classes=5)
+SPECS = {"basic": SPEC, "bottlenecks": fresnet.Spec(Bottleneck, (2, 2), width=16)}
+"""Sums end 3x3 convolutions in one of them and 1x1 convolutions in the other."""
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_any_shape_is_taken_and_several_threads_may_ask(name: str) -> None:
+    params = fresnet.init(0, SPECS[name], num_classes=5)
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 24), (3, 24), (3, 31), (4, 9)] * 4
     batches = [torch.randn(b, 3, side, 24, generator=generator) for b, side in shapes]
     quantized = fresnet.quantize(params, batches)
     infer = fresnet.compile_inference(quantized, batches[0])
-    with ThreadPoolExecutor(8) as pool:
-        for x, logits in zip(batches, pool.map(infer, batches), strict=True):
-            assert torch.equal(logits, fresnet.compile_inference(quantized, x)(x))
+    with unmutated(quantized, *batches), ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(infer, batches))
+        alone = fresnet.compile_inference(quantized, batches[0])
+        for x, logits in zip(batches, found, strict=True):
+            assert torch.equal(logits, alone(x))
+
+
+@pytest.mark.parametrize("name", [*SPECS, "resnetv2_50", "resnet18d"])
+def test_python_is_left_out_and_the_levels_are_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = fresnet.init(0, {**fresnet.SPECS, **SPECS}[name], num_classes=5)
+    x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    quantized = fresnet.quantize(params, [x])
+    calls, prepared = [], int8.prepare(quantized, x)
+
+    def counted(x: Tensor, levels: Affine) -> Tensor:
+        calls.append(levels)
+        return to_levels(x, levels)
+
+    monkeypatch.setattr(int8, "to_levels", counted)
+    logits = prepared(x)
+    assert not calls
+    monkeypatch.setattr(int8, "traced", lambda function, *_: function)
+    assert torch.equal(int8.prepare(quantized, x)(x), logits)
+    assert calls
 
 
 def test_what_cannot_be_quantized_or_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

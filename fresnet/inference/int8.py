@@ -1,23 +1,20 @@
-"""Networks of `quantize`, run by oneDNN's kernels for int8.
-
-PyTorch has these operators for its compilers alone. No other file here touches them.
-"""
+"""Networks of `quantize`, run on levels of uint8."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.inference.fused import FusedLayer, Inference, with_columns
+from fresnet.inference.fused import FusedLayer, Inference
+from fresnet.inference.int8_kernels import Packed, convolution, is_supported, max_pool
+from fresnet.inference.onednn import traced
 from fresnet.network import ops
-from fresnet.network.faults import missing_columns
 from fresnet.network.levels import Affine, affine, check_quantized
 from fresnet.network.net import run_network
 from fresnet.network.nodes import (
-    PLAIN,
     Geometry,
     Layer,
     Normed,
@@ -29,42 +26,17 @@ from fresnet.network.nodes import (
 )
 from fresnet.network.regimes import Floating
 
-OPERATORS = (
-    (torch.ops.onednn, "qconv_prepack"),
-    (torch.ops.onednn, "qconv2d_pointwise"),
-    (torch.ops.quantized, "max_pool2d"),
-)
-
 
 def to_levels(x: Tensor, levels: Affine) -> Tensor:
     """x in uint8, rounded and clipped, channels last."""
     scale, zero_point = levels
-    rounded = torch.round(x / scale).add_(zero_point).clamp_(0, 255)
-    return rounded.to(torch.uint8, memory_format=torch.channels_last)
+    rounded = (x / scale).round_().add_(zero_point).clamp_(0, 255)
+    return _narrowed(rounded).contiguous(memory_format=torch.channels_last)
 
 
 def from_levels(x: Tensor, levels: Affine) -> Tensor:
     scale, zero_point = levels
     return (x.float() - zero_point) * scale
-
-
-@cache
-def is_supported() -> bool:
-    """Whether the kernels are there and their sums are exact.
-
-    On processors without VNNI, pairs of products saturate at 16 bits.
-    """
-    if not torch.backends.mkldnn.is_available() or not all(
-        hasattr(namespace, name) for namespace, name in OPERATORS
-    ):
-        return False
-    with torch.device("cpu"):
-        x = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8, device="cpu")
-        weight = torch.full((1, 64, 3, 3), 127, dtype=torch.int8, device="cpu")
-        one, none = (torch.tensor([n], dtype=torch.float32, device="cpu") for n in (1.0, 0.0))
-    source, result = Affine(1.0, 0), Affine(255 * 127 * weight.numel() / 200, 0)
-    layer = convolution(x.shape, weight, one, none, source=source, result=result, relu=False)
-    return bool(layer(x, None)[0, 0, 1, 1] == 200)
 
 
 def check_runnable(caller: str, network: Quantized) -> None:
@@ -85,17 +57,21 @@ def prepare(network: Quantized, x: Tensor) -> Inference:
 
     Two images run in floating point to tell what the levels of each layer stand for. One has the
     least value everywhere, and the other the greatest. Every step between layers hands these on.
+
+    The prepared network runs in TorchScript, which calls one layer after the other without Python.
     """
     weights, images = network.weights, affine(network.images)
     ends = _filled(network.images, *x.shape[1:])
     _, last, packed = run_network(Params(weights, network.ranges), ends, _Packing(len(x)))
     do, params = _Levels(affine(last)), Params(weights, packed)
 
-    def infer(x: Tensor) -> Tensor:
+    def infer(x: Tensor, *_: Tensor) -> Tensor:
         y: Tensor = weights.head.run(run_network(params, to_levels(x, images), do).y, do)
         return y
 
-    return infer
+    leaves = [leaf for leaf in tree.leaves(packed) if isinstance(leaf, Tensor)]
+    run = traced(infer, x, *leaves)
+    return lambda x: run(x, *leaves)
 
 
 class _Packing(Floating):
@@ -116,7 +92,7 @@ class _Packing(Floating):
         *,
         add: Tensor | None = None,
         relu: bool = True,
-    ) -> tuple[Tensor, FusedLayer]:
+    ) -> tuple[Tensor, Packed]:
         match at.unit:
             case Layer(conv, Rescale(scale, bias)):
                 layer = convolution(
@@ -172,10 +148,7 @@ class _Levels(Floating):
         return at.beside(x, None), ()
 
     def max_pool(self, x: Tensor, stride: int = 2, padding: int = 1) -> Tensor:
-        """PyTorch's public function for this refuses uint8."""
-        window = ([side] * 2 for side in (ops.SIDE, stride, padding, 1))
-        y: Tensor = torch.ops.quantized.max_pool2d(x, *window, False)
-        return y
+        return max_pool(x, stride, padding)
 
     def average_pool(self, x: Tensor) -> Tensor:
         return _rounded(ops.average_pool, x)
@@ -190,12 +163,17 @@ class _Levels(Floating):
         return x[:, :, ::stride, ::stride]
 
     def mean(self, x: Tensor) -> Tensor:
-        return super().mean(from_levels(x, self.last))
+        return from_levels(super().mean(x.float()), self.last)
 
 
 def _rounded(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A mean of levels, which is between levels."""
-    return function(x.float()).round_().to(torch.uint8)
+    return _narrowed(function(x.float()).round_())
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    """Whole numbers in uint8: PyTorch takes five times as long if int16 is not between."""
+    return x.to(torch.int16).to(torch.uint8)
 
 
 def _refuse(unit: Unit) -> NoReturn:
@@ -215,52 +193,3 @@ def _rescaling(scale: Tensor, bias: Tensor, source: Affine, result: Affine) -> F
         return to_levels(ops.relu(y), result)
 
     return run
-
-
-def convolution(
-    shape: torch.Size,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    how: Geometry = PLAIN,
-    *,
-    source: Affine,
-    result: Affine,
-    added: Affine | None = None,
-    relu: bool = True,
-) -> FusedLayer:
-    """`fused.convolution` from uint8 to uint8.
-
-    Sums are taken in int32, go on in float32, and are rounded once.
-
-    Args:
-      shape: the shape of the activations, `[b c h w]`.
-      weight: int8 `[o c/groups k k]`.
-      scale: what one step of the weight is worth, `[o]`.
-      bias: `[o]`.
-      source: what the levels of the activations stand for.
-      result: what the levels of the results stand for.
-      added: what the levels of the summand stand for, if there is one.
-    """
-    missing = missing_columns(shape, weight, how.stride)
-    window = ([how.stride] * 2, how.padding(weight), [how.dilation] * 2, how.groups)
-    packed = torch.ops.onednn.qconv_prepack(
-        weight, scale, *source, *window, [*shape[:3], shape[3] + missing]
-    )
-    alone = torch.ops.onednn.qconv2d_pointwise.default
-    over = torch.ops.onednn.qconv2d_pointwise.binary
-    symmetric = torch.zeros_like(scale, dtype=torch.int32)
-    to, name = (*result, torch.uint8), "relu" if relu else "none"
-
-    def run(x: Tensor, levels: Tensor | None = None) -> Tensor:
-        y: Tensor
-        arguments = (x, *source, packed, scale, symmetric)
-        if added is None:
-            y = alone(*arguments, bias, *window, *to, name, [], "")
-        else:
-            assert levels is not None
-            levels = levels.contiguous(memory_format=torch.channels_last)
-            y = over(*arguments, levels, bias, *window, *to, *added, "sum", 1.0, name, [], "")
-        return y
-
-    return with_columns(run, missing, source.zero_point)

@@ -1,7 +1,7 @@
 """oneDNN's own compiler, which takes a stage of a network at once and packs weights beforehand.
 
 It is reached through TorchScript, which is deprecated, and through private functions. No other file
-here touches them.
+here touches these; int8 is run by `traced` too.
 """
 
 import warnings
@@ -23,12 +23,16 @@ TRACE, FUNCTION = "_create_graph_by_tracing", "_create_function_from_graph"
 def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this PyTorch has oneDNN's compiler for weights such as these."""
     there = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not there or not all(hasattr(torch._C, name) for name in (TRACE, FUNCTION)):
+    if not there or not _traces():
         return False
     if dtype is torch.bfloat16:
         has_kernels = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
         return has_kernels is not None and bool(has_kernels())
     return dtype is torch.float32
+
+
+def _traces() -> bool:
+    return all(hasattr(torch._C, name) for name in (TRACE, FUNCTION))
 
 
 class OneDNN(Fused):
@@ -122,18 +126,31 @@ def fuse(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], 
     enabled = torch.jit.onednn_fusion_enabled()
     torch.jit.enable_onednn_fusion(True)
     try:
+        return traced(function, x)
+    finally:
+        torch.jit.enable_onednn_fusion(enabled)
+
+
+def traced(function: Callable[..., Tensor], *examples: Tensor) -> Callable[..., Tensor]:
+    """The function in TorchScript, which runs it without Python, for tensors such as these.
+
+    A function that it refuses is run as it is.
+    """
+    if not _traces():
+        return function
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they say that shapes become constants
             # `torch.jit.trace` would keep the graph, and its weights, as long as the process.
-            graph, _ = torch._C._create_graph_by_tracing(function, (x,), lambda _: "", True, False)
-        fused: Callable[[Tensor], Tensor] = torch._C._create_function_from_graph("fused", graph)
+            graph, _ = torch._C._create_graph_by_tracing(
+                function, examples, lambda _: "", True, False
+            )
+        run: Callable[..., Tensor] = torch._C._create_function_from_graph("traced", graph)
         for _ in range(2):  # the first run is watched, the second is compiled
-            fused(x)
+            run(*examples)
     except RuntimeError:
         return function
-    finally:
-        torch.jit.enable_onednn_fusion(enabled)
-    return fused
+    return run
 
 
 def _one_way(x: Tensor) -> Tensor:
