@@ -214,6 +214,14 @@ def test_the_command_trains_draws_and_refuses(
             main(monkeypatch, "--data", folder, "--out", out, "--device", "cpu", *arguments)
 
 
+def test_the_document_has_the_tables_of_the_logs() -> None:
+    document = Path(__file__).parent.parent / "docs" / "fashion.md"
+    logs, text = document.with_suffix(""), document.read_text()
+    assert len(fashion.logs(logs)) == 4
+    assert fashion.table(fashion.logs(logs)) in text
+    assert fashion_ensemble.table(fashion_ensemble.read(logs / "ensemble.csv")) in text
+
+
 @pytest.mark.slow
 def test_an_ensemble_is_scored_as_its_networks_one_by_one(
     folder: Path,
