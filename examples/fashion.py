@@ -183,17 +183,15 @@ def logs(folder: Path) -> dict[str, list[Row]]:
 
 
 def table(found: dict[str, list[Row]]) -> str:
-    """The last epoch of each network, and the mean time of an epoch, in Markdown."""
+    """The last epoch of each network, in Markdown."""
     lines = [
-        "| network | epochs | training loss | training error | test error | seconds an epoch |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| network | epochs | training loss | training error | test error |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, rows in found.items():
-        last, seconds = rows[-1], sum(row.seconds for row in rows) / len(rows)
+        last = rows[-1]
         errors = f"{last.train_error:.2%} | {last.test_error:.2%}"
-        lines.append(
-            f"| {name} | {last.epoch} | {last.train_loss:.4f} | {errors} | {seconds:.2f} |"
-        )
+        lines.append(f"| {name} | {last.epoch} | {last.train_loss:.4f} | {errors} |")
     return "\n".join(lines)
 
 
