@@ -119,8 +119,12 @@ def neighbours(group: Group, count: int) -> Group | None:
         return None if count == 1 else group
     first = group.rank() // count * count
     ranks = distributed.get_process_group_ranks(group)[first : first + count]
+    store = getattr(distributed.distributed_c10d, "_get_default_store", None)  # it is private
+    patience = store().timeout if store else None  # the job's; PyTorch's own is half an hour
     with answered(group.rank(), group.size()):
-        beside: Group = distributed.new_group(ranks, use_local_synchronization=True)
+        beside: Group = distributed.new_group(
+            ranks, timeout=patience, use_local_synchronization=True
+        )
     return beside
 
 
