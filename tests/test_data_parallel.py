@@ -30,7 +30,7 @@ from fresnet.network import across
 from fresnet.network.across import share_of
 from fresnet.network.moments import merge, merge_across
 from fresnet.network.nodes import Bottleneck, Moments, Weights
-from fresnet.pytorch.collectives import Group, neighbours
+from fresnet.pytorch.collectives import Group, all_sum, gather, neighbours
 from fresnet.training import (
     Evaluation,
     check_same,
@@ -434,6 +434,20 @@ def test_processes_share_norms_with_those_beside_them(
     distributed.destroy_process_group()
     options = {"timeout": waits if known else None, "use_local_synchronization": True}
     assert found == [None, ([108, 109, 110, 111], options), group]
+
+
+def test_whoever_waits_for_some_is_named_as_one_of_all(
+    alone: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(*_: Any, **__: Any) -> None:
+        raise RuntimeError("timed out")
+
+    for name, value in {"get_rank": lambda: 10, "get_world_size": lambda: 12}.items():
+        monkeypatch.setattr(distributed, name, value)
+    for name, tell in {"all_reduce": all_sum, "all_gather": gather}.items():
+        monkeypatch.setattr(distributed, name, silent)
+        with pytest.raises(FresnetError, match=r"^process 10 of 12 waited 0 s for another"):
+            tell(torch.ones(2), alone)
 
 
 def test_the_same_moments_of_several_processes_count_once() -> None:
