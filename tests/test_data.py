@@ -217,6 +217,7 @@ TREES = {
         ("animals", ["ant", "cat", "dog"], "the 3 classes given; {} lacks 1: 'ant'"),
         ("animals", ["cat", "eel"], "the 2 classes given; {} lacks 1: 'eel'"),
         ("animals", ["cat"], "the 1 classes given; {} has besides 1: 'dog'"),
+        ("animals", ["cat", "dog", "cat"], "each class once; got cat, dog and cat"),
         ("animals", list("abcdef"), "{} lacks 6: 'a', 'b', 'c' and 3 more"),
     ],
 )

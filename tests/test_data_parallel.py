@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +30,7 @@ from fresnet.network import across
 from fresnet.network.across import share_of
 from fresnet.network.moments import merge, merge_across
 from fresnet.network.nodes import Bottleneck, Moments, Weights
-from fresnet.pytorch.collectives import Group, neighbours
+from fresnet.pytorch.collectives import Group, all_sum, gather, neighbours
 from fresnet.training import (
     Evaluation,
     check_same,
@@ -413,13 +414,40 @@ def test_norms_across_processes_take_one_message_each_and_one_back(
     assert sent == ["all_reduce"] * 4 * norms
 
 
-def test_processes_share_norms_with_those_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 12 processes, those of the group's ranks 8 to 11 are together if 4 are."""
+@pytest.mark.parametrize("known", [True, False])
+def test_processes_share_norms_with_those_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Of 12 processes, those of the group's ranks 8 to 11 are together if 4 are.
+
+    They wait for each other as long as all do, where PyTorch tells how long that is.
+    """
     group: Any = mock.Mock(**{"size.return_value": 12, "rank.return_value": 10})
+    store, waits = f"file://{tmp_path}/store", timedelta(seconds=7)
+    distributed.init_process_group("gloo", store, timeout=waits, rank=0, world_size=1)
+    if not known:
+        monkeypatch.delattr(distributed.distributed_c10d, "_get_default_store")
     monkeypatch.setattr(distributed, "get_process_group_ranks", lambda _: [*range(100, 112)])
-    monkeypatch.setattr(distributed, "new_group", lambda ranks, **options: ranks)
+    monkeypatch.setattr(distributed, "new_group", lambda ranks, **options: (ranks, options))
     found: list[Any] = [neighbours(group, count) for count in (1, 4, 12)]
-    assert found == [None, [108, 109, 110, 111], group]
+    monkeypatch.undo()
+    distributed.destroy_process_group()
+    options = {"timeout": waits if known else None, "use_local_synchronization": True}
+    assert found == [None, ([108, 109, 110, 111], options), group]
+
+
+def test_whoever_waits_for_some_is_named_as_one_of_all(
+    alone: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(*_: Any, **__: Any) -> None:
+        raise RuntimeError("timed out")
+
+    for name, value in {"get_rank": lambda: 10, "get_world_size": lambda: 12}.items():
+        monkeypatch.setattr(distributed, name, value)
+    for name, tell in {"all_reduce": all_sum, "all_gather": gather}.items():
+        monkeypatch.setattr(distributed, name, silent)
+        with pytest.raises(FresnetError, match=r"^process 10 of 12 waited 0 s for another"):
+            tell(torch.ones(2), alone)
 
 
 def test_the_same_moments_of_several_processes_count_once() -> None:

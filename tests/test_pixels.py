@@ -1,6 +1,8 @@
 """Batches of pixels: normalised they are batches of floats, and read fast they are nearly so."""
 
+import errno
 import io
+import os
 import re
 import sys
 from functools import partial
@@ -13,7 +15,7 @@ import torch
 from assertions import assert_same, global_generators_untouched
 from hypothesis import example, given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from strategies import examples, rgb_images, seeds
 from torch import Generator, Tensor
@@ -185,6 +187,29 @@ def test_what_is_damaged_is_pillows_to_judge(at: int, value: int, cut: bool) -> 
         assert found[1] == found[0]
     else:
         assert_same(found[1], found[0])
+
+
+def test_an_image_outlives_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where turning it upright reads no pixels, as before Pillow 10.1."""
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image, in_place: None)
+    with encoded(PHOTOS[0], "png") as file:
+        image = read_image(file)
+    assert_same(pixels(image), pixels(PHOTOS[0]))
+
+
+class Unreadable(io.BytesIO):
+    """A file of which no more than the headers can be read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size < 2000:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(size)
+
+
+@pytest.mark.parametrize("read", [read_image, read_pixels])
+def test_a_file_that_cannot_be_read_is_refused(read: Any) -> None:
+    with pytest.raises(FresnetError, match=r"^Input/output error$"):
+        read(Unreadable(encoded(PHOTOS[0]).getvalue()))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

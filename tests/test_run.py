@@ -198,13 +198,17 @@ def test_a_run_is_its_steps_and_evaluations(digits: Path, tmp_path: Path, case: 
     }
 
 
-@pytest.mark.parametrize(("case", "dtype"), [("v1", torch.uint8), ("v2", torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("paper", torch.float32), ("v1", torch.uint8), ("v2", torch.float32)],
+)
 def test_images_are_handed_over_as_pixels_where_they_can_be(
-    digits: Path, tmp_path: Path, case: str, dtype: torch.dtype
+    digits: Path, tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
     folders = scan(digits / "train"), scan(digits / "val")
+    recipe = with_batch(with_crop(RECIPES[name], 16), 10)
     options = Options(recompute=False, workers=0, broken="raise", keep=1, save_every=None)
-    course = Course(Run("tiny", CASES[case]), PARAMS, folders, tmp_path, ALONE, options)
+    course = Course(Run("tiny", recipe), PARAMS, folders, tmp_path, ALONE, options)
     assert next(course.batches(course.places())).x.dtype == dtype
 
 

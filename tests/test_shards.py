@@ -1,6 +1,8 @@
 """Tar files are folders of images: the same batches, errors and runs."""
 
+import errno
 import io
+import os
 import re
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +37,9 @@ from fresnet.data import (
 )
 from fresnet.data.loading import Batch
 from fresnet.data.shards import shards_in
+from fresnet.training.plan import Run
+from fresnet.training.recipes import RECIPES
+from fresnet.training.resuming import notes_of
 
 Files = Mapping[str, bytes]
 
@@ -131,9 +136,26 @@ def test_classes_may_be_given(tmp_path: Path) -> None:
     assert (shards.classes, shards.labels) == (("ant", "bee", "cat"), (2,))
     with pytest.raises(FresnetError, match=r"label below 2, .* classes given; .*1\.png has 2"):
         scan_shards([shard], classes=["ant", "bee"])
+    with pytest.raises(FresnetError, match=r"expects two classes at least; got \['ant'\]"):
+        scan_shards([shard], classes=["ant"])
 
 
-CUT = "it is damaged, or cut off, at byte"
+def test_a_name_from_the_root_is_a_name_in_the_shard(tmp_path: Path) -> None:
+    files = {f"/data/{name}": content for name, content in PAIR.items()}
+    shards = scan_shards([write_tar(tmp_path / "a.tar", files)])
+    assert shards.files == tuple(f"{tmp_path}/a.tar/data/{i}.png" for i in (1, 2))
+
+
+def test_other_labels_are_another_run(tmp_path: Path) -> None:
+    """A checkpoint notes them, since names do not hold them."""
+    one = scan_shards([write_tar(tmp_path / "a.tar", PAIR)])
+    other = scan_shards([write_tar(tmp_path / "a.tar", {**PAIR, "1.cls": b"1", "2.cls": b"0"})])
+    run = Run("tiny", RECIPES["v1"])
+    assert notes_of(run, one, one) == notes_of(run, one, one)
+    assert notes_of(run, one, one) != notes_of(run, other, one) != notes_of(run, one, other)
+
+
+CUT = "it is damaged, cut off or followed by another at byte"
 WRONG: Mapping[str, tuple[Any, str]] = {
     "no label": ({**PAIR, "3.png": PNG}, "it has no .cls of 3"),
     "no image": ({**PAIR, "3.cls": b"1", "4.cls": b"1"}, "it has no image of 3 and 4"),
@@ -159,6 +181,10 @@ def test_what_is_wrong_with_a_shard(name: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 400
 
 
+def wiped(tar: bytes, at: int, count: int) -> bytes:
+    return tar[:at] + bytes(count) + tar[at + count :]
+
+
 DAMAGES: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
     "no bytes": (lambda tar: b"", "empty file"),
     "no tar": (lambda tar: b"nonsense" * 200, "invalid header"),
@@ -167,6 +193,8 @@ DAMAGES: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut between files": (lambda tar: tar[: tar.index(b"2.png")], CUT),
     "no end": (lambda tar: tar[: tar.index(b"2.cls") + 1024], CUT),
     "a header": (lambda tar: tar.replace(b"2.png", b"3.png"), CUT),
+    "a wiped header": (lambda tar: wiped(tar, tar.index(b"2.png"), 512), CUT),
+    "two in one": (lambda tar: tar + tar, CUT),
 }
 
 
@@ -217,6 +245,8 @@ def test_tar_files_beside_folders_are_no_shards(tmp_path: Path) -> None:
     for name in ("b.tar", "a.tar", "c.tar.gz"):
         (tmp_path / name).touch()
     (tmp_path / ".hidden").mkdir()
+    (tmp_path / "._a.tar").touch()
+    (tmp_path / "nowhere").symlink_to("a" * 300)  # of which Python's Path raises an error
     assert shards_in(tmp_path) == [tmp_path / "a.tar", tmp_path / "b.tar"]
     (tmp_path / "cat").mkdir()
     assert shards_in(tmp_path) == shards_in(tmp_path / "none") == []
@@ -257,7 +287,14 @@ def test_bad_paths(
         scan_shards(paths)
 
 
-def test_what_is_broken_is_named_and_left_out(tmp_path: Path) -> None:
+class Unreadable(io.BytesIO):
+    def read(self, *_: Any) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_what_is_broken_is_named_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {**PAIR, "3.png": PNG[:-40], "3.cls": b"0", "4.png": b"no image", "4.cls": b"1"}
     shards = scan_shards([write_tar(tmp_path / "a.tar", files)])
     images, places = images_of(shards), [[Place(0, i, i) for i in range(4)]]
@@ -268,6 +305,9 @@ def test_what_is_broken_is_named_and_left_out(tmp_path: Path) -> None:
     assert second == f"{tmp_path}/a.tar/4.png: cannot identify image file"
     (tmp_path / "a.tar").unlink()
     with pytest.raises(FresnetError, match=r"a\.tar/1\.png: No such file"):
+        next(loader(images, places))
+    monkeypatch.setattr("fresnet.data.shards.open_regular", lambda _: Unreadable())
+    with pytest.raises(FresnetError, match=r"a\.tar/1\.png: Input/output error"):
         next(loader(images, places))
 
 

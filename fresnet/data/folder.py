@@ -63,7 +63,7 @@ def scan(root: str | os.PathLike[str], *, classes: Sequence[str] | None = None) 
     check_names("scan", classes)
     root = os.path.expanduser(as_path(root))
     try:
-        found = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))
+        found = sorted(entry.name for entry in os.scandir(root) if is_folder(entry))
         hidden = [name for name in found if name.startswith(".")]
         found = [name for name in found if name not in hidden]
         _check_classes(root, found)
@@ -153,7 +153,7 @@ def _walk(root: str, folder: str, passed_over: list[str]) -> Iterator[tuple[str,
         if any(place == here or place.startswith(here + os.sep) for place in above):
             passed_over.append(folder)
             continue
-        entries = [(entry, _is_folder(entry)) for entry in os.scandir(folder)]
+        entries = [(entry, is_folder(entry)) for entry in os.scandir(folder)]
         yield folder, [entry.name for entry, below in entries if not below]
         for entry, below in entries:
             if below and entry.name.startswith("."):
@@ -162,7 +162,8 @@ def _walk(root: str, folder: str, passed_over: list[str]) -> Iterator[tuple[str,
                 waiting.append((entry.path, (*above, here)))
 
 
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry of a folder is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -186,6 +187,8 @@ def _check_classes(root: str, found: Sequence[str]) -> None:
 
 
 def _check_same(root: str, found: Sequence[str], expected: Sequence[str]) -> None:
+    if len(set(expected)) < len(expected):
+        raise FresnetError(f"scan expects each class once; got {listed([*expected])}")
     lacking, besides = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     composed = {unicodedata.normalize("NFC", name): name for name in besides}
     for name in lacking:

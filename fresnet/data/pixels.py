@@ -42,8 +42,8 @@ def read_pixels(file: BinaryIO) -> Tensor:
         file.seek(0)
         try:
             return rearrange(torch.from_numpy(decode_jpeg(file.read())), "h w c -> c h w")
-        except ValueError:
-            pass  # it is damaged
+        except (ValueError, OSError):
+            pass  # it is damaged, or its disk
     return pixels_of(read_image(file))
 
 

@@ -125,6 +125,7 @@ def read_image(file: BinaryIO) -> "PILImage":
         with Image.open(file) as opened:
             refuse_huge("it is", opened.size)
             _check_image(opened)
+            opened.load()  # Pillow's function below does so from 10.1 on
             ImageOps.exif_transpose(opened, in_place=True)
             return _in_rgb(opened)
     except UnidentifiedImageError as error:  # its message has the address of the file object

@@ -3,12 +3,13 @@
 import os
 import tarfile
 from collections.abc import Container, Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
-from fresnet.data.folder import EXTENSIONS, Folder, check_names, open_regular
+from fresnet.data.folder import EXTENSIONS, Folder, check_names, is_folder, open_regular
 from fresnet.errors import FresnetError, listed, reason, shown
 from fresnet.reading import as_path
 
@@ -43,9 +44,12 @@ class Shards(NamedTuple):
           FresnetError: if its shard cannot be read.
         """
         shard, offset, size = self.spans[index]
-        with open_regular(shard) as file:
-            file.seek(offset)
-            return BytesIO(file.read(size))
+        try:
+            with open_regular(shard) as file:
+                file.seek(offset)
+                return BytesIO(file.read(size))
+        except OSError as error:
+            raise FresnetError(reason(error)) from error
 
 
 Scanned: TypeAlias = Folder | Shards
@@ -107,12 +111,12 @@ def scan_shards(
 def shards_in(root: Path) -> list[Path]:
     """The tar files in a folder that has no folder for a class, by name."""
     try:
-        entries = [*root.iterdir()]
+        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     except OSError:
         return []
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
+    if any(map(is_folder, entries)):
         return []
-    return sorted(entry for entry in entries if entry.suffix == ".tar")
+    return sorted(Path(entry) for entry in entries if entry.name.endswith(".tar"))
 
 
 class _Image(NamedTuple):
@@ -132,7 +136,7 @@ def _images(shard: str) -> list[_Image]:
                 if end in EXTENSIONS:
                     _check_new(key, member.name, images)
                     span = Span(shard, member.offset_data, member.size)
-                    images[key] = os.path.join(shard, member.name), span
+                    images[key] = os.path.join(shard, member.name.lstrip("/")), span
                 elif end == LABEL:
                     _check_new(key, member.name, labels)
                     file.seek(member.offset_data)
@@ -151,7 +155,7 @@ def _images(shard: str) -> list[_Image]:
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar file. Its headers must lead to the mark of its end."""
+    """The files in a tar file. Its headers must lead to its end, from where on all is zero."""
     end, length = 0, file.seek(0, os.SEEK_END)
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -166,8 +170,11 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             elif not member.isdir():
                 raise FresnetError(f"{member.name} is no plain file")
         file.seek(tar.offset)
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise FresnetError(f"it is damaged, or cut off, at byte {tar.offset}")
+        rest = iter(partial(file.read, 2**20), b"")
+        if length < tar.offset + BLOCK or any(map(any, rest)):
+            raise FresnetError(
+                f"it is damaged, cut off or followed by another at byte {tar.offset}"
+            )
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -205,6 +212,8 @@ def _numbers(found: Sequence[_Image]) -> tuple[str, ...]:
 
 
 def _given(found: Sequence[_Image], classes: Sequence[str]) -> tuple[str, ...]:
+    if len(classes) < 2:
+        raise FresnetError(f"scan_shards expects two classes at least; got {shown(list(classes))}")
     for image in found:
         if image.label >= len(classes):
             raise FresnetError(

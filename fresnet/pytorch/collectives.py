@@ -82,11 +82,11 @@ def start_sum(buffer: Tensor, group: Group) -> Callable[[], None]:
     Raises:
       FresnetError: at once or while waiting, if another process ends or does not answer in time.
     """
-    with answered(group.rank(), group.size()):
+    with answered(distributed.get_rank(), distributed.get_world_size()):
         work = distributed.all_reduce(buffer, group=group, async_op=True)
 
     def wait() -> None:
-        with answered(group.rank(), group.size()):
+        with answered(distributed.get_rank(), distributed.get_world_size()):
             work.wait()
 
     return wait
@@ -102,7 +102,7 @@ def gather(x: Tensor, group: Group) -> Tensor:
     """
     x = x.contiguous()
     each = [torch.empty_like(x) for _ in range(group.size())]
-    with answered(group.rank(), group.size()):
+    with answered(distributed.get_rank(), distributed.get_world_size()):
         distributed.all_gather(each, x, group=group)
     return torch.stack(each)
 
@@ -119,8 +119,12 @@ def neighbours(group: Group, count: int) -> Group | None:
         return None if count == 1 else group
     first = group.rank() // count * count
     ranks = distributed.get_process_group_ranks(group)[first : first + count]
-    with answered(group.rank(), group.size()):
-        beside: Group = distributed.new_group(ranks, use_local_synchronization=True)
+    store = getattr(distributed.distributed_c10d, "_get_default_store", None)  # it is private
+    patience = store().timeout if store else None  # the job's; PyTorch's own is half an hour
+    with answered(distributed.get_rank(), distributed.get_world_size()):
+        beside: Group = distributed.new_group(
+            ranks, timeout=patience, use_local_synchronization=True
+        )
     return beside
 
 

@@ -7,7 +7,7 @@ from textwrap import shorten
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 from zlib import crc32
 
-from fresnet.data.shards import Scanned
+from fresnet.data.shards import Scanned, Shards
 from fresnet.errors import FresnetError
 from fresnet.training.checkpoint import restore_state, saved_states
 from fresnet.training.state import TrainState
@@ -49,9 +49,12 @@ def notes_of(run: Fields, training: Scanned, validation: Scanned) -> Notes:
 
 
 def _checksum(folder: Scanned) -> str:
-    """Of the names of the files, from the folder on, so that it may be moved."""
-    files = "\n".join(os.path.relpath(file, folder.root) for file in folder.files)
-    return f"{crc32(files.encode(errors='surrogateescape')):08x}"
+    """Of the names of the files, from the folder on, so that it may be moved; and their labels."""
+    lines = [os.path.relpath(file, folder.root) for file in folder.files]
+    if isinstance(folder, Shards):  # in a folder the names hold the classes
+        lines += map(str, folder.labels)
+    text = "\n".join(lines)
+    return f"{crc32(text.encode(errors='surrogateescape')):08x}"
 
 
 def resumed(state: TrainState, out: Path, notes: Notes) -> TrainState:
