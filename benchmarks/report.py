@@ -8,6 +8,7 @@ from harness import Measured, quartiles, ratios, table
 
 PAGES_KEPT, DEFAULT, GPU = "pages kept", "default allocator", "on a GPU"
 HEADINGS = {PAGES_KEPT: "With pages kept", DEFAULT: "Default allocator", GPU: "On a GPU"}
+TARGETS = "| | of | against | asked | measured (quartiles) |\n| --- | --- | --- | ---: | --- |"
 
 
 class Target(NamedTuple):
@@ -125,11 +126,8 @@ def best(rows: Sequence[Measured], names: Sequence[str]) -> str:
 
 
 def judge(results: Results) -> str:
-    """The targets in Markdown: what is asked, what was measured, and whether the target is met."""
-    lines = [
-        "| | of | against | asked | measured (quartiles) | met |",
-        "| --- | --- | --- | ---: | --- | --- |",
-    ]
+    """The targets in Markdown, those that are not met before the others."""
+    lines: dict[bool, list[str]] = {False: [], True: []}
     for target in targets():
         entry = results.get((target.title, target.setting))
         if entry is None:
@@ -139,17 +137,22 @@ def judge(results: Results) -> str:
         if target.memory:
             peaks = {row.name: row.peak for row in rows}
             middle = peaks[rival] / max(peaks[target.name], 1)
-            measured = f"{middle:.2f}"
+            measured = f"{middle:.3f}"
         else:
             low, middle, high = quartiles(ratios(rows, target.name, rival))
-            measured = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            measured = f"{middle:.3f} ({low:.3f} to {high:.3f})"
         what = "as little memory as" if target.memory else "as fast as"
         default = ", default allocator" if target.setting == DEFAULT else ""
-        lines.append(
-            f"| {target.title}{default} | {target.name} | {what} {rival} | {target.at_least:.2f} "
-            f"| {measured} | {'yes' if middle >= target.at_least else '**no**'} |"
+        lines[middle >= target.at_least].append(
+            f"| {target.title}{default} | {target.name} | {what} {rival} "
+            f"| {target.at_least:.2f} | {measured} |"
         )
-    return "\n".join(lines)
+    count = {met: len(found) for met, found in lines.items()}
+    parts = [f"Of {sum(count.values())} targets {count[False]} are not met."]
+    for met, heading in ((False, "Targets that are not met"), (True, "Targets that are met")):
+        if lines[met]:
+            parts += [f"\n### {heading}\n\n{TARGETS}", *lines[met]]
+    return "\n".join(parts)
 
 
 def report(results: Results) -> str:
