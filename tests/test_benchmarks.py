@@ -57,11 +57,15 @@ def test_a_ratio_is_of_one_round_and_above_1_for_the_faster() -> None:
 def test_a_target_is_judged_against_the_fastest_rival() -> None:
     (target,) = (t for t in targets() if len(t.others) > 2 and "8 images" in t.title)
     slow, fast, *rest = (Measured(name, 0.1, [3.0] * 3, 1.0, 0.0) for name in target.others)
-    rows = [slow, fast._replace(seconds=[1.0] * 3), *rest]
+    float32 = slow._replace(name="fresnet in float32", seconds=[8.0] * 3)
+    rows = [float32, slow, fast._replace(seconds=[1.0] * 3), *rest]
     rows += [ROWS[1]._replace(name=target.name, seconds=[2.0] * 3)]
     entry = {"rows": [row._asdict() for row in rows]}
-    line = judge({(target.title, PAGES_KEPT): entry}).splitlines()[-1]
-    assert line.endswith(f"as fast as {fast.name} | 1.00 | 0.50 (0.50 to 0.50) | **no** |")
+    judged = judge({(target.title, PAGES_KEPT): entry})
+    assert judged.startswith("Of 2 targets 1 are not met.")
+    missed, met = (part.splitlines()[-1] for part in judged.split("\n\n### Targets that are met"))
+    assert missed.endswith(f"| as fast as {fast.name} | 1.00 | 0.500 (0.500 to 0.500) |")
+    assert met.endswith("| as fast as fresnet in float32 | 2.00 | 4.000 (4.000 to 4.000) |")
 
 
 def test_the_document_has_the_report_of_what_was_recorded() -> None:
