@@ -56,7 +56,7 @@ def finished(run: Run) -> Run:
 
 def torchvision(x: Tensor, *, compiled: bool = True) -> Run:
     network = model(x.dtype).eval()
-    run = torch.compile(network, mode="reduce-overhead") if compiled else network
+    run = torch.compile(network, mode="reduce-overhead", dynamic=False) if compiled else network
     return finished(torch.no_grad()(lambda: run(x).float()))
 
 
@@ -78,14 +78,16 @@ def torchvision_step(x: Tensor, y: Tensor) -> Run:
         optimizer.zero_grad()
         return loss.detach()
 
-    return finished(torch.compile(step))
+    return finished(torch.compile(step, dynamic=False))
 
 
 def our_step(x: Tensor, y: Tensor) -> Run:
     optimizer = optim.sgd(0.01, momentum=0.9, weight_decay=1e-4)
     state = training.start(reference.params(model(torch.float32)), optimizer)
     train_step = torch.compile(
-        training.make_train_step(optimizer, precision=torch.bfloat16), fullgraph=True
+        training.make_train_step(optimizer, precision=torch.bfloat16),
+        fullgraph=True,
+        dynamic=False,
     )
 
     def step() -> Tensor:

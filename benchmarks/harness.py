@@ -119,15 +119,16 @@ def errors_of(comparison: Comparison, runs: Mapping[str, Run]) -> dict[str, floa
 
 
 def _distance(result: Any, expected: Any) -> float:
-    """The largest relative error among tensors of the same name."""
+    """The largest relative error among tensors of the same name, and NaN if any is."""
     if isinstance(result, Tensor):
         result, expected = {"": result}, {"": expected}
     assert result.keys() == expected.keys()
     with torch.no_grad():
-        return max(
-            float((result[name] - value).norm() / (value.norm() + 1e-3))
+        errors = [
+            (result[name] - value).norm() / (value.norm() + 1e-3)
             for name, value in expected.items()
-        )
+        ]
+        return float(torch.stack(errors).max())
 
 
 def ratios(rows: list[Measured], name: str, against: str) -> list[float]:

@@ -62,8 +62,9 @@ def torchvision(x: Tensor, *, compiled: bool = False, freezing: bool = False) ->
     module: Callable[[Tensor], Tensor] = model() if x.dtype is torch.float32 else narrow_model()
     if compiled:
         torch.compiler.reset()
-        with inductor.patch(freezing=freezing):  # compile only half heeds it as an option
-            module = torch.compile(module, dynamic=False)
+        # Compile only half heeds it as an option, which keeps apart what was compiled by another.
+        with inductor.patch(freezing=freezing):
+            module = torch.compile(module, dynamic=False, options={"freezing": freezing})
             module(x)
     return lambda: module(x).float()
 

@@ -45,7 +45,7 @@ def torchvision(
         optimizer.zero_grad()  # here, so that all above weights and velocity is the step's
         return loss.detach()
 
-    return torch.compile(step) if compiled else step
+    return torch.compile(step, dynamic=False) if compiled else step
 
 
 def ours(
@@ -61,7 +61,7 @@ def ours(
     state = training.start(params, optimizer)
     train_step = training.make_train_step(optimizer, recompute=recompute, precision=precision)
     if compiled:
-        train_step = torch.compile(train_step, fullgraph=True)
+        train_step = torch.compile(train_step, fullgraph=True, dynamic=False)
 
     def step() -> Tensor:
         nonlocal state

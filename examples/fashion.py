@@ -141,7 +141,7 @@ def train(
     run = {"epochs": epochs, "seed": seed, "bfloat16": bfloat16}
     if found := training.restore_state(state, folder):
         for option, value in run.items():
-            if (was := found.notes[option]) != value:
+            if (was := found.notes.get(option)) != value:
                 raise FresnetError(f"{folder} was started with {option} {was}, not {value}")
         state, rows = found.state, [Row(*row) for row in found.notes["rows"]]
         write(rows, out / f"{name}.csv")
@@ -215,8 +215,8 @@ def draw_curves(found: dict[str, list[Row]], path: Path) -> None:
     picture.savefig(path)
 
 
-def draw_suspects(params: Params, clothes: Clothes, path: Path) -> None:
-    """Draw the images with the longest gradients of those that the network gets wrong."""
+def suspects(params: Params, clothes: Clothes) -> tuple[Tensor, Tensor]:
+    """The images that the network gets wrong, the longest gradient first, and all its guesses."""
     images, labels = clothes
     parts = [fresnet.forward(params, normalised(x)).argmax(1) for x in images.split(CHUNK)]
     said = torch.cat(parts)
@@ -225,14 +225,19 @@ def draw_suspects(params: Params, clothes: Clothes, path: Path) -> None:
         fresnet.per_sample_norms(cross_entropy, params, normalised(images[some]), labels[some])
         for some in wrong.split(100)
     ]
-    order = wrong[torch.cat(norms).argsort(descending=True)].tolist()
+    return wrong[torch.cat(norms).argsort(descending=True)], said
+
+
+def draw_suspects(params: Params, clothes: Clothes, path: Path) -> None:
+    images, labels = clothes
+    order, said = suspects(params, clothes)
     picture = figure(9.0)
     picture.set_layout_engine("constrained", h_pad=0.12)
     picture.suptitle(
-        f"Of {len(wrong):,} training images that the network gets wrong,\n"
+        f"Of {len(order):,} training images that the network gets wrong,\n"
         "those with the longest gradients: label above, guess below"
     )
-    for axes, i in zip(picture.subplots(5, 5).flat, order, strict=False):
+    for axes, i in zip(picture.subplots(5, 5).flat, order.tolist(), strict=False):
         axes.imshow(images[i].numpy(force=True), cmap="gray_r")
         axes.set(xticks=[], yticks=[], frame_on=False)
         axes.set_title(CLASSES[labels[i]], fontsize=13)
@@ -260,14 +265,15 @@ def main() -> None:
     option(
         "--bfloat16",
         action=argparse.BooleanOptionalAction,
-        default=torch.cuda.is_available(),
-        help="compute steps in bfloat16",
+        default=argparse.SUPPRESS,
+        help="compute steps in bfloat16 (default: on a GPU)",
     )
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     option("--device", choices=devices, default=devices[0], help="where to compute")
     option("--data", type=Path, default=FOLDER, help="the folder of the four idx files")
     option("--out", type=Path, default=Path("runs/fashion"), help="output folder")
     args = parser.parse_args()
+    vars(args).setdefault("bfloat16", args.device == "cuda")
     if args.epochs < 1:
         parser.error(f"--epochs must be at least 1; got {args.epochs}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -147,8 +147,11 @@ def compare(
 
 
 def parted(off: Tensor, bound: float) -> Tensor:
-    """The first step of each run at which it is off by more than the bound, or their number."""
-    beyond = torch.cat([off > bound, torch.ones_like(off[:1], dtype=torch.bool)])
+    """The first step of each run at which it is off by more than the bound, or their number.
+
+    NaN is beyond every bound.
+    """
+    beyond = torch.cat([~(off <= bound), torch.ones_like(off[:1], dtype=torch.bool)])
     return beyond.int().argmax(0)
 
 

@@ -64,8 +64,8 @@ def restored(fresh: TrainState, folder: Path, run: dict[str, Any]) -> tuple[Trai
     if found is None:
         sys.exit(f"nothing to resume: there is no checkpoint in {folder}")
     for name, value in run.items():
-        if found.notes[name] != value:
-            sys.exit(f"{folder} was started with --{name} {found.notes[name]}, not {value}")
+        if (was := found.notes.get(name)) != value:
+            sys.exit(f"{folder} was started with --{name} {was}, not {value}")
     return found.state, found.notes["history"]
 
 

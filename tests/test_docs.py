@@ -59,12 +59,17 @@ def test_the_prediction_of_the_readme_runs_from_a_cache(capsys: pytest.CaptureFi
 @pytest.mark.slow
 @pytest.mark.usefixtures("published")
 @pytest.mark.parametrize("document", PROGRAMS, ids=lambda d: d.name)
-def test_python_blocks_run_in_order(document: Path) -> None:
+def test_python_blocks_run_in_order(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row of a table that they print, and that the document has, is the same in it."""
     namespace: dict[str, object] = {}
     for block in blocks(document):
         if "quantize" in block and not int8_kernels.is_supported():
             continue
         exec(compile(block, document.name, "exec"), namespace)
+    text = document.read_text()
+    for row in re.findall(r"^\| \w.*", capsys.readouterr().out, re.M):
+        if f"\n{row[: row.index('|', 2)]}|" in text:
+            assert f"\n{row}\n" in text
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,17 @@ def test_there_are_twelve_tasks_of_fifteen_lines_at_most_each_with_its_source() 
 def test_the_training_step_of_the_readme_has_twelve_lines_of_code() -> None:
     first, *_ = blocks(ROOT / "README.md")
     assert len([line for line in first.splitlines() if line]) <= 12
+
+
+def test_regimes_are_where_the_design_says() -> None:
+    rows = re.findall(
+        r"^\| (.+) \| `(fresnet/.+\.py)` \|", (ROOT / "docs/design.md").read_text(), re.M
+    )
+    assert len(rows) > 8
+    for names, file in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            defined = rf"^(class|def) {name}\b|^{name} = "
+            assert re.search(defined, (ROOT / file).read_text(), re.M), f"{name} in {file}"
 
 
 def test_files_named_exist() -> None:

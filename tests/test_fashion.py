@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import fresnet
-from fresnet import FresnetError, tree
+from fresnet import FresnetError, optim, training, tree
 from fresnet.weights.storage import read_safetensors
 
 TRAIN, TEST = 300, 50  # two batches, and images that fill none
@@ -170,14 +170,18 @@ def test_a_run_is_one_of_torch_optim(tmp_path: Path, monkeypatch: pytest.MonkeyP
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3])
     stats = params.stats
     for epoch in range(2):
+        seen = []
         for draws in drawn(TRAIN, 7, epoch):
             x, y = cropped(DATA[0], draws)
             weights = tree.unflatten(params.weights, leaves)
             logits, stats = fresnet.forward_train(fresnet.Params(weights, stats), normalised(x))
             optimizer.zero_grad()
-            cross_entropy(logits, y).backward()
+            loss = cross_entropy(logits, y)
+            loss.backward()
             optimizer.step()
             schedule.step()
+            seen.append([loss.item(), (logits.argmax(1) != y).double().mean().item()])
+        assert last.rows[epoch][:3] == pytest.approx((epoch + 1, *np.mean(seen, 0)), rel=1e-5)
     expected = torch.cat([leaf.detach().flatten() for leaf in leaves])
     assert_close(tree.ravel(last.params.weights), expected, 1e-6)
     wrong = fresnet.forward(last.params, normalised(DATA[1].images)).argmax(1) != DATA[1].labels
@@ -207,6 +211,7 @@ def test_the_command_trains_draws_and_refuses(
     for arguments, message in (
         (("--epochs", "2"), "resnet20 was started with epochs 1, not 2"),
         (("--epochs", "1", "--seed", "1"), "was started with seed 0, not 1"),
+        (("--epochs", "1", "--bfloat16"), "was started with bfloat16 False, not True"),
         (("--data", tmp_path), "there is no train-images-idx3-ubyte"),
         (("--networks", "--out", tmp_path), "there is no log in"),
     ):
@@ -214,12 +219,81 @@ def test_the_command_trains_draws_and_refuses(
             main(monkeypatch, "--data", folder, "--out", out, "--device", "cpu", *arguments)
 
 
-def test_the_document_has_the_tables_of_the_logs() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "bfloat16"),
+    [
+        (("--device", "cpu"), False),
+        (("--device", "cpu", "--bfloat16"), True),
+        (("--device", "cuda"), True),
+        (("--device", "cuda", "--no-bfloat16"), False),
+    ],
+)
+def test_the_dtype_of_steps_goes_by_the_device_unless_it_is_said(
+    arguments: tuple[str, ...], bfloat16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fashion, "train_all", asked.append)
+    with pytest.raises(SystemExit, match="there is no log"):
+        main(monkeypatch, "--out", tmp_path, *arguments)
+    assert asked[0].bfloat16 is bfloat16
+
+
+def test_another_programs_checkpoint_is_refused_in_words(tmp_path: Path) -> None:
+    spec = fresnet.SPECS["resnet20"]
+    params = fresnet.init(0, spec, num_classes=10, in_channels=1)
+    state = training.start(params, optim.sgd(0.1, momentum=0.9, weight_decay=1e-4))
+    training.save_state(state, tmp_path / "checkpoints" / "resnet20", step=1)
+    with pytest.raises(FresnetError, match="resnet20 was started with epochs None, not 1"):
+        next(fashion.train("resnet20", DATA, epochs=1, seed=0, out=tmp_path))
+
+
+def test_suspects_are_wrong_and_go_by_the_length_of_their_gradients() -> None:
+    """Lengths are those of `torch.autograd`, image by image."""
+    spec = fresnet.Spec(fresnet.nodes.BasicBlock, (1,), width=4, stem=fresnet.nodes.Stem3x3)
+    params = fresnet.init(0, spec, num_classes=10, in_channels=1)
+    order, said = fashion.suspects(params, DATA[1])
+    images, labels = DATA[1]
+    leaves = [leaf.clone().requires_grad_() for leaf in tree.leaves(params.weights)]
+    network = params._replace(weights=tree.unflatten(params.weights, leaves))
+    norms = []
+    for x, y in zip(normalised(images), labels, strict=True):
+        loss = cross_entropy(fresnet.forward(network, x[None]), y[None])
+        grads = torch.autograd.grad(loss, leaves)
+        norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+    guesses = fresnet.forward(params, normalised(images)).argmax(1)
+    assert_same(said, guesses)
+    wrong = (guesses != labels).nonzero().flatten().tolist()
+    assert len(wrong) > 10
+    assert order.tolist() == sorted(wrong, key=lambda i: -norms[i])
+    right = DATA[1]._replace(labels=guesses)
+    assert fashion.suspects(params, right)[0].tolist() == []
+
+
+def test_the_document_says_what_was_recorded() -> None:
     document = Path(__file__).parent.parent / "docs" / "fashion.md"
-    logs, text = document.with_suffix(""), document.read_text()
-    assert len(fashion.logs(logs)) == 4
-    assert fashion.table(fashion.logs(logs)) in text
-    assert fashion_ensemble.table(fashion_ensemble.read(logs / "ensemble.csv")) in text
+    folder, text = document.with_suffix(""), document.read_text()
+    logs, scores = fashion.logs(folder), fashion_ensemble.read(folder / "ensemble.csv")
+    assert len(logs) == 4
+    assert fashion.table(logs) in text
+    assert fashion_ensemble.table(scores) in text
+    (first, *others), ensemble = [score.error for score in scores[:-1]], scores[-1].error
+    assert first == logs["resnet20"][-1].test_error
+    words = " ".join(text.split())
+    assert f"gets {first:.1%} of the test images of Fashion-MNIST wrong" in words
+    assert f"an ensemble of five {ensemble:.1%}" in words
+    assert f"ended between {min(others):.1%} and {max(others):.1%}" in words
+    assert f"| ResNet-20, 8 epochs | {first:.1%} | this page |" in text
+    assert f"| ensemble of five ResNet-20, 8 epochs each | {ensemble:.1%} | this page |" in text
+    deeper = logs["resnet56"][-1].test_error - first
+    assert f"With shortcuts the difference is {100 * deeper:.1f} points" in words
+
+
+def test_who_is_wholly_sure_and_right_has_no_error_of_any_kind() -> None:
+    """A confidence of 1 is in the last bin."""
+    assert fashion_ensemble.score(torch.eye(10), torch.arange(10)) == (0, 0, 0)
+    wrong = fashion_ensemble.score(torch.eye(10).roll(1, 1), torch.arange(10))
+    assert (wrong.error, wrong.calibration_error) == (1, 1)
 
 
 @pytest.mark.slow
