@@ -296,6 +296,12 @@ def test_who_is_wholly_sure_and_right_has_no_error_of_any_kind() -> None:
     assert (wrong.error, wrong.calibration_error) == (1, 1)
 
 
+def test_there_are_fifteen_bins_of_confidence() -> None:
+    """So 0.61 and 0.69 lie in two, and what one lacks the other does not make up for."""
+    found = fashion_ensemble.score(torch.tensor([[0.61, 0.39], [0.69, 0.31]]), torch.tensor([0, 1]))
+    assert found.calibration_error == pytest.approx((0.39 + 0.69) / 2)
+
+
 @pytest.mark.slow
 def test_an_ensemble_is_scored_as_its_networks_one_by_one(
     folder: Path,

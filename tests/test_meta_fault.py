@@ -90,12 +90,12 @@ def test_stock_vmap_makes_another_run_and_fresnet_does_not(monkeypatch: pytest.M
     generator = torch.Generator().manual_seed(2)
     held_out = draw_tasks(DATA[1], HELD_OUT, 40, generator)
     drawn = [draw_tasks(DATA[0], TRAINED, 8, generator) for _ in range(2)]
-    for run in range(2):
-        tasks = [Tasks(*(x[4 * run : 4 * run + 4].double() for x in some)) for some in drawn]
+    for seed in range(2):
+        tasks = [Tasks(*(x[4 * seed : 4 * seed + 4].double() for x in some)) for some in drawn]
         asked = Tasks(*(x.double() for x in held_out))
-        losses, right = by_autograd(run, tasks, asked)
-        assert truth[:, run].tolist() == pytest.approx(losses, rel=1e-10)
-        assert found["loop"].right[run].item() == right
+        losses, right = by_autograd(seed, tasks, asked)
+        assert truth[:, seed].tolist() == pytest.approx(losses, rel=1e-10)
+        assert found["loop"].right[seed].item() == right
     assert_close(found["fresnet"].losses, truth, 1e-10)
     assert_close(found["stock vmap"].losses[0], truth[0], 1e-10)  # before the first step
     assert ((found["stock vmap"].losses[1] - truth[1]).abs() > 1e-6).all()
