@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fresnet import Params, tree
+from fresnet import Params, forward, tree
 from fresnet.errors import describe
 from fresnet.network.net import run_network
 from fresnet.network.regimes import INFERENCE
@@ -66,6 +66,21 @@ def logit_terms(params: Params, x: Tensor) -> Tensor:
     head, features = params.weights.head, run_network(params, x, INFERENCE).y
     terms: Tensor = tree.map(torch.abs, head).run(features.abs(), INFERENCE)
     return terms
+
+
+def grown_rounding(params: Params, x: Tensor, by: float) -> Tensor:
+    """How far from themselves logits are, in the mean of squares, if weights are off by this part.
+
+    That is what kernels leave which round by this part: they compute sums of terms that are off.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def off(leaf: Tensor) -> Tensor:
+        return leaf * (1 + by * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype))
+
+    exact = forward(params, x)
+    errors = [forward(tree.map(off, params), x) - exact for _ in range(8)]
+    return torch.stack(errors).square().sum((1, 2)).mean().sqrt()
 
 
 def bits(x: Tensor) -> bytes:

@@ -689,6 +689,9 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     lost = PARAMS._replace(weights=tree.map(lambda leaf: leaf * torch.nan, weights))
     with pytest.raises(FresnetError, match=r"save .* load takes; conv1.weight holds values that"):
         fresnet.save(lost, tmp_path / "a")
+    none = PARAMS._replace(weights=weights._replace(head=tree.map(lambda v: v[:0], weights.head)))
+    with pytest.raises(FresnetError, match=r"save .* load takes; fc.weight holds no values"):
+        fresnet.save(none, tmp_path / "a")
     head = weights.head._replace(bias=torch.zeros(9))
     with pytest.raises(FresnetError, match=r"save .* load takes; fc.weight: a head on activations"):
         fresnet.save(PARAMS._replace(weights=weights._replace(head=head)), tmp_path / "a")
@@ -705,6 +708,12 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FresnetError, match=r"save cannot write .*/no/a: No such file"):
         fresnet.save(PARAMS, tmp_path / "no" / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_want_gradients_are_saved_without_a_word(tmp_path: Path) -> None:
+    wanting = tree.map(lambda leaf: leaf.clone().requires_grad_(), PARAMS)
+    fresnet.save(wanting, tmp_path / "a")
+    assert tree.equal(fresnet.load(tmp_path / "a"), PARAMS)
 
 
 def test_without_safetensors_its_extra_is_named(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import class_counts, examples, images, seeds, small_specs, tiny_params
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 import fresnet
 from fresnet import tree
@@ -124,3 +124,20 @@ def test_inference_norm_is_differentiable_in_every_argument(x: Tensor) -> None:
         return inference_norm(Norm(scale, bias), NormStats(mean, var), x)[0]
 
     assert gradcheck(y, (*vectors, x))
+
+
+def test_statistics_have_derivatives_in_forward_mode_without_torch_func() -> None:
+    params = fresnet.init(
+        0, fresnet.Spec(fresnet.RESNET18.block, (1,), 4), num_classes=3, dtype=torch.float64
+    )
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    along = tree.map(torch.cos, params.stats)
+
+    def logits(stats: fresnet.nodes.Stats) -> Tensor:
+        return fresnet.forward(params._replace(stats=stats), x)
+
+    expected = torch.func.jvp(logits, (params.stats,), (along,))[1]
+    with forward_ad.dual_level():
+        dual = tree.map(forward_ad.make_dual, params.stats, along)
+        tangent = forward_ad.unpack_dual(logits(dual)).tangent
+    torch.testing.assert_close(tangent, expected)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from assertions import assert_close, logit_terms, unmutated
+from assertions import assert_close, grown_rounding, logit_terms, unmutated
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import examples, images, seeds, tiny_params
@@ -23,20 +23,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fresnet
 from fresnet import FresnetError, Params, tree
-from fresnet.inference import fused, native, onednn, side_by_side, winograd
+from fresnet.inference import compiled, fused, native, onednn, side_by_side, winograd
 from fresnet.network.nodes import (
     POOLED,
     Bottleneck,
+    CentredZeroPad,
     Geometry,
     GroupNorm,
     PooledProjection,
     Projection,
-    StandardisedLayer,
     kinds,
 )
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """The largest errors, relative to the terms of the logits, because logits may cancel."""
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
+"""By what part of it a sum of products may be off, such as one of a few hundred in float32."""
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -49,8 +52,6 @@ def test_every_network_runs_as_it_does_uncompiled(
 
     Of norms in groups of few values little but rounding remains. So networks with them are given
     larger images here, and are compiled in bfloat16 in test_nodes.py, in their published sizes.
-    Beside statistics drawn at random, standardised weights make activations so large that bfloat16
-    has no digit of the logits: these networks are held against what bfloat16 makes of them anyway.
     """
     if GroupNorm in kinds(params.weights):
         assume(dtype is torch.float32)
@@ -73,13 +74,7 @@ def test_every_network_runs_as_it_does_uncompiled(
         infer = fresnet.compile_inference(network, x.to(dtype))
         logits = infer(x.to(dtype))
     assert logits.dtype == dtype
-    if StandardisedLayer in kinds(params.weights):
-        uncompiled = fresnet.forward(network, x.to(dtype)) - fresnet.forward(params, x)
-        error = logits - fresnet.forward(params, x)
-        bound = BOUNDS[dtype] * logit_terms(params, x).norm()
-        assert error.norm() <= max(bound, 2 * uncompiled.norm())
-        return
-    assert_logits_close(params, x, logits, BOUNDS[dtype])
+    assert_logits_close(params, x, logits, dtype)
 
 
 class Watch(TorchDispatchMode):
@@ -94,10 +89,11 @@ class Watch(TorchDispatchMode):
         return f(*args, **(kwargs or {}))
 
 
-def assert_logits_close(params: Params, x: Tensor, logits: Tensor, bound: float) -> None:
-    error = logits.double() - fresnet.forward(params, x)
-    terms = logit_terms(params, x)
-    assert error.norm() <= bound * terms.norm()
+def assert_logits_close(params: Params, x: Tensor, logits: Tensor, dtype: torch.dtype) -> None:
+    """Or as close as rounding can be told to leave them in this network, in which more cancels."""
+    error = (logits.double() - fresnet.forward(params, x)).norm()
+    if error > BOUNDS[dtype] * logit_terms(params, x).norm():
+        assert error <= 4 * grown_rounding(fresnet.fold(params), x, ROUNDING[dtype])
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +114,7 @@ def winograds() -> None:
     activation=st.booleans(),
     with_sum=st.booleans(),
     cached=st.sampled_from([1, 2**15, 2**21]),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
 )
 def test_winograds_convolution_is_the_convolution(
     seed: int,
@@ -126,6 +123,7 @@ def test_winograds_convolution_is_the_convolution(
     activation: bool,
     with_sum: bool,
     cached: int,
+    layout: torch.memory_format,
 ) -> None:
     """Parts have one image, a few or all."""
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +131,7 @@ def test_winograds_convolution_is_the_convolution(
         torch.randn(size, generator=generator)
         for size in (shape, (outputs, shape[1], 3, 3), (outputs,), (shape[0], outputs, *shape[2:]))
     )
-    x = x.contiguous(memory_format=torch.channels_last)
+    x, added = (v.contiguous(memory_format=layout) for v in (x, added))
     expected = conv2d(x.double(), weight.double(), bias.double(), padding=1)
     expected = expected + added if with_sum else expected
     expected = expected.relu() if activation else expected
@@ -141,7 +139,7 @@ def test_winograds_convolution_is_the_convolution(
         patch.setattr(winograd, "CACHED", cached)
         layer = winograd.convolution(x.shape, weight, bias, relu=activation)
         with unmutated(x, added):
-            y = layer(x, added.contiguous(memory_format=torch.channels_last) if with_sum else None)
+            y = layer(x, added if with_sum else None)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(y.double(), expected, 1e-5)
 
@@ -301,7 +299,7 @@ def test_every_network_runs_side_by_side(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(side_by_side, "images_together", lambda shape, dtype, stride: n(shape[0]))
         logits = fresnet.compile_inference(network, x.float())(x.float())
-    assert_logits_close(params, x, logits, 1e-5)
+    assert_logits_close(params, x, logits, torch.float32)
 
 
 @pytest.mark.parametrize("kind", POOLED)
@@ -454,6 +452,37 @@ def test_a_backend_that_is_wrong_on_one_of_many_images_is_not_used(
         fresnet.compile_inference(params, x)
 
 
+@pytest.mark.parametrize("seed", [5, 6])
+def test_rounding_that_a_network_makes_larger_is_no_fault_of_a_backend(seed: int) -> None:
+    """Norms of a few values that are nearly equal do so. What is wrong there is seen all the same.
+
+    The backend here is exact, and it is `forward` that is off.
+    """
+    spec = fresnet.Spec(Bottleneck, (1, 2, 2), 6, shortcut=CentredZeroPad, norm=GroupNorm)
+    params = fresnet.fold(fresnet.init(seed, spec, num_classes=0))
+    wide, x = tree.map(Tensor.double, params), torch.zeros(2, 3, 1, 2)
+
+    def exact(x: Tensor) -> Tensor:
+        return fresnet.forward(wide, x.double()).float()
+
+    assert compiled._agrees(exact, params, x)
+    assert not compiled._agrees(lambda x: 1.3 * exact(x), params, x)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4, 6])
+@pytest.mark.parametrize("side", [8, 11, 16, 17])
+def test_a_backend_that_exchanges_images_is_not_used(
+    batch: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches of every size, for a few images alike would hide it."""
+    params = fresnet.init(0, fresnet.Spec(Bottleneck, (1,), width=4), num_classes=5)
+    monkeypatch.setattr(
+        onednn, "prepare", lambda params, _: lambda x: fresnet.forward(params, x).roll(1, 0)
+    )
+    with pytest.warns(UserWarning, match="what onednn makes of this network is not what it"):
+        fresnet.compile_inference(params, torch.zeros(batch, 3, side, side))
+
+
 def test_weights_that_are_not_finite_are_compiled_all_the_same() -> None:
     params = fresnet.init(0, fresnet.SPECS["resnet20"], num_classes=5)
     head = params.weights.head._replace(bias=torch.full((5,), torch.nan))
@@ -467,6 +496,10 @@ def test_weights_that_are_not_finite_are_compiled_all_the_same() -> None:
 def no_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setenv("PATH", str(folder))
     patch.delenv("CXX", raising=False)
+
+
+def half_a_quotation(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("CXX", 'g++ "-O2')
 
 
 def another_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -485,6 +518,7 @@ def no_place(patch: pytest.MonkeyPatch, folder: Path) -> None:
     ("missing", "message"),
     [
         (no_compiler, r"there is no C\+\+ compiler .*, so 3x3 convolutions in float32 take longer"),
+        (half_a_quotation, r"CXX names no C\+\+ compiler \(No closing quotation\), so 3x3"),
         (another_compiler, r"false does not compile winograd\.cpp \(\), so 3x3"),
         (nothing_compiled, r"winograd\.cpp cannot be compiled \(.*No such file.*\), so 3x3"),
         (no_place, r"winograd\.cpp cannot be compiled \(.*No such file.*\), so 3x3"),

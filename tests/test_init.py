@@ -87,11 +87,12 @@ def test_every_tensor_is_distributed_as_torchvisions(name: str, zero_init_residu
 def test_layout_dtype_and_device() -> None:
     spec = Spec(Bottleneck, (1, 1), width=4)
     weights, stats = fresnet.init(0, spec, dtype=torch.bfloat16)
-    for leaf in tree.leaves(weights):
+    on_meta = fresnet.init(0, spec, dtype=torch.bfloat16, device="meta")
+    for leaf in tree.leaves((weights, on_meta.weights)):
         assert leaf.dtype == torch.bfloat16
         assert leaf.ndim != 4 or leaf.is_contiguous(memory_format=torch.channels_last)
     assert {leaf.dtype for leaf in tree.leaves(stats)} == {torch.float32}
-    assert {leaf.device.type for leaf in tree.leaves(fresnet.init(0, device="meta"))} == {"meta"}
+    assert {leaf.device.type for leaf in tree.leaves(on_meta)} == {"meta"}
 
 
 @examples(30)

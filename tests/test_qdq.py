@@ -47,7 +47,7 @@ pytestmark = [
 ]
 
 SPECS = {
-    "v2": Spec(PreActivation, (2, 1), 8, stem=BareStem7x7, last=LastNorm),
+    "v2": Spec(PreActivation, (1, 2), 8, stem=BareStem7x7, last=LastNorm),
     "resnet-d, grouped": Spec(
         Bottleneck, (1, 1), 8, stem=DeepStem, shortcut=PooledProjection, groups=2, group_width=32
     ),
@@ -249,6 +249,7 @@ def test_refusals_leave_everything_as_it_was(
     quantized = fresnet.quantize(SMALL, [images(2, 16, 16)])
     half = tree.map(Tensor.half, quantized)
     meta = tree.map(lambda leaf: leaf.to("meta"), quantized)
+    none: Any = ()
     old = tmp_path / "net.onnx"
     old.write_text("old")
     cases: tuple[tuple[Any, str, Any, str], ...] = (
@@ -259,6 +260,12 @@ def test_refusals_leave_everything_as_it_was(
         (quantized, "net.onnx", {"opset": 12}, "opset to be an integer from 13 on"),
         (half, "net.onnx", {}, r"a network as quantize returns it.*; got torch\.float16 on cpu"),
         (meta, "net.onnx", {}, "on the CPU; got .*meta"),
+        (
+            quantized._replace(ranges=none),
+            "net.onnx",
+            {},
+            "to hold Weights and Stats; got a Weights",
+        ),
         (tree.at(quantized, "images", 3), "net.onnx", {}, "as quantize returns it.*; got a int"),
         (quantized._replace(weights=SMALL.weights), "net.onnx", {}, "a norm such as a Norm"),
     )

@@ -258,9 +258,10 @@ def test_what_lies_outside_of_the_range_is_clipped() -> None:
     ]
 
 
-def test_the_mean_of_levels_is_rounded() -> None:
+def test_the_mean_of_levels_is_rounded_where_levels_follow() -> None:
     levels = torch.tensor([[[[1, 1], [1, 0]]]], dtype=torch.uint8)
     assert int8._Levels(Affine(1.0, 0)).average_pool(levels).tolist() == [[[[1]]]]
+    assert int8._Levels(Affine(2.0, 1)).mean(levels).tolist() == [[-0.5]]
 
 
 def test_a_channel_without_weights_stays_without() -> None:
@@ -357,6 +358,9 @@ def test_what_cannot_be_quantized_or_run_is_refused(monkeypatch: pytest.MonkeyPa
         fresnet.compile_inference(quantized, x[:, :2])
     with pytest.raises(FresnetError, match=r"as quantize returns it.*float16"):
         fresnet.compile_inference(tree.map(Tensor.half, quantized), x)
+    twice: Any = quantized.weights
+    with pytest.raises(FresnetError, match="hold Weights and Stats; got a Weights and a Weights"):
+        fresnet.compile_inference(quantized._replace(ranges=twice), x)
     monkeypatch.setattr(int8, "is_supported", lambda: False)
     with pytest.raises(FresnetError, match="oneDNN for int8"):
         fresnet.compile_inference(quantized, x)

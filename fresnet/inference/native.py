@@ -46,7 +46,11 @@ def library(source: Path) -> CDLL:
     Raises:
       FresnetError: if there is no compiler, or if it does not compile the file.
     """
-    command = shlex.split(os.environ.get("CXX", "")) or [*filter(shutil.which, COMPILERS)][:1]
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise FresnetError(f"CXX names no C++ compiler ({reason(error)})") from error
+    command = named or [*filter(shutil.which, COMPILERS)][:1]
     if not command:
         raise FresnetError(f"there is no C++ compiler ({', '.join(COMPILERS)}; or name one in CXX)")
     try:

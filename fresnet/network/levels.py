@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fresnet import tree
 from fresnet.errors import FresnetError, describe
-from fresnet.network.nodes import Quantized
+from fresnet.network.nodes import Quantized, Stats, Weights
 
 
 class Affine(NamedTuple):
@@ -25,11 +25,17 @@ def affine(x: Tensor) -> Affine:
 
 
 def check_quantized(caller: str, network: Quantized) -> None:
-    """Refuse a quantised network that has been cast or moved.
+    """Refuse a quantised network that has been cast or moved, or put together of something else.
 
     Raises:
       FresnetError: saying what was expected and what came.
     """
+    weights, ranges, _ = network
+    if type(weights) is not Weights or type(ranges) is not Stats:
+        raise FresnetError(
+            f"{caller} expects Quantized(weights, ranges, images) to hold Weights and Stats; "
+            f"got {describe(weights)} and {describe(ranges)}"
+        )
     for leaf in tree.leaves(network):
         kept = isinstance(leaf, Tensor) and leaf.dtype in (torch.int8, torch.float32)
         if not kept or leaf.device.type != "cpu":

@@ -254,7 +254,9 @@ def _node(structure: Any) -> Any:
 
 def _check_values(params: Params) -> None:
     for name, leaf in zip(names(params), tree.leaves(params), strict=True):
-        if not all(map(isfinite, leaf.aminmax())):  # either is NaN if any value is
+        if not leaf.numel():
+            raise FresnetError(f"{name} holds no values")
+        if not all(map(isfinite, leaf.detach().aminmax())):  # either is NaN if any value is
             raise FresnetError(f"{name} holds values that are not finite")
         if name.endswith(".running_var") and (leaf < 0).any():
             raise FresnetError(f"{name} holds negative variances")
