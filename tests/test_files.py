@@ -358,7 +358,7 @@ BAD = {
         "layer2.0.bn1.weight holds values that are not finite",
     ),
     "infinite": (
-        lambda path: saved(path, **{"bn1.running_mean": torch.full((4,), torch.inf)}),
+        lambda path: saved(path, **{"bn1.running_mean": torch.full((4,), -torch.inf)}),
         "bn1.running_mean holds values that are not finite",
     ),
     "a negative variance": (

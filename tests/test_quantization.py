@@ -358,6 +358,8 @@ def test_what_cannot_be_quantized_or_run_is_refused(monkeypatch: pytest.MonkeyPa
         fresnet.compile_inference(quantized, x[:, :2])
     with pytest.raises(FresnetError, match=r"as quantize returns it.*float16"):
         fresnet.compile_inference(tree.map(Tensor.half, quantized), x)
+    with pytest.raises(FresnetError, match="finite values in a quantised network"):
+        fresnet.compile_inference(quantized._replace(images=quantized.images * torch.nan), x)
     twice: Any = quantized.weights
     with pytest.raises(FresnetError, match="hold Weights and Stats; got a Weights and a Weights"):
         fresnet.compile_inference(quantized._replace(ranges=twice), x)

@@ -25,7 +25,7 @@ def affine(x: Tensor) -> Affine:
 
 
 def check_quantized(caller: str, network: Quantized) -> None:
-    """Refuse a quantised network that has been cast or moved, or put together of something else.
+    """Refuse what is not as `quantize` returns it: cast, moved, not finite, or of other trees.
 
     Raises:
       FresnetError: saying what was expected and what came.
@@ -44,3 +44,5 @@ def check_quantized(caller: str, network: Quantized) -> None:
                 f"{caller} expects a network as quantize returns it, in int8 and float32 on the "
                 f"CPU; got {got}"
             )
+        if not leaf.isfinite().all():
+            raise FresnetError(f"{caller} expects finite values in a quantised network; got others")

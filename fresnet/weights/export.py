@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from operator import floordiv
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -96,7 +95,7 @@ def export(
             "export expects a path that ends in .onnx, and no compiled, for a network of quantize; "
             f"got {path!s}: for PyTorch, export the network that was quantised"
         )
-    match as_path(path).suffix, compiled:
+    match as_path(path).suffix, bool(compiled):
         case (".onnx", False):
             write: Write = partial(_write_onnx, version)
         case (".pt2", False):
@@ -253,9 +252,11 @@ def _plain_division() -> Iterator[None]:
 
     PyTorch 2.9 to 2.12 looks at it, and binds programs to images that are odd as the example is.
     """
-    formulas: Any = getattr(torch, "_meta_registrations", SimpleNamespace())
-    before = getattr(formulas, "div_rtn", None)
-    formulas.div_rtn = floordiv
+    formulas: Any = getattr(torch, "_meta_registrations", None)
+    if not hasattr(formulas, "div_rtn"):
+        yield
+        return
+    before, formulas.div_rtn = formulas.div_rtn, floordiv
     try:
         yield
     finally:
