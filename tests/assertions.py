@@ -83,6 +83,17 @@ def grown_rounding(params: Params, x: Tensor, by: float) -> Tensor:
     return torch.stack(errors).square().sum((1, 2)).mean().sqrt()
 
 
+def assert_close_or_rounded(logits: Tensor, params: Params, x: Tensor, relative: float) -> None:
+    """Logits are those of `forward` in float64, or as close as rounding leaves this network's."""
+    wide, expected = tree.map(Tensor.double, params), forward(params, x)
+    assert (logits.shape, logits.dtype) == (expected.shape, expected.dtype)
+    x = x.double()
+    expected = forward(wide, x)
+    error = (logits - expected).norm().item()
+    if error > relative * expected.norm():
+        assert error <= 4 * grown_rounding(wide, x, torch.finfo(logits.dtype).eps)
+
+
 def bits(x: Tensor) -> bytes:
     return x.detach().reshape(-1)[:, None].view(torch.uint8).numpy().tobytes()
 
