@@ -85,13 +85,13 @@ def grown_rounding(params: Params, x: Tensor, by: float) -> Tensor:
 
 def assert_close_or_rounded(logits: Tensor, params: Params, x: Tensor, relative: float) -> None:
     """Logits are those of `forward` in float64, or as close as rounding leaves this network's."""
-    wide, expected = tree.map(Tensor.double, params), forward(params, x)
-    assert (logits.shape, logits.dtype) == (expected.shape, expected.dtype)
-    x = x.double()
-    expected = forward(wide, x)
-    error = (logits - expected).norm().item()
+    assert logits.dtype == x.dtype
+    wide, exact = tree.map(Tensor.double, params), x.double()
+    expected = forward(wide, exact)
+    assert logits.shape == expected.shape
+    error = (logits - expected).norm()
     if error > relative * expected.norm():
-        assert error <= 4 * grown_rounding(wide, x, torch.finfo(logits.dtype).eps)
+        assert error <= 4 * grown_rounding(wide, exact, torch.finfo(x.dtype).eps)
 
 
 def bits(x: Tensor) -> bytes:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -82,11 +82,11 @@ def start_sum(buffer: Tensor, group: Group) -> Callable[[], None]:
     Raises:
       FresnetError: at once or while waiting, if another process ends or does not answer in time.
     """
-    with answered(distributed.get_rank(), distributed.get_world_size()):
+    with _all_answered():
         work = distributed.all_reduce(buffer, group=group, async_op=True)
 
     def wait() -> None:
-        with answered(distributed.get_rank(), distributed.get_world_size()):
+        with _all_answered():
             work.wait()
 
     return wait
@@ -102,7 +102,7 @@ def gather(x: Tensor, group: Group) -> Tensor:
     """
     x = x.contiguous()
     each = [torch.empty_like(x) for _ in range(group.size())]
-    with answered(distributed.get_rank(), distributed.get_world_size()):
+    with _all_answered():
         distributed.all_gather(each, x, group=group)
     return torch.stack(each)
 
@@ -121,7 +121,7 @@ def neighbours(group: Group, count: int) -> Group | None:
     ranks = distributed.get_process_group_ranks(group)[first : first + count]
     store = getattr(distributed.distributed_c10d, "_get_default_store", None)  # it is private
     patience = store().timeout if store else None  # the job's; PyTorch's own is half an hour
-    with answered(distributed.get_rank(), distributed.get_world_size()):
+    with _all_answered():
         beside: Group = distributed.new_group(
             ranks, timeout=patience, use_local_synchronization=True
         )
@@ -145,3 +145,8 @@ def answered(rank: int, size: int) -> Iterator[None]:
             "ended or does not answer; start the same command again to go on from the last "
             f"checkpoint ({said})"
         ) from None
+
+
+def _all_answered() -> AbstractContextManager[None]:
+    """A message among some processes, told of as one of the whole job, which the user started."""
+    return answered(distributed.get_rank(), distributed.get_world_size())
